@@ -1,0 +1,76 @@
+"""Files that are whole or not there: an atomic write, and a checkpoint that knows which recipe it came from.
+
+A checkpoint is three parts: a line of JSON that names the recipe, a line with the SHA-256 of the other two, and what
+``torch.save`` wrote. Nothing is unpickled before the sum is right, and nothing is used that another recipe made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes beside ``path``, then renames: a reader, or a run that was cut off, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_or_build(
+    path: Path, recipe: Mapping[str, object], build: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The weights that ``path`` holds for ``recipe``; where it holds none, says why, calls ``build`` and keeps the result."""
+    try:
+        return _load(path, recipe)
+    except FileNotFoundError:
+        pass
+    except UnusableCheckpointError as problem:
+        print(f"{path} {problem}; building it anew.")
+    weights = build()
+    try:
+        _save(path, recipe, weights)
+    except OSError as error:  # a cache that cannot be written costs the next run a minute, not this one its result
+        print(f"The pre-trained model was not kept: {error}. Name a folder that can be written with --cache.")
+    return weights
+
+
+class UnusableCheckpointError(Exception):
+    """What is wrong with a checkpoint, as the end of a sentence that starts with its path."""
+
+
+def _load(path: Path, recipe: Mapping[str, object]) -> dict[str, Tensor]:
+    head, _, rest = path.read_bytes().partition(b"\n")
+    sum_, _, payload = rest.partition(b"\n")
+    if sum_ != _sum(head, payload):
+        raise UnusableCheckpointError("is damaged, or no checkpoint of this example")
+    if head != _head(recipe):
+        raise UnusableCheckpointError("was made by another recipe, version or machine setting")
+    weights: dict[str, Tensor] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return weights
+
+
+def _save(path: Path, recipe: Mapping[str, object], weights: dict[str, Tensor]) -> None:
+    payload = io.BytesIO()
+    torch.save(weights, payload)
+    head = _head(recipe)
+    write_atomically(path, b"\n".join([head, _sum(head, payload.getvalue()), payload.getvalue()]))
+
+
+def _head(recipe: Mapping[str, object]) -> bytes:
+    return json.dumps(recipe, sort_keys=True).encode()
+
+
+def _sum(head: bytes, payload: bytes) -> bytes:
+    return hashlib.sha256(head + payload).hexdigest().encode()

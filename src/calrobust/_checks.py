@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -77,3 +78,86 @@ def check_labels(length: int, device: torch.device, **labels: Any) -> None:
             raise ValueError(f"{name} must have shape [{length}], one label for each row, got {list(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()")
+
+
+def check_features(**features: Any) -> None:
+    """Raises unless the two arguments are floating ``[N, D]`` tensors, N ≥ 1, alike in shape, dtype and device."""
+    check_floating(**features)
+    (first, a), (second, b) = features.items()
+    for name, value in features.items():
+        if value.ndim != 2:
+            raise ValueError(f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair")
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{first} and {second} must have the same shape [N, D], got {list(a.shape)} and {list(b.shape)}; "
+            "row i of one is the partner of row i of the other"
+        )
+    if a.dtype != b.dtype:
+        raise ValueError(f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()")
+    if a.device != b.device:
+        raise ValueError(f"{first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()")
+    if a.numel() == 0:
+        raise ValueError(f"{first} and {second} must hold at least one pair and one dimension, got {list(a.shape)}")
+
+
+def check_logit_scale(**scales: Any) -> None:
+    """Raises unless the argument is a positive number or a floating tensor of one element."""
+    for name, value in scales.items():
+        if not isinstance(value, Tensor):
+            check_positive(**{name: value})
+            continue
+        check_floating(**{name: value})
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass model.logit_scale.exp()")
+
+
+def check_teacher(image_features: Tensor, teacher: tuple[Any, Any, Any]) -> None:
+    """Raises unless a teacher's features and logit scale fit the student's batch; the widths may differ."""
+    teacher_image_features, teacher_text_features, teacher_logit_scale = teacher
+    check_features(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
+    check_logit_scale(teacher_logit_scale=teacher_logit_scale)
+    if len(teacher_image_features) != len(image_features):
+        raise ValueError(
+            "teacher_image_features and image_features must hold the same pairs, "
+            f"got {list(teacher_image_features.shape)} and {list(image_features.shape)}; run the teacher on the same batch"
+        )
+    if teacher_image_features.device != image_features.device:
+        raise ValueError(
+            f"teacher_image_features and image_features must be on one device, "
+            f"got {teacher_image_features.device} and {image_features.device}; move one with .to()"
+        )
+
+
+def check_module(**modules: Any) -> None:
+    """Raises ``TypeError`` for an argument that is not an ``nn.Module``."""
+    for name, value in modules.items():
+        if not isinstance(value, torch.nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+
+
+def check_same_state(**states: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` unless two mappings from names to tensors have the same names and shapes."""
+    (first, a), (second, b) = states.items()
+    shared = [name for name in a if name in b and isinstance(a[name], Tensor) and isinstance(b[name], Tensor)]
+    wrong = {
+        f"missing from {second}": [name for name in a if name not in b],
+        f"unexpected in {second}": [name for name in b if name not in a],
+        f"of another shape in {second}": [
+            f"{name} {list(b[name].shape)} for {list(a[name].shape)}" for name in shared if a[name].shape != b[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
+        raise ValueError(
+            f"{first} and {second} must have the same names and shapes; {found}; "
+            "are they one architecture, and saved without a wrapper's prefix?"
+        )
+
+
+def check_nonnegative_integer(**numbers: Any) -> None:
+    """Raises for a number that is not one of 0, 1, 2, ...."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value!r}")

@@ -1,0 +1,212 @@
+r"""The softmax statistics of ``S = x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact in value and gradient.
+
+Only one tile of rows exists at a time. A matrix product of a tile costs R·M·D multiply-adds; over all tiles that is one
+*GEMM unit*. Forward: 1 unit for S, 1 for T. Backward: both again (none when the exponentials were kept), 1 for the
+gradient of x and 1 for that of y. Hence 4 units in all, 6 with a teacher; 3 and 4 with kept exponentials.
+
+**One exponential for rows and columns.** With ``e_ij = exp(s_ij − u_i)``, u the maximum of the row, a row's sum is
+``Σ_j e_ij`` and a column's is ``exp(c) Σ_i w_i e_ij`` with ``w_i = exp(u_i − c)``, c the maximum of the tile: a
+matrix-vector product instead of a second exponential. A column that lies so far below the tile's maximum that its terms
+underflow shows in the sum itself, and that tile's columns are then taken from the logits. Columns of successive tiles
+merge in float64.
+
+**Divergence.** ``KL(p̃ ‖ p) = Σ_j p̃_j (t_j − s_j) + lse(s) − lse(t)``: only differences of logits are weighted, so a
+teacher equal to the student gives exactly zero.
+
+**Gradient.** With ``a, b, c, d`` the upstream gradients of row lse, column lse, row divergence, column divergence,
+and p, q, p̃, q̃ the row and column softmaxes of S and T,
+
+.. math:: \partial L / \partial s_{ij} = (a_i + c_i) p_{ij} + (b_j + d_j) q_{ij} - c_i \tilde p_{ij} - d_j \tilde q_{ij}
+
+where, from one exponential ``e_ij = exp(s_ij − u_i)`` again, ``p_ij = e_ij exp(u_i − row_lse_i)`` and
+``q_ij = e_ij exp(u_i − column_lse_j)``: an outer product times e.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calrobust.kernels.dense import SoftmaxStatistics
+
+TILE_BYTES = 8 * 2**20  # small enough for the last cache, wide enough for the matrix product
+
+
+def softmax_statistics(
+    x: Tensor, y: Tensor, teacher_x: Tensor | None = None, teacher_y: Tensor | None = None, *, memory_budget: int = 0
+) -> SoftmaxStatistics:
+    """As `dense.softmax_statistics`; keeps the exponentials for backward if they fit into ``memory_budget`` bytes."""
+    teacher = [] if teacher_x is None or teacher_y is None else [teacher_x, teacher_y]
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    kept_bytes = (2 if teacher else 1) * len(x) * len(y) * x.element_size()
+    outputs = _forward([x, y, *teacher], TILE_BYTES, differentiated and kept_bytes <= memory_budget)
+    return SoftmaxStatistics(*outputs[:4])
+
+
+class _Matrix:
+    """One matrix ``x yᵀ``, a tile of rows at a time, and what its row and column softmaxes need."""
+
+    def __init__(self, x: Tensor, y: Tensor, statistics: list[Tensor]) -> None:
+        self.x, self.y = x, y
+        # u [N]; row lse [N]; column lse [M]; the exponentials [N, M] where they are kept, else [0, M]
+        self.shift, self.row_lse, self.column_lse, self.kept = statistics
+
+    def logits(self, tile: slice, out: Tensor) -> Tensor:
+        """Over all tiles, one GEMM unit."""
+        return torch.mm(self.x[tile], self.y.T, out=out)
+
+    def exponentials(self, logits: Tensor, tile: slice, out: Tensor) -> tuple[Tensor, Tensor]:
+        """``e_ij = exp(s_ij − u_i)`` and its row sums; sets u and the row lse of the tile."""
+        shift = torch.amax(logits, 1, out=self.shift[tile])
+        e = torch.sub(logits, shift[:, None], out=self.kept[tile] if len(self.kept) else out).exp_()
+        sums = e.sum(1)
+        torch.add(shift, sums.log(), out=self.row_lse[tile])
+        return e, sums
+
+    def row_weights(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """``w_i = exp(u_i − c)``, which turns e into exponentials that all rows of the tile share, and c."""
+        top = self.shift[tile].max()
+        return (self.shift[tile] - top).exp(), top
+
+    def merge_columns(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a tile to the column lse; the shares of the earlier tiles and of this one in each column's softmax."""
+        before, self.column_lse = self.column_lse, torch.logaddexp(self.column_lse, part)
+        return (before - self.column_lse).exp(), (part - self.column_lse).exp()
+
+    def weighted_softmaxes(self, tile: slice, rows: Tensor, columns: Tensor, e: Tensor, out: Tensor) -> Tensor:
+        """``rows_i p_ij + columns_j q_ij`` in ``out``; ``e`` is scratch."""
+        shift = self.shift[tile]
+        if len(self.kept):
+            e = self.kept[tile]
+        else:
+            torch.sub(self.logits(tile, e), shift[:, None], out=e).exp_()
+        row_factor = (rows[tile] * (shift - self.row_lse[tile]).exp())[:, None]
+        pivot = self.column_lse.min()
+        if _representable(pivot - shift.max()):
+            column_factor = columns * (pivot - self.column_lse).exp()
+            return torch.addcmul(row_factor, (shift - pivot).exp()[:, None], column_factor, out=out).mul_(e)
+        q = self.logits(tile, out).sub_(self.column_lse).exp_()
+        return q.mul_(columns).addcmul_(e, row_factor)
+
+
+@torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
+def _forward(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+    """Both lse and both divergences, then what backward needs of the student and of the teacher, if there is one."""
+    x, y = matrices[:2]
+    (n, m), tiles = (len(x), len(y)), _tiles(x, y, tile_bytes)
+    student, *teachers = (
+        _Matrix(
+            a,
+            b,
+            [x.new_empty(n), x.new_empty(n), x.new_full((m,), -torch.inf).double(), x.new_empty(n if keep else 0, m)],
+        )
+        for a, b in zip(matrices[::2], matrices[1::2], strict=True)
+    )
+    row_gap = x.new_zeros(n if teachers else 0)
+    column_gap = student.column_lse.new_zeros(m if teachers else 0)  # Σ p̃ (t − s), Σ q̃ (t − s)
+    buffers = x.new_empty(3 if teachers else 1, tiles[0].stop, m)
+    for tile in tiles:
+        s, *spare = buffers[:, : tile.stop - tile.start]
+        student.logits(tile, out=s)
+        e, _ = student.exponentials(s, tile, out=spare[0] if teachers else s)
+        weights, top = student.row_weights(tile)
+        sums = weights @ e
+        if _representable(sums.min().log()):
+            student.merge_columns(sums.double().log() + top)
+        else:
+            student.merge_columns((x[tile] @ y.T).logsumexp(0).double())
+        for teacher in teachers:
+            t = teacher.logits(tile, out=spare[1])
+            gap = torch.sub(t, s, out=s)
+            e, sums = teacher.exponentials(t, tile, out=t)
+            gap.mul_(e)
+            row_gap[tile] = gap.sum(1) / sums
+            weights, top = teacher.row_weights(tile)
+            sums = weights @ e
+            if _representable(sums.min().log()):
+                mean, (old, new) = (weights @ gap) / sums, teacher.merge_columns(sums.double().log() + top)
+            else:
+                t = teacher.x[tile] @ teacher.y.T
+                part = t.logsumexp(0)
+                mean = ((t - part).exp() * (t - x[tile] @ y.T)).sum(0)
+                old, new = teacher.merge_columns(part.double())
+            column_gap = old * column_gap + new * mean
+    for teacher in teachers:
+        row_gap += student.row_lse - teacher.row_lse
+        column_gap += student.column_lse - teacher.column_lse
+    return [student.row_lse, student.column_lse.to(x.dtype), row_gap, column_gap.to(x.dtype)] + [
+        tensor
+        for matrix in (student, *teachers)
+        for tensor in (matrix.shift, matrix.row_lse.clone(), matrix.column_lse.to(x.dtype, copy=True), matrix.kept)
+    ]
+
+
+@torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
+def _backward(
+    gradients: list[Tensor], matrices: list[Tensor], statistics: list[Tensor], tile_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and y from a, b, c, d, the upstream gradients of the four statistics."""
+    a, b, c, d = gradients
+    x, y = matrices[:2]
+    student, *teachers = (
+        _Matrix(left, right, statistics[4 * k : 4 * k + 4])
+        for k, (left, right) in enumerate(zip(matrices[::2], matrices[1::2], strict=True))
+    )
+    tiles = _tiles(x, y, tile_bytes)
+    buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, len(y))
+    x_gradient, y_gradient = torch.empty_like(x), torch.zeros_like(y)
+    for tile in tiles:
+        e, s, *spare = buffers[:, : tile.stop - tile.start]
+        student.weighted_softmaxes(tile, a + c, b + d, e, out=s)
+        for teacher in teachers:
+            s -= teacher.weighted_softmaxes(tile, c, d, e, out=spare[0])
+        torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
+        y_gradient.addmm_(s.T, x[tile])  # and one more
+    return x_gradient, y_gradient
+
+
+@_forward.register_fake
+def _(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+    x, y = matrices[:2]
+    rows, columns = x.new_empty(len(x)), x.new_empty(len(y))
+    kept = x.new_empty(len(x) if keep else 0, len(y))
+    statistics = [rows, rows, columns, kept] * (len(matrices) // 2)
+    return [torch.empty_like(t) for t in (rows, columns, rows, columns, *statistics)]
+
+
+@_backward.register_fake
+def _(
+    gradients: list[Tensor], matrices: list[Tensor], statistics: list[Tensor], tile_bytes: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(matrices[0]), torch.empty_like(matrices[1])
+
+
+def _save(ctx: Any, inputs: tuple[list[Tensor], int, bool], output: list[Tensor]) -> None:
+    matrices, ctx.tile_bytes, _ = inputs
+    ctx.count = len(matrices)
+    ctx.set_materialize_grads(False)  # the kept exponentials are an output too, and have no gradient
+    ctx.save_for_backward(*matrices, *output)
+
+
+def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
+    matrices, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    upstream = [
+        torch.zeros_like(output) if gradient is None else gradient.contiguous()
+        for gradient, output in zip(gradients[:4], outputs[:4], strict=True)
+    ]
+    x_gradient, y_gradient = _backward(upstream, list(matrices), list(outputs[4:]), ctx.tile_bytes)
+    return [x_gradient, y_gradient, *[None] * (ctx.count - 2)], None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _tiles(x: Tensor, y: Tensor, tile_bytes: int) -> list[slice]:
+    rows = max(1, min(len(x), tile_bytes // (len(y) * y.element_size())))
+    return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
+def _representable(exponent: Tensor) -> bool:
+    """Whether terms far below ``exp(exponent)`` still do not underflow; off the CPU, not to wait for it, never."""
+    return exponent.device.type == "cpu" and bool(exponent > math.log(torch.finfo(exponent.dtype).tiny) * 2 / 3)

@@ -51,7 +51,13 @@ class UnusableCheckpointError(Exception):
 
 
 def _load(path: Path, recipe: Mapping[str, object]) -> dict[str, Tensor]:
-    head, _, rest = path.read_bytes().partition(b"\n")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnusableCheckpointError(f"cannot be read ({error.strerror})") from error
+    head, _, rest = content.partition(b"\n")
     sum_, _, payload = rest.partition(b"\n")
     if sum_ != _sum(head, payload):
         raise UnusableCheckpointError("is damaged, or no checkpoint of this example")

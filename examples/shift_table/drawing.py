@@ -84,7 +84,8 @@ def render(masks: Tensor, style: str, generator: Generator) -> Tensor:
         noise = torch.randn(pictures.shape, generator=generator)
         pictures = pictures + noise * _uniform(n, 0.2, 0.45, generator)
     elif style == "blurred":
-        coarse = F.interpolate(pictures, size=8, mode="area")
+        side = 8 if torch.rand((), generator=generator) < 0.5 else 12
+        coarse = F.interpolate(pictures, size=side, mode="area")
         pictures = F.interpolate(coarse, size=PICTURE_SIZE, mode="bicubic", align_corners=False)
     return pictures.clamp(0, 1)
 

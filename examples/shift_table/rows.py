@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import calrobust
+from calrobust.functional import orthogonality_loss
 from shift_table.data import Split, class_captions
 from shift_table.model import DigitClassifier, zero_shot_classifier
 from shift_table.training import optimizer_for, optimizer_step
@@ -95,8 +96,7 @@ class Trainer:
         for images, captions, _ in self._batches():
             loss = criterion(*model(images, captions), *teacher(images, captions))
             if orthogonality:
-                projection = model.visual.attnpool.c_proj.weight.T  # [in, out], as features @ projection
-                loss = loss + orthogonality * calrobust.functional.orthogonality_loss(projection)
+                loss = loss + orthogonality * orthogonality_loss(model.visual.attnpool.c_proj)
             loss.backward()
             optimizer_step(model, optimizer, schedule)
             teacher.update(model)
@@ -115,8 +115,8 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images, captions and targets of one whole run, alike for every row. A caption is its class in a random template.
 
-        Captions of one class in a batch are each other's negatives, as in the paper. With ten classes that does no harm:
-        the share of the softmax they take is a constant of the batch. Where it does, pass ``labels`` to the loss.
+        Captions of one class in a batch are each other's negatives, as in the paper. Were the captions of a class all the
+        same, that would only add a constant to the loss; with four of them it changes little. ``labels=`` would avoid it.
         """
         generator = Generator().manual_seed(self.seed)
         captions = class_captions().to(self.train.target.device)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor
+from torch.testing import assert_close
+from tqdm import tqdm
+
+from shift_table import data, drawing
+from shift_table.checkpoint import load_or_build, write_atomically
+from shift_table.data import CLASSES, HELD_OUT_FONTS, OOD_STYLES, Data, Split, WebData, handwriting_indices
+from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier
+from shift_table.pretraining import Pretraining, pretrained_clip
+from shift_table.rows import ROWS, FineTuning, Trainer, fine_tuned_rows
+
+CPU = torch.device("cpu")
+TINY = Pretraining(steps=2, per_style=2)
+TWO_STEPS = FineTuning(epochs=1, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Data:
+    return data.make_data()
+
+
+@pytest.fixture
+def sixteen(drawn: Data) -> Split:
+    return Split(drawn.train.images[:16], drawn.train.target[:16])
+
+
+class TestData:
+    def test_no_scan_serves_two_splits(self) -> None:
+        """The four divisions of the handwriting are disjoint and hold every scan."""
+        everything = torch.cat(handwriting_indices())
+        assert everything.sort().values.tolist() == list(range(1797))
+
+    def test_held_out_fonts_are_not_pretrained_on(self) -> None:
+        """No glyph of an OOD font is among the pre-training glyphs, by name or by picture."""
+        assert not set(HELD_OUT_FONTS) & set(data.FONTS)
+        held_out, _ = drawing.glyph_masks(HELD_OUT_FONTS, data.DIGITS)
+        seen, _ = drawing.glyph_masks(data.FONTS, data.CHARACTERS)
+        assert torch.cdist(held_out.flatten(1), seen.flatten(1)).min() > 1
+
+    def test_target_is_the_digit_that_was_scanned(self, drawn: Data) -> None:
+        """The first half of every test set is labelled with its scans' digits, in order."""
+        _, digits = drawing.handwriting_masks()
+        expected = digits[handwriting_indices().test]
+        for split in drawn.test.values():
+            assert_close(split.target[: len(expected)], expected)
+            assert len(split.images) == len(split.target)
+
+    def test_target_is_the_digit_that_was_drawn(self) -> None:
+        """The label of a glyph is its character's position, font after font."""
+        masks, names = drawing.glyph_masks(("DejaVuSans", "cmr10"), "01")
+        assert names.tolist() == [0, 1, 0, 1]
+        ink = masks[:, 0, 28:36, 28:36].mean((1, 2))
+        assert ink[1] > 0.5 > ink[0]  # a one has ink in its middle, a zero has none
+        assert ink[3] > 0.5 > ink[2]
+
+    def test_caption_names_what_is_drawn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A pre-training caption holds the name of its own character, and of a style only its own."""
+        captions: list[str] = []
+        names: list[int] = []
+        draw = WebData._characters
+
+        def remembered(web: WebData, n: int) -> tuple[Tensor, Tensor]:
+            masks, drawn_names = draw(web, n)
+            names.extend(drawn_names.tolist())
+            return masks, drawn_names
+
+        monkeypatch.setattr(WebData, "_characters", remembered)
+        monkeypatch.setattr(data, "tokenize", lambda texts: captions.extend(texts) or torch.zeros(len(texts)))
+        WebData(Generator().manual_seed(0)).batch(6)
+        own_words = [words for style in drawing.STYLES for words in [data.STYLE_WORDS[style]] * 6]
+        assert len(captions) == len(names) == 6 * len(drawing.STYLES)
+        for caption, name, words in zip(captions, names, own_words, strict=True):
+            starts = [f"a {word} of the" for word in words] + [template.split(" {}")[0] for template in data.TEMPLATES]
+            assert caption in [f"{start} {data.NAMES[name]}." for start in starts]
+
+    def test_same_seed_draws_the_same_pictures(self, drawn: Data) -> None:
+        """Data sets do not depend on the global generator, and pre-training batches follow their own."""
+        torch.manual_seed(1)
+        again = data.make_data()
+        for name, split in drawn.test.items():
+            assert_close(again.test[name].images, split.images, rtol=0, atol=0)
+        first, second = (WebData(Generator().manual_seed(3)).batch(2) for _ in range(2))
+        assert_close(first, second, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("style", drawing.STYLES)
+    def test_pictures_are_in_range(self, style: str) -> None:
+        """Every style gives pictures in [0, 1] that show some contrast."""
+        masks, _ = drawing.glyph_masks(("DejaVuSans",), data.DIGITS)
+        pictures = drawing.render(masks, style, Generator().manual_seed(0))
+        assert pictures.shape == (10, 3, 32, 32)
+        assert 0 <= pictures.min() < 0.4
+        assert 0.6 < pictures.max() <= 1
+
+    def test_domains_are_the_digits_and_five_shifts(self, drawn: Data) -> None:
+        """ID comes first, five OOD sets of the same size follow, and no style of theirs is trained on."""
+        assert list(drawn.test) == [data.ID_DOMAIN, *OOD_STYLES]
+        assert {len(drawn.test[style].target) for style in OOD_STYLES} == {2 * 897}
+        assert (len(drawn.train.target), len(drawn.validation.target)) == (300, 400)
+
+
+class TestCheckpoint:
+    WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)}  # noqa: RUF012 - never changed
+
+    def build(self) -> dict[str, Tensor]:
+        self.built = True
+        return self.WEIGHTS
+
+    def load(self, path: Path, **recipe: object) -> tuple[dict[str, Tensor], bool]:
+        self.built = False
+        weights = load_or_build(path, recipe, self.build)
+        assert_close(weights, self.WEIGHTS, rtol=0, atol=0)
+        return weights, self.built
+
+    def test_second_run_loads_what_the_first_kept(self, tmp_path: Path) -> None:
+        """Built once; afterwards the file answers, bit for bit, in silence."""
+        path = tmp_path / "new folder" / "model.ckpt"
+        assert self.load(path, steps=1)[1]
+        assert not self.load(path, steps=1)[1]
+        assert [file.name for file in path.parent.iterdir()] == ["model.ckpt"]
+
+    @pytest.mark.parametrize("position", [0, 5, 100, -200, -1])
+    def test_one_flipped_bit_is_reported_and_rebuilt(
+        self, tmp_path: Path, position: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Damage anywhere, in the head, the sum or the weights, is named, and mended for the next run."""
+        path = tmp_path / "model.ckpt"
+        self.load(path, steps=1)
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+        assert self.load(path, steps=1)[1]
+        assert f"{path} is damaged" in capsys.readouterr().out
+        assert not self.load(path, steps=1)[1]
+
+    @pytest.mark.parametrize("content", [b"", b"\n\n", b"PK\x03\x04 something else", b"{}\nabc\n"])
+    def test_foreign_file_is_reported_and_rebuilt(
+        self, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A file that this example did not write is never unpickled."""
+        path = tmp_path / "model.ckpt"
+        path.write_bytes(content)
+        assert self.load(path, steps=1)[1]
+        assert "no checkpoint of this example" in capsys.readouterr().out
+
+    def test_truncated_file_is_reported_and_rebuilt(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Half a file is a damaged file."""
+        path = tmp_path / "model.ckpt"
+        self.load(path, steps=1)
+        path.write_bytes(path.read_bytes()[:-300])
+        assert self.load(path, steps=1)[1]
+        assert "is damaged" in capsys.readouterr().out
+
+    def test_another_recipe_is_reported_and_rebuilt(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A sound file of another recipe does not answer for this one."""
+        path = tmp_path / "model.ckpt"
+        self.load(path, steps=1)
+        assert self.load(path, steps=2)[1]
+        assert f"{path} was made by another recipe" in capsys.readouterr().out
+
+    def test_interrupted_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run that dies while it writes has neither damaged the old file nor left a new one behind."""
+        path = tmp_path / "table.md"
+        write_atomically(path, b"old")
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, b"new")
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_unwritable_cache_costs_no_result(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Where the model cannot be kept the run goes on and says how to keep it."""
+        (tmp_path / "file").touch()
+        _, built = self.load(tmp_path / "file" / "model.ckpt", steps=1)
+        assert built
+        assert "--cache" in capsys.readouterr().out
+
+    def test_pretraining_is_reproducible_and_cached(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """One seed, one model, bit for bit: made anew or loaded; another seed gives another."""
+        made = pretrained_clip(TINY, 0, CPU, tmp_path / "a").state_dict()
+        torch.manual_seed(5)
+        again = pretrained_clip(TINY, 0, CPU, tmp_path / "b").state_dict()
+        loaded = pretrained_clip(TINY, 0, CPU, tmp_path / "a").state_dict()
+        other = pretrained_clip(TINY, 1, CPU, tmp_path / "a").state_dict()
+        assert capsys.readouterr().err.count("\n") == 3  # progress bars: the load had none
+        for name, weight in made.items():
+            assert_close(again[name], weight, rtol=0, atol=0)
+            assert_close(loaded[name], weight, rtol=0, atol=0)
+        assert (other["token_embedding.weight"] != made["token_embedding.weight"]).any()
+
+
+class TestRows:
+    def test_every_row_runs_and_differs(self, sixteen: Split) -> None:
+        """Two steps make nine classifiers, in the order of the table, no two of which agree."""
+        clip = new_clip(0).eval()
+        rows = dict(fine_tuned_rows(clip, sixteen, TWO_STEPS, seed=0))
+        assert tuple(rows) == ROWS
+        with torch.no_grad():
+            logits = [classifier(sixteen.images) for classifier in rows.values()]
+        assert all(row.shape == (16, len(CLASSES)) for row in logits)
+        for i, one in enumerate(logits):
+            assert all((one - other).abs().max() > 1e-6 for other in logits[:i])
+
+    def test_fine_tuning_leaves_the_pretrained_model_alone(self, sixteen: Split) -> None:
+        """Every row starts from the same weights: none of them moves those it started from."""
+        clip = new_clip(0).eval()
+        before = {name: weight.clone() for name, weight in clip.state_dict().items()}
+        for _ in fine_tuned_rows(clip, sixteen, TWO_STEPS, seed=0):
+            assert_close(clip.state_dict(), before, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("row", ["ft", "flyp", "carot"])
+    def test_batchnorm_statistics_stay_pretrained(self, sixteen: Split, row: str) -> None:
+        """Fine-tuning runs in eval mode, so weights can be averaged without touching buffers."""
+        trainer = Trainer(new_clip(0).eval(), sixteen, TWO_STEPS, 0, tqdm(disable=True))
+        fine_tuned: DigitClassifier = getattr(trainer, row)()
+        for name, buffer in trainer.zero_shot.named_buffers():
+            assert_close(fine_tuned.get_buffer(name), buffer, rtol=0, atol=0)
+
+    def test_same_seed_gives_the_same_row(self, sixteen: Split) -> None:
+        """A row depends on the seed alone, not on the rows made before it."""
+
+        def carot(seed: int) -> Tensor:
+            trainer = Trainer(new_clip(0).eval(), sixteen, TWO_STEPS, seed, tqdm(disable=True))
+            return trainer.carot().weight.detach()
+
+        first = carot(0)
+        torch.manual_seed(9)
+        assert_close(carot(0), first, rtol=0, atol=0)
+        assert (carot(1) != first).any()
+
+    def test_zero_shot_head_has_the_logit_scale_for_norm(self) -> None:
+        """A class weight is a unit-norm caption mean times the logit scale, so its logits are CLIP's."""
+        clip = new_clip(0).eval()
+        norms = zero_shot_classifier(clip).weight.norm(dim=1)
+        assert_close(norms, clip.logit_scale.exp().expand(10))

@@ -31,7 +31,7 @@ def check_number(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
-        if not math.isfinite(value):
+        if not abs(float(value)) < math.inf:  # NaN too; torch.compile cannot trace math.isfinite
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
@@ -161,3 +161,87 @@ def check_nonnegative_integer(**numbers: Any) -> None:
             raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value!r}")
+
+
+def check_predictions(preds: Any, target: Any) -> None:
+    """Raises unless ``preds`` is a floating ``[N, C]`` tensor, C ≥ 1, and ``target`` holds an integer label for each row."""
+    check_floating(preds=preds)
+    if preds.ndim != 2 or preds.shape[1] == 0:
+        raise ValueError(
+            f"preds must have shape [N, C], one row a sample and one column a class, got {list(preds.shape)}; "
+            "move other dimensions into the rows"
+        )
+    check_labels(len(preds), preds.device, target=target)
+
+
+def check_confidences(confidences: Any, correct: Any) -> None:
+    """Raises unless the two are a floating and a bool tensor of one shape ``[N]`` on one device."""
+    check_floating(confidences=confidences)
+    check_tensor(correct=correct)
+    if correct.dtype != torch.bool:
+        raise TypeError(f"correct must have dtype torch.bool, got {correct.dtype}; convert it with .bool()")
+    if confidences.ndim != 1 or confidences.shape != correct.shape:
+        raise ValueError(
+            f"confidences and correct must have the same shape [N], "
+            f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
+        )
+    if confidences.device != correct.device:
+        raise ValueError(
+            f"confidences and correct must be on one device, "
+            f"got {confidences.device} and {correct.device}; move one with .to()"
+        )
+
+
+def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
+    """Raises ``ValueError`` for a label outside [0, C) that is not ``ignore_index``. Reads values."""
+    outside = (target < 0) | (target >= n_classes)
+    if ignore_index is not None:
+        outside &= target != ignore_index
+    if outside.any():
+        first = int(target[outside][0])
+        hint = "" if ignore_index == first else f"; to leave these samples out set ignore_index={first}"
+        raise ValueError(f"target must be in [0, {n_classes}), the columns of preds, got {first}{hint}")
+
+
+def check_not_nan(preds: Tensor, target: Tensor) -> None:
+    """Raises ``ValueError`` for a row that has no softmax, naming the value at fault. Reads values."""
+    for wrong, name in (
+        (preds.isnan().any(1), "NaN"),
+        (preds.isposinf().any(1), "+inf"),
+        (preds.isneginf().all(1), "-inf in every class"),
+    ):
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"preds must be finite, or -inf in masked classes, got {name} in row {row}, whose label is "
+                f"{int(target[row])}; drop such rows, or find where the model overflows"
+            )
+
+
+def _are_probabilities(preds: Tensor) -> Tensor:
+    """``[N]``: whether a row lies in [0, 1] and sums to 1, up to the rounding of its dtype."""
+    tolerance = 1e-3 if preds.dtype in (torch.float32, torch.float64) else 1e-2
+    low, high = preds.aminmax(dim=1)
+    total = preds.sum(1, dtype=torch.promote_types(preds.dtype, torch.float32))
+    return (low >= 0) & (high <= 1 + tolerance) & ((total - 1).abs() <= tolerance)
+
+
+def check_kind(preds: Tensor, *, from_logits: bool) -> None:
+    """Raises ``ValueError`` for logits where probabilities are due and the reverse. Reads values."""
+    if len(preds) == 0:
+        return
+    if not from_logits:
+        wrong = ~_are_probabilities(preds)
+        if wrong.any():
+            row = preds[wrong][0].double()
+            raise ValueError(
+                "preds must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row "
+                f"from {float(row.min()):.4g} to {float(row.max()):.4g} that sums to {float(row.sum()):.4g}; "
+                "set from_logits=True if these are logits"
+            )
+    # The first rows of logits tell at once; only probabilities are read to the end.
+    elif preds.shape[1] > 1 and _are_probabilities(preds[:64]).all() and _are_probabilities(preds).all():
+        raise ValueError(
+            "preds must be logits with from_logits=True, got rows in [0, 1] that all sum to 1; "
+            "set from_logits=False if these are probabilities, or validate_args=False if they are logits after all"
+        )

@@ -312,17 +312,16 @@ class LossSum(PairLoss):
         return terms
 
     def _teacher(self, image: Tensor | None, text: Tensor | None, scale: Tensor | float | None) -> Teacher | None:
-        needed = any(loss.needs_teacher for _, loss in self._weighted())
-        if image is not None and text is not None and scale is not None:
-            if needed:
-                return image, text, scale
+        if not any(loss.needs_teacher for _, loss in self._weighted()):
+            if image is text is scale is None:
+                return None
             raise TypeError(f"{self!r} has no distillation term; leave out the teacher's features and logit scale")
-        if needed or not image is text is scale is None:
+        if image is None or text is None or scale is None:
             raise TypeError(
                 f"{self!r} needs teacher_image_features, teacher_text_features and teacher_logit_scale; "
                 "call it as criterion(*student(images, texts), *teacher(images, texts))"
             )
-        return None
+        return image, text, scale
 
     def _weighted(self) -> list[tuple[float, _Term]]:
         return list(self.weighted)

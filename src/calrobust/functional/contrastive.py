@@ -34,7 +34,7 @@ def multimodal_contrastive_loss(
         text_features: shape ``[N, D]``; row ``i`` belongs to row ``i`` of the images.
         logit_scale: what multiplies the dot products, > 0: a number or a tensor of one element, already exponentiated.
         labels: shape ``[N]``, ``int64``: pairs with equal labels are positives of each other. Costs O(N·D), no mask.
-        label_smoothing: :math:`\varepsilon` in [0, 1), torch's: :math:`\varepsilon / M` of the target on each candidate.
+        label_smoothing: :math:`\varepsilon` in [0, 1), torch's: :math:`\varepsilon / M` of the target on every one.
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
         impl: ``"dense"`` holds the N×N matrix and can be differentiated twice; ``"tiled"`` needs O(N·D) memory and
             recomputes; ``"auto"`` is tiled and keeps the matrix for backward where it fits into ``memory_budget``.

@@ -72,8 +72,10 @@ def pair_statistics(
         matrices = [x, y]
         if teacher is not None:
             teacher_image, teacher_text, teacher_scale = teacher
-            with torch.no_grad():
-                matrices += [_scaled(teacher_image, teacher_scale, temperature, dtype), teacher_text.to(dtype)]
+            matrices += [
+                _scaled(teacher_image, teacher_scale, temperature, dtype).detach(),
+                teacher_text.to(dtype).detach(),
+            ]
         if impl == "dense":
             softmaxes = dense.softmax_statistics(*matrices)
         else:
@@ -101,7 +103,7 @@ def _scaled(features: Tensor, logit_scale: Tensor | float, temperature: float, d
 
 
 def _class_means(features: Tensor, labels: Tensor) -> Tensor:
-    """For each row the mean of the rows with its label; no shape depends on a value, so nothing waits for the device."""
+    """For each row the mean of the rows with its label; no shape depends on values, so nothing waits for a device."""
     ordered, order = labels.sort()
     first = torch.ones_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]

@@ -154,11 +154,12 @@ def _backward(
         for k, (left, right) in enumerate(zip(matrices[::2], matrices[1::2], strict=True))
     )
     tiles = _tiles(x, y, tile_bytes)
+    rows, columns = (a + c, b + d) if teachers else (a, b)
     buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, len(y))
     x_gradient, y_gradient = torch.empty_like(x), torch.zeros_like(y)
     for tile in tiles:
         e, s, *spare = buffers[:, : tile.stop - tile.start]
-        student.weighted_softmaxes(tile, a + c, b + d, e, out=s)
+        student.weighted_softmaxes(tile, rows, columns, e, out=s)
         for teacher in teachers:
             s -= teacher.weighted_softmaxes(tile, c, d, e, out=spare[0])
         torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
@@ -169,10 +170,10 @@ def _backward(
 @_forward.register_fake
 def _(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
     x, y = matrices[:2]
-    rows, columns = x.new_empty(len(x)), x.new_empty(len(y))
-    kept = x.new_empty(len(x) if keep else 0, len(y))
-    statistics = [rows, rows, columns, kept] * (len(matrices) // 2)
-    return [torch.empty_like(t) for t in (rows, columns, rows, columns, *statistics)]
+    rows, columns, none = x.new_empty(len(x)), x.new_empty(len(y)), x.new_empty(0)
+    divergences = [none, none] if len(matrices) == 2 else [rows, columns]
+    statistics = [rows, rows, columns, x.new_empty(len(x) if keep else 0, len(y))] * (len(matrices) // 2)
+    return [torch.empty_like(t) for t in (rows, columns, *divergences, *statistics)]
 
 
 @_backward.register_fake

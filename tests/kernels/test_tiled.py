@@ -1,0 +1,186 @@
+"""The tiled form against the dense definition: value, gradients, memory."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import class_labels, seeds, unit_rows
+from torch import Tensor
+from torch.testing import assert_close
+
+from calrobust.kernels import dense, pair_statistics, tiled
+from calrobust.kernels.dense import SoftmaxStatistics
+
+KEEP, RECOMPUTE = 2**40, 0
+
+
+def matrices(n: int, m: int, width: int, seed: int, *, scale: float, teacher: bool) -> list[Tensor]:
+    """x, y and, if asked for, those of a teacher of another width."""
+    rows = [scale * unit_rows(n, width, seed), unit_rows(m, width, seed + 1)]
+    if teacher:
+        rows += [0.9 * scale * unit_rows(n, width + 1, seed + 2), unit_rows(m, width + 1, seed + 3)]
+    return rows
+
+
+def value_and_gradients(statistics: Any, inputs: list[Tensor], seed: int = 0) -> tuple[SoftmaxStatistics, list[Tensor]]:
+    """Of a random combination of all statistics, so that each upstream gradient differs from pair to pair."""
+    x, y, *teacher = inputs
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    outputs = statistics(x, y, *teacher)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in outputs]
+    total = torch.stack([(w * v).sum() for w, v in zip(weights, outputs, strict=True)]).sum()
+    return outputs, list(torch.autograd.grad(total, (x, y)))
+
+
+def tiled_with(memory_budget: int) -> Any:
+    """The function under test at a budget."""
+    return lambda *inputs: tiled.softmax_statistics(*inputs, memory_budget=memory_budget)
+
+
+def assert_like_dense(inputs: list[Tensor], memory_budget: int, tolerance: float) -> None:
+    """In all statistics and both gradients, relative to their largest entry."""
+    expected, expected_gradients = value_and_gradients(dense.softmax_statistics, inputs)
+    outputs, gradients = value_and_gradients(tiled_with(memory_budget), inputs)
+    for ours, theirs in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
+        if theirs.numel():
+            scale = max(1.0, theirs.abs().max().item())
+            assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+@given(
+    n=st.integers(1, 300),
+    m=st.integers(1, 300),
+    width=st.integers(1, 20),
+    rows=st.integers(1, 300),
+    scale=st.sampled_from([0.01, 1.0, 30.0, 100.0]),
+    teacher=st.booleans(),
+    budget=st.sampled_from([KEEP, RECOMPUTE]),
+    seed=seeds(),
+)
+def test_equals_the_dense_definition_for_every_tile_size(
+    n: int, m: int, width: int, rows: int, scale: float, teacher: bool, budget: int, seed: int
+) -> None:
+    """Value and gradients for any shape, tile and upstream gradient, with kept and with recomputed exponentials."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "TILE_BYTES", 8 * m * rows)
+        assert_like_dense(matrices(n, m, width, seed, scale=scale, teacher=teacher), budget, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("gap", [50.0, 120.0, 1e3, 1e4])
+def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
+    dtype: torch.dtype, budget: int, gap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column far below the maximum of its tile, a row far above a column: finite, and as the definition has it."""
+    monkeypatch.setattr(tiled, "TILE_BYTES", 4 * 8 * 12)
+    x = torch.tensor([[gap, 0.0], [0.0, 1.0], [-gap, 2.0], [0.5, -1.0], [gap / 2, gap]], dtype=dtype)
+    y = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.5, 0.5], [-0.5, 0.1]], dtype=dtype)
+    inputs = [x, y, 0.5 * x.flip(0), y.flip(0)]
+    outputs, gradients = value_and_gradients(tiled_with(budget), inputs)
+    assert all(v.isfinite().all() for v in (*outputs, *gradients))
+    assert_like_dense(inputs, budget, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
+def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against finite differences, so that dense and tiled are not wrong together."""
+    monkeypatch.setattr(tiled, "TILE_BYTES", 8 * 6 * 2)
+    x, y, *teacher = matrices(5, 6, 3, 0, scale=3.0, teacher=True)
+    assert torch.autograd.gradcheck(
+        lambda a, b: tuple(tiled_with(budget)(a, b, *teacher)), (x.requires_grad_(), y.requires_grad_())
+    )
+
+
+# opcheck itself looks at the .grad of tensors that are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_operator_passes_opcheck() -> None:
+    """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
+    for teacher, keep in product((False, True), (False, True)):
+        inputs = [m.clone() for m in matrices(7, 5, 3, 0, scale=3.0, teacher=teacher)]
+        for student in inputs[:2]:
+            student.requires_grad_()
+        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, 8 * 5 * 3, keep))
+
+
+def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
+    """Value and gradient, in float32 too: both sides take the same steps (trap 2)."""
+    x, y = 50 * unit_rows(33, 8, 0, torch.float32), unit_rows(33, 8, 1, torch.float32)
+    for statistics in (dense.softmax_statistics, tiled_with(KEEP), tiled_with(RECOMPUTE)):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        result = statistics(a, b, x, y)
+        (result.row_divergence.sum() + result.column_divergence.sum()).backward()
+        assert (result.row_divergence == 0).all()
+        assert (result.column_divergence == 0).all()
+        assert a.grad is not None
+        assert a.grad.abs().max() <= (0 if statistics is not dense.softmax_statistics else 1e-5)
+
+
+def largest_saved(memory_budget: int, inputs: list[Tensor]) -> int:
+    """Entries of the largest tensor that a forward pass keeps for backward."""
+    sizes = [0]
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        tiled.softmax_statistics(*inputs, memory_budget=memory_budget)
+    return max(sizes)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_no_matrix_outlives_forward_unless_it_fits_into_the_budget(teacher: bool) -> None:
+    """Beyond it O(N·D) is saved; a teacher's matrix counts; without a gradient nothing is kept (trap 9)."""
+    n, width = 64, 4
+    inputs = matrices(n, n, width, 0, scale=1.0, teacher=teacher)
+    need = (1 + teacher) * 8 * n * n
+    assert largest_saved(need, inputs) == 0
+    inputs[0].requires_grad_()
+    assert largest_saved(need, inputs) == n * n
+    assert largest_saved(need - 1, inputs) <= n * (width + 1)
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
+def test_a_nan_feature_gives_nan_statistics(impl: Any) -> None:
+    """Never a finite wrong value."""
+    x, y = unit_rows(9, 4, 0), unit_rows(9, 4, 1)
+    x[3, 2] = torch.nan
+    statistics = pair_statistics(x, y, 10.0, impl=impl)
+    assert statistics.columns.lse.isnan().all()
+    assert statistics.rows.lse[3].isnan()
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
+def test_layout_of_the_features_does_not_matter(impl: Any) -> None:
+    """Transposed and strided features give the statistics of their contiguous copies."""
+    x, y = unit_rows(8, 12, 0)[:, ::2], unit_rows(6, 8, 1).T
+    for ours, theirs in zip(
+        pair_statistics(x, y, 3.0, impl=impl), pair_statistics(x.clone(), y.contiguous(), 3.0, impl=impl), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+def test_class_means_need_no_sorted_labels() -> None:
+    """The positive logit with labels is the mean over the pairs of the same label, however labels are numbered."""
+    x, y, labels = unit_rows(21, 5, 0), unit_rows(21, 5, 1), class_labels(21, 2)
+    assert len(labels.unique()) < len(labels)
+    s = 7.0 * x @ y.T
+    same = labels[:, None] == labels[None, :]
+    statistics = pair_statistics(x, y, 7.0, labels=labels)
+    assert_close(statistics.rows.positive, (s * same).sum(1) / same.sum(1))
+    assert_close(statistics.columns.positive, (s * same).sum(0) / same.sum(0))
+
+
+def test_differentiating_the_tiled_form_twice_is_refused() -> None:
+    """It has no second derivative, and says so instead of giving a wrong one."""
+    x, y = unit_rows(5, 3, 0).requires_grad_(), unit_rows(5, 3, 1)
+    (gradient,) = torch.autograd.grad(tiled.softmax_statistics(x, y).row_lse.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), x)

@@ -1,0 +1,213 @@
+"""The modules: they forward to their functions, and add and scale like numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Pairs, class_labels, fractions, seeds, student_and_teacher, unit_rows
+from torch.testing import assert_close
+
+from calrobust import (
+    CaRotLoss,
+    MultimodalContrastiveLoss,
+    MultimodalDistillationLoss,
+    OrthogonalityLoss,
+    functional,
+    kernels,
+)
+
+STUDENT = (unit_rows(7, 4, 0), unit_rows(7, 4, 1), 20.0)
+TEACHER = (unit_rows(7, 5, 2), unit_rows(7, 5, 3), 15.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
+def test_modules_are_their_functions(reduction: Any, impl: Any) -> None:
+    """Every keyword argument reaches the function."""
+    labels = class_labels(7, 0)
+    options: Any = {"reduction": reduction, "impl": impl, "memory_budget": 0}
+    assert_close(
+        MultimodalContrastiveLoss(label_smoothing=0.2, **options)(*STUDENT, labels=labels),
+        functional.multimodal_contrastive_loss(*STUDENT, labels=labels, label_smoothing=0.2, **options),
+    )
+    assert_close(
+        MultimodalDistillationLoss(temperature=2.0, **options)(*STUDENT, *TEACHER),
+        functional.multimodal_distillation_loss(*STUDENT, *TEACHER, temperature=2.0, **options),
+    )
+    options |= {"label_smoothing": 0.2, "distillation_weight": 1.5}
+    assert_close(
+        CaRotLoss(**options)(*STUDENT, *TEACHER, labels=labels),
+        functional.carot_loss(*STUDENT, *TEACHER, labels=labels, **options),
+    )
+    assert_close(OrthogonalityLoss(squared=False)(STUDENT[0]), functional.orthogonality_loss(STUDENT[0], squared=False))
+
+
+@given(
+    models=student_and_teacher(),
+    smoothing=fractions(),
+    weight=st.floats(-3, 3),
+    temperature=st.sampled_from([1.0, 3.0]),
+    impl=st.sampled_from(["auto", "dense", "tiled"]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=seeds(),
+)
+def test_a_sum_is_the_sum_of_its_values(
+    models: tuple[Pairs, Pairs],
+    smoothing: float,
+    weight: float,
+    temperature: float,
+    impl: Any,
+    reduction: Any,
+    seed: int,
+) -> None:
+    """In value and in gradient, at equal and at different temperatures, with labels."""
+    student, teacher = models
+    image, text = student.image.requires_grad_(), student.text.requires_grad_()
+    scale = torch.tensor(student.scale, dtype=torch.float64, requires_grad=True)
+    labels = class_labels(len(image), seed)
+    contrastive = MultimodalContrastiveLoss(label_smoothing=smoothing, impl=impl, reduction=reduction)
+    distillation = MultimodalDistillationLoss(temperature=temperature, impl=impl, reduction=reduction)
+    criterion = 2 * (contrastive + weight * distillation)
+    ours = criterion(image, text, scale, *teacher, labels=labels)
+    per_pair = 2 * oracles.contrastive(image, text, scale, labels=labels, smoothing=smoothing)
+    per_pair = per_pair + 2 * weight * oracles.distillation((image, text, scale), teacher, temperature)
+    theirs = per_pair.mean() if reduction == "mean" else per_pair.sum()
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-9)
+    inputs = (image, text, scale)
+    for a, b in zip(oracles.gradients(ours, *inputs), oracles.gradients(theirs, *inputs), strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-8 * max(1.0, student.scale))
+
+
+def test_a_sum_of_one_temperature_sweeps_the_pair_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two temperatures need two sweeps, and the one without a teacher's term does without the teacher."""
+    sweeps = []
+    original = kernels.tiled.softmax_statistics
+
+    def counted(*matrices: torch.Tensor, memory_budget: int) -> Any:
+        sweeps.append(len(matrices))
+        return original(*matrices, memory_budget=memory_budget)
+
+    monkeypatch.setattr(kernels.tiled, "softmax_statistics", counted)
+    contrastive, distillation = MultimodalContrastiveLoss(), MultimodalDistillationLoss()
+    (contrastive + 1.5 * distillation + 0.1 * contrastive)(*STUDENT, *TEACHER)
+    assert sweeps == [4]
+    sweeps.clear()
+    (contrastive + MultimodalDistillationLoss(temperature=2.0))(*STUDENT, *TEACHER)
+    assert sweeps == [2, 4]
+
+
+def test_terms_sum_to_the_loss_and_are_weighted() -> None:
+    """For logging; a second term of a kind gets a name of its own."""
+    criterion = MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
+    terms = criterion.terms(*STUDENT, *TEACHER)
+    assert list(terms) == ["contrastive", "distillation"]
+    assert_close(terms["contrastive"], functional.multimodal_contrastive_loss(*STUDENT))
+    assert_close(terms["distillation"], 1.5 * functional.multimodal_distillation_loss(*STUDENT, *TEACHER))
+    assert_close(terms["contrastive"] + terms["distillation"], criterion(*STUDENT, *TEACHER))
+    softer = criterion + MultimodalDistillationLoss(temperature=4.0)
+    assert list(softer.terms(*STUDENT, *TEACHER)) == ["contrastive", "distillation", "distillation_2"]
+    assert list(MultimodalContrastiveLoss().terms(*STUDENT)) == ["contrastive"]
+
+
+def test_composition_obeys_the_laws_of_numbers() -> None:
+    """Order, grouping, both sides of the product, and the built-in sum."""
+    a, b = MultimodalContrastiveLoss(label_smoothing=0.1), MultimodalDistillationLoss()
+    value = (a + 1.5 * b)(*STUDENT, *TEACHER)
+    built_in: Any = sum([a, 1.5 * b])
+    for same in (1.5 * b + a, a + b * 1.5, 0.5 * (2 * a + b * 3), built_in, a + b + 0.5 * b):
+        assert_close(same(*STUDENT, *TEACHER), value)
+
+
+def test_repr_reads_as_the_formula() -> None:
+    """Arguments that differ from their defaults, weights other than one."""
+    a, b = MultimodalContrastiveLoss(label_smoothing=0.1), MultimodalDistillationLoss(temperature=2.0, impl="dense")
+    assert repr(a) == "MultimodalContrastiveLoss(label_smoothing=0.1)"
+    assert repr(b) == "MultimodalDistillationLoss(temperature=2.0, impl='dense')"
+    c = MultimodalContrastiveLoss(impl="dense")
+    assert repr(c + 1.5 * b) == (
+        "MultimodalContrastiveLoss(impl='dense') + 1.5 * MultimodalDistillationLoss(temperature=2.0, impl='dense')"
+    )
+    assert repr(CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)) == (
+        "CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)"
+    )
+    assert repr(OrthogonalityLoss(squared=False)) == "OrthogonalityLoss(squared=False)"
+
+
+def test_carot_is_a_sum_that_goes_on_composing() -> None:
+    """CaRotLoss adds and scales as the sum it stands for."""
+    carot = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)
+    by_hand = MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * MultimodalDistillationLoss()
+    assert_close(carot(*STUDENT, *TEACHER), by_hand(*STUDENT, *TEACHER))
+    assert_close((2 * carot)(*STUDENT, *TEACHER), 2 * by_hand(*STUDENT, *TEACHER))
+    assert repr(2 * carot) == "2 * MultimodalContrastiveLoss(label_smoothing=0.1) + 3 * MultimodalDistillationLoss()"
+
+
+def test_losses_survive_copy_and_pickle() -> None:
+    """As any module does."""
+    criterion = MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert repr(twin) == repr(criterion)
+        assert_close(twin(*STUDENT, *TEACHER), criterion(*STUDENT, *TEACHER))
+
+
+def test_a_sum_takes_open_clips_output_by_name() -> None:
+    """Arguments are named as open_clip names its outputs."""
+    names = ("image_features", "text_features", "logit_scale")
+    output = dict(zip(names, STUDENT, strict=True))
+    teacher = {f"teacher_{name}": value for name, value in zip(names, TEACHER, strict=True)}
+    criterion = MultimodalContrastiveLoss() + MultimodalDistillationLoss()
+    assert_close(criterion(**output, **teacher), criterion(*STUDENT, *TEACHER))
+    assert_close(MultimodalContrastiveLoss()(**output), MultimodalContrastiveLoss()(*STUDENT))
+
+
+def test_a_sum_compiles_without_a_graph_break() -> None:
+    """torch.compile(fullgraph=True), value and gradient."""
+    criterion = MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * MultimodalDistillationLoss()
+    image = STUDENT[0].clone().requires_grad_()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")(image, *STUDENT[1:], *TEACHER)
+    expected = criterion(image, *STUDENT[1:], *TEACHER)
+    assert_close(compiled, expected)
+    assert_close(oracles.gradients(compiled, image), oracles.gradients(expected, image))
+
+
+MCL: Any = MultimodalContrastiveLoss()  # Any: what follows is wrong on purpose
+MKD: Any = MultimodalDistillationLoss()
+contrastive_loss: Any = MultimodalContrastiveLoss
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: contrastive_loss(label_smoothing=1.0), ValueError, r"label_smoothing must be in \[0, 1\)"),
+        (lambda: contrastive_loss(reduction="avg"), ValueError, "reduction must be one of"),
+        (lambda: contrastive_loss(impl="cuda"), ValueError, "impl must be one of"),
+        (lambda: contrastive_loss(memory_budget=-5), ValueError, "memory_budget must be >= 0"),
+        (lambda: MultimodalDistillationLoss(temperature=-1.0), ValueError, "temperature must be > 0"),
+        (lambda: CaRotLoss(label_smoothing=0.1, distillation_weight=math.nan), ValueError, "must be finite, got nan"),
+        (lambda: MCL + MultimodalDistillationLoss(reduction="sum"), ValueError, "must agree in reduction"),
+        (lambda: math.inf * MCL, ValueError, "weight must be finite, got inf"),
+        (lambda: MCL * "2", TypeError, "weight must be a real number, got str"),
+        (lambda: MCL + 1.0, TypeError, "unsupported operand"),
+        (lambda: MCL + OrthogonalityLoss(), TypeError, r"add the values: criterion\(...\) \+ 0.2"),
+        (lambda: OrthogonalityLoss() + MCL, TypeError, "is a loss on weights"),
+        (lambda: 0.2 * OrthogonalityLoss(), TypeError, "is a loss on weights"),
+        (lambda: (MCL + MKD)(*STUDENT), TypeError, r"needs teacher_image_features.*\*teacher\(images, texts\)"),
+        (lambda: (MCL + MKD)(*STUDENT, *TEACHER[:2]), TypeError, "needs teacher_image_features"),
+        (lambda: (2 * MCL)(*STUDENT, *TEACHER), TypeError, "has no distillation term"),
+        (lambda: (2 * MCL)(*STUDENT, TEACHER[0]), TypeError, "has no distillation term"),
+        (lambda: (2 * MKD)(*STUDENT, *TEACHER, labels=torch.arange(7)), TypeError, "labels are the positives of"),
+        (lambda: (MCL + MKD)(*STUDENT, *(t[:3] for t in TEACHER[:2]), 1.0), ValueError, "must hold the same pairs"),
+    ],
+)
+def test_bad_input_is_named(call: Any, error: type[Exception], message: str) -> None:
+    """Where the mistake was written, with the fix."""
+    with pytest.raises(error, match=message):
+        call()

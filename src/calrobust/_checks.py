@@ -15,7 +15,9 @@ def check_tensor(**tensors: Any) -> None:
     """Raises ``TypeError`` for an argument that is not a tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor")
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
+            )
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -77,7 +79,9 @@ def check_labels(length: int, device: torch.device, **labels: Any) -> None:
         if value.shape != (length,):
             raise ValueError(f"{name} must have shape [{length}], one label for each row, got {list(value.shape)}")
         if value.device != device:
-            raise ValueError(f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()")
+            raise ValueError(
+                f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()"
+            )
 
 
 def check_features(**features: Any) -> None:
@@ -86,16 +90,22 @@ def check_features(**features: Any) -> None:
     (first, a), (second, b) = features.items()
     for name, value in features.items():
         if value.ndim != 2:
-            raise ValueError(f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair")
+            raise ValueError(
+                f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair"
+            )
     if a.shape != b.shape:
         raise ValueError(
             f"{first} and {second} must have the same shape [N, D], got {list(a.shape)} and {list(b.shape)}; "
             "row i of one is the partner of row i of the other"
         )
     if a.dtype != b.dtype:
-        raise ValueError(f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()")
+        raise ValueError(
+            f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()"
+        )
     if a.device != b.device:
-        raise ValueError(f"{first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()")
+        raise ValueError(
+            f"{first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()"
+        )
     if a.numel() == 0:
         raise ValueError(f"{first} and {second} must hold at least one pair and one dimension, got {list(a.shape)}")
 
@@ -143,7 +153,9 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
         f"missing from {second}": [name for name in a if name not in b],
         f"unexpected in {second}": [name for name in b if name not in a],
         f"of another shape in {second}": [
-            f"{name} {list(b[name].shape)} for {list(a[name].shape)}" for name in shared if a[name].shape != b[name].shape
+            f"{name} {list(b[name].shape)} for {list(a[name].shape)}"
+            for name in shared
+            if a[name].shape != b[name].shape
         ],
     }
     if any(wrong.values()):
@@ -164,7 +176,7 @@ def check_nonnegative_integer(**numbers: Any) -> None:
 
 
 def check_predictions(preds: Any, target: Any) -> None:
-    """Raises unless ``preds`` is a floating ``[N, C]`` tensor, C ≥ 1, and ``target`` holds an integer label for each row."""
+    """Raises unless ``preds`` is a floating ``[N, C]`` tensor, C ≥ 1, and ``target`` an int64 label for each row."""
     check_floating(preds=preds)
     if preds.ndim != 2 or preds.shape[1] == 0:
         raise ValueError(

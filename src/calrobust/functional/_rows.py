@@ -1,0 +1,68 @@
+"""One walk over the rows of a score matrix: the only place where the metrics take a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# On a CPU a block and its softmax stay in cache from one pass to the next; a GPU needs enough rows to be busy.
+CPU_BLOCK_BYTES = 2**20
+GPU_BLOCK_BYTES = 2**26
+
+
+class Block(NamedTuple):
+    """What the metrics ask of some rows, at least in float32."""
+
+    target: Tensor
+    probs: Tensor  # [n, C] scratch: its reader may overwrite it, and the next block does
+    confidences: Tensor
+    correct: Tensor
+    log_losses: Tensor  # -log of the label's probability; from logits it does not underflow
+
+
+def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
+    """How many rows of ``scores`` make a block when held in ``dtype``."""
+    if torch.compiler.is_compiling():  # the compiler fuses the passes itself
+        return max(1, len(scores))
+    size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES
+    return max(1, size // (scores.shape[1] * dtype.itemsize))
+
+
+def probability_blocks(
+    preds: Tensor, target: Tensor, *, from_logits: bool, ignore_index: int | None
+) -> Iterator[Block]:
+    """Yields the rows block by block, without those whose label is ``ignore_index``; at least one block, maybe empty."""
+    preds = preds.detach()
+    dtype = torch.promote_types(preds.dtype, torch.float32)
+    step = block_rows(preds, dtype)
+    buffer = preds.new_empty(min(step, len(preds)), preds.shape[1], dtype=dtype)
+    for start in range(0, max(1, len(preds)), step):
+        scores, labels = preds[start : start + step], target[start : start + step]
+        if ignore_index is not None:
+            keep = labels != ignore_index
+            scores, labels = scores[keep], labels[keep]
+        scores = scores.to(dtype)
+        own = scores.gather(1, labels[:, None])[:, 0]
+        if from_logits:
+            probs = torch.softmax(scores, 1, out=buffer[: len(scores)])
+            confidences, top = probs.amax(1), scores.amax(1)
+            log_losses = (top - own) - confidences.log()  # 1 / confidence is the sum of exp(score - top)
+        else:
+            probs = buffer[: len(scores)].copy_(scores)
+            confidences = top = probs.amax(1)
+            log_losses = -own.log()
+        yield Block(labels, probs, confidences, _is_first_maximum(scores, labels, own, top, confidences), log_losses)
+
+
+def _is_first_maximum(scores: Tensor, labels: Tensor, own: Tensor, top: Tensor, confidences: Tensor) -> Tensor:
+    """Whether ``argmax`` gives the label; of equal scores the first one counts."""
+    if scores.is_cuda or torch.compiler.is_compiling():
+        return scores.argmax(1) == labels
+    # On a CPU argmax takes longer than the softmax, and only a row whose confidence is at most 1/2 can have a tie.
+    correct = own == top
+    maybe_tied = (correct & (confidences < 0.6)).nonzero()[:, 0]
+    correct[maybe_tied] = scores[maybe_tied].argmax(1) == labels[maybe_tied]
+    return correct

@@ -1,0 +1,472 @@
+"""Calibration errors: logits -> confidences -> binned sums -> value."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from calrobust._checks import check_choice, check_confidences, check_fraction, check_positive_integer, check_predictions
+from calrobust.functional._rows import probability_blocks
+
+Norm = Literal["l1", "l2", "max"]
+NORMS: tuple[str, ...] = get_args(Norm)
+
+CONFIDENCE_ROUNDING = 1e-6  # how far rounding may carry a confidence out of [0, 1]
+
+
+class Bins(NamedTuple):
+    """Sums over the samples of each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both."""
+
+    counts: Tensor
+    """Number of samples."""
+    confidence_sums: Tensor
+    """Sum of their confidences."""
+    correct_sums: Tensor
+    """Number of correct ones."""
+
+    def __add__(self, other: Bins) -> Bins:  # type: ignore[override]  # joining two tuples of sums has no meaning
+        return Bins(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def top_label(
+    preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""The highest probability of each sample, and whether its class is the label.
+
+    .. math:: \hat p_i = \max_c p_{ic} = \frac{1}{\sum_c e^{z_{ic} - \max_k z_{ik}}}
+
+    The softmax is taken in blocks of rows that fit a processor's cache, never of the whole batch.
+
+    Args:
+        preds: shape ``[N, C]``, floating: logits, of which some may be ``-inf`` (masked classes); or probabilities.
+        target: shape ``[N]``, int64 labels in [0, C).
+        from_logits: whether ``preds`` are logits; never guessed.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        ``confidences`` and ``correct``, both ``[N]`` (fewer if samples are left out): float32 (float64 for float64
+        ``preds``), and bool. Of equal scores the first class is the predicted one, as with :func:`torch.argmax`.
+
+    Raises:
+        TypeError: ``preds`` is not floating or ``target`` is not int64.
+        ValueError: the shapes or devices do not fit.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import top_label
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 3.0]]).log_softmax(1)
+        >>> confidences, correct = top_label(logits, torch.tensor([0, 0]))
+        >>> confidences  # 1/2, and 1 / (1 + exp(-3))
+        tensor([0.5000, 0.9526])
+        >>> correct
+        tensor([ True, False])
+    """
+    check_predictions(preds, target)
+    blocks = probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index)
+    confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
+    return torch.cat(confidences), torch.cat(correct)
+
+
+def bin_edges(n_bins: int, device: torch.device | None = None) -> Tensor:
+    """float64 ``[n_bins + 1]``: ``k * (1 / n_bins)``, the last edge 1; to the bit what NumPy's ``linspace`` gives."""
+    edges = torch.arange(n_bins + 1, dtype=torch.float64, device=device) * (1 / n_bins)
+    edges[-1] = 1.0
+    return edges
+
+
+def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
+    """The bin ``[lo, hi)`` of each float64 confidence, the last bin closed."""
+    return torch.bucketize(confidences, bin_edges(n_bins, confidences.device)[1:-1], right=True)
+
+
+def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> Bins:
+    """Sums over bins of equal width, from which :func:`~calrobust.functional.binned_error` computes.
+
+    Bins are ``[lo, hi)`` and the last one is closed; edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64, the
+    last set to 1. So 1.0 is in the last bin and 0.0 in the first. netcal has the same bins; torchmetrics puts 1.0 in a
+    bin of its own and compares with float32 edges.
+
+    Args:
+        confidences: shape ``[N]``, floating, in [0, 1]. One that is NaN or outside makes the value NaN.
+        correct: shape ``[N]``, bool.
+        n_bins: number of bins.
+
+    Returns:
+        :class:`~calrobust.functional.Bins` of three float64 tensors ``[n_bins]``: ``counts``, ``confidence_sums``,
+        ``correct_sums``. Sums of two batches add up to the sums of both: ``a + b``.
+
+    Raises:
+        TypeError: ``confidences`` is not floating or ``correct`` is not bool.
+        ValueError: the two differ in shape or device, or ``n_bins`` < 1.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import bin_confidences
+        >>> bins = bin_confidences(torch.tensor([0.25, 0.5, 1.0]), torch.tensor([True, False, True]), n_bins=2)
+        >>> bins.counts, bins.confidence_sums, bins.correct_sums  # 0.5 is in [0.5, 1]
+        (tensor([1., 2.], dtype=torch.float64),
+         tensor([0.2500, 1.5000], dtype=torch.float64),
+         tensor([1., 1.], dtype=torch.float64))
+    """
+    check_confidences(confidences, correct)
+    check_positive_integer(n_bins=n_bins)
+    confidences = _within_range(confidences)
+    return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
+
+
+def equal_mass_bins(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> Bins:
+    """Sums over bins that hold equally many samples, as far as equal confidences, which are never split, allow.
+
+    Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
+    ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples. Arguments, result and
+    errors are those of :func:`~calrobust.functional.bin_confidences`.
+    """
+    check_confidences(confidences, correct)
+    check_positive_integer(n_bins=n_bins)
+    confidences, order = _within_range(confidences).sort()
+    ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
+    index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
+    return _sum_by_bin(index, confidences, correct[order], n_bins)
+
+
+def _within_range(confidences: Tensor) -> Tensor:
+    """In float64, NaN for what is no probability: a finite wrong value would be worse."""
+    confidences = confidences.detach().double()
+    return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
+
+
+def _sum_by_bin(index: Tensor, confidences: Tensor, correct: Tensor, n_bins: int) -> Bins:
+    values = torch.stack((torch.ones_like(confidences), confidences, correct.to(confidences.dtype)))
+    return Bins(*values.new_zeros(3, n_bins).index_add(1, index, values))
+
+
+def binned_error(bins: Bins, norm: Norm = "l1", *, debiased: bool = False) -> Tensor:
+    r"""Distance between accuracy and mean confidence over bins.
+
+    With :math:`n_b` of N samples in bin b, of accuracy :math:`a_b` and mean confidence :math:`c_b`:
+
+    .. math::
+        \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|, \quad
+        \mathrm{RMSCE} = \Bigl(\sum_b \tfrac{n_b}{N} (a_b - c_b)^2\Bigr)^{1/2}, \quad
+        \mathrm{MCE} = \max_b |a_b - c_b|
+
+    for ``norm`` ``"l1"``, ``"l2"`` and ``"max"``. An empty bin weighs nothing.
+
+    Args:
+        bins: sums as :func:`~calrobust.functional.bin_confidences` gives them; the last dimension is over bins.
+        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        debiased: only for ``"l2"``: subtract from each square what the noise of :math:`a_b` adds to it on average,
+            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of a single sample, whose noise is unknown, counts 0. A sum that is
+            negative, as it often is for a well calibrated model, gives 0.
+
+    Returns:
+        A float64 scalar in [0, 1]; NaN without samples.
+
+    Raises:
+        ValueError: ``norm`` is unknown, or ``debiased`` is asked of another norm than ``"l2"``.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import bin_confidences, binned_error
+        >>> confidences, correct = torch.tensor([0.25, 0.25, 0.75, 1.0]), torch.tensor([False, False, True, True])
+        >>> binned_error(bin_confidences(confidences, correct, n_bins=2))  # (2 * 0.25 + 2 * 0.125) / 4
+        tensor(0.1875, dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equations 3 and 5; Kumar et al., 2019, :arxiv:`1909.10155`,
+    section 5 (the debiased estimator).
+    """
+    check_norm(norm, debiased=debiased)
+    counts, confidence_sums, correct_sums = bins
+    total = counts.sum(-1)
+    filled = counts.where(counts > 0, 1)
+    gaps = (confidence_sums - correct_sums).abs()
+    if norm == "l1":
+        return gaps.sum(-1) / total
+    if norm == "max":
+        return (gaps / filled).amax(-1).where(total > 0, torch.nan)
+    squares = gaps.square() / filled
+    if debiased:
+        accuracies = correct_sums / filled
+        noise = counts * accuracies * (1 - accuracies) / (counts - 1)
+        squares = torch.where(counts > 1, squares - noise, 0 * squares)
+    return (squares.sum(-1) / total).clamp(min=0).sqrt()
+
+
+def check_norm(norm: Norm, *, debiased: bool = False) -> None:
+    """Raises for a norm that :func:`binned_error` would not take."""
+    check_choice(NORMS, norm=norm)
+    if debiased and norm != "l2":
+        raise ValueError(f"debiased must be False unless norm is 'l2', whose bias is known, got norm={norm!r}")
+
+
+def calibration_error(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    norm: Norm = "l1",
+    debiased: bool = False,
+    from_logits: bool = True,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Expected calibration error of the top label (ECE), or its root-mean-square or maximum form.
+
+    .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
+
+    over bins of equal width; :func:`~calrobust.functional.bin_confidences` says where a confidence on an edge goes. The
+    noise of the accuracies biases the value upwards: a perfectly calibrated model has up to
+    :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on average. :func:`~calrobust.functional.bootstrap_interval` shows how much
+    of a value may be noise.
+
+    Args:
+        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
+        target: shape ``[N]``, int64 labels in [0, C).
+        n_bins: number of bins.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
+        debiased: only for ``"l2"``, see :func:`~calrobust.functional.binned_error`.
+        from_logits: whether ``preds`` are logits; never guessed.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
+
+    Raises:
+        TypeError: ``preds`` is not floating or ``target`` is not int64.
+        ValueError: shapes or devices do not fit, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import calibration_error
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.75, 0.25], [0.75, 0.25]])
+        >>> calibration_error(probs, torch.tensor([0, 0, 1, 1]), from_logits=False)  # right half of the time
+        tensor(0.2500, dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
+    """
+    check_norm(norm, debiased=debiased)
+    confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
+    return binned_error(bin_confidences(confidences, correct, n_bins), norm, debiased=debiased)
+
+
+def adaptive_calibration_error(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    norm: Norm = "l1",
+    from_logits: bool = True,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Calibration error of the top label over bins that hold equally many samples.
+
+    .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
+
+    Samples of equal confidence are never split: they share the bin in which the middle one of them ranks. So the value
+    does not depend on the order of the samples, and many ties make for fewer, unequal bins. (Peers split ties by their
+    order, or raise.)
+
+    Args:
+        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
+        target: shape ``[N]``, int64 labels in [0, C).
+        n_bins: number of bins.
+        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        from_logits: whether ``preds`` are logits; never guessed.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
+
+    Raises:
+        TypeError: ``preds`` is not floating or ``target`` is not int64.
+        ValueError: shapes or devices do not fit, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import adaptive_calibration_error
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [1.0, 0.0], [1.0, 0.0]])
+        >>> target = torch.tensor([0, 1, 0, 0])  # bins {0.75, 0.75} and {1, 1}: (2 * 0.25 + 0) / 4
+        >>> adaptive_calibration_error(probs, target, n_bins=2, from_logits=False)
+        tensor(0.1250, dtype=torch.float64)
+
+    Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`, adaptive binning.
+    """
+    check_norm(norm)
+    confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
+    return binned_error(equal_mass_bins(confidences, correct, n_bins), norm)
+
+
+def bin_classes(
+    preds: Tensor, target: Tensor, n_bins: int = 15, *, from_logits: bool = True, ignore_index: int | None = None
+) -> Bins:
+    """Sums ``[C, n_bins]`` over every sample's probability of every class, "correct" where the class is the label.
+
+    Arguments and errors are those of :func:`~calrobust.functional.classwise_calibration_error`.
+    """
+    check_predictions(preds, target)
+    check_positive_integer(n_bins=n_bins)
+    n_classes = preds.shape[1]
+    counts, confidence_sums, correct_sums = preds.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
+    lowest = preds.new_zeros(2, n_classes, dtype=torch.float64)
+    for block in probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index):
+        own = block.probs.gather(1, block.target[:, None])[:, 0].double()
+        index = block.target * n_bins + bin_index(own, n_bins)
+        correct_sums.index_add_(0, index, torch.ones_like(own))
+        # A row has at most 2 * n_bins probabilities this high, so with many classes almost all are known to be in the
+        # first bin without a search. Half a bin's width keeps rounding of the comparison away from the edge.
+        high = block.probs >= 0.5 / n_bins
+        classes = high.nonzero()[:, 1]
+        probs = block.probs[high].double()
+        index = classes * n_bins + bin_index(probs, n_bins)
+        counts.index_add_(0, index, torch.ones_like(probs))
+        confidence_sums.index_add_(0, index, probs)
+        lowest[0] += len(high) - high.sum(0)
+        lowest[1] += block.probs.masked_fill_(high, 0).sum(0, dtype=torch.float64)
+    counts[::n_bins] += lowest[0]
+    confidence_sums[::n_bins] += lowest[1]
+    return Bins(*(sums.view(n_classes, n_bins) for sums in (counts, confidence_sums, correct_sums)))
+
+
+def classwise_error(bins: Bins, norm: Norm = "l1") -> Tensor:
+    """:func:`binned_error` over the bins of all classes at once: each class has the N samples, so all weigh the same."""
+    return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm)
+
+
+def classwise_calibration_error(
+    preds: Tensor,
+    target: Tensor,
+    *,
+    n_bins: int = 15,
+    norm: Norm = "l1",
+    from_logits: bool = True,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Calibration error of the probabilities of all classes, not of the top label only (static calibration error).
+
+    .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
+
+    where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and belong to it
+    with frequency :math:`a_{bc}`. ``"l2"`` is the root of the mean square over samples and classes, ``"max"`` the
+    largest gap of any bin of any class. With many classes most probabilities are near 0, hence so is the value.
+
+    Args:
+        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
+        target: shape ``[N]``, int64 labels in [0, C).
+        n_bins: number of bins of each class.
+        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        from_logits: whether ``preds`` are logits; never guessed.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
+
+    Raises:
+        TypeError: ``preds`` is not floating or ``target`` is not int64.
+        ValueError: shapes or devices do not fit, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import classwise_calibration_error
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25]])  # both classes happen half of the time
+        >>> classwise_calibration_error(probs, torch.tensor([0, 1]), from_logits=False)
+        tensor(0.2500, dtype=torch.float64)
+
+    Reference: Nixon et al., 2019, :arxiv:`1904.01685`, static calibration error.
+    """
+    check_norm(norm)
+    return classwise_error(bin_classes(preds, target, n_bins, from_logits=from_logits, ignore_index=ignore_index), norm)
+
+
+class Interval(NamedTuple):
+    """Two float64 scalars."""
+
+    low: Tensor
+    high: Tensor
+
+
+BOOTSTRAP_BLOCK = 2**18  # draws at a time: their table of counts stays in cache
+
+
+def bootstrap_interval(
+    confidences: Tensor,
+    correct: Tensor,
+    *,
+    n_bins: int = 15,
+    norm: Norm = "l1",
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    generator: torch.Generator | None = None,
+) -> Interval:
+    r"""Bootstrap interval for a calibration error, by reflected percentiles.
+
+    Samples are drawn anew, N out of N with replacement, and :math:`q_\alpha` is the α-quantile of the errors
+    :math:`\hat e^*` of the resamples. With :math:`\hat e` the error of the samples themselves and
+    :math:`\alpha = (1 - \mathrm{level}) / 2`,
+
+    .. math::
+        \Bigl[\max(0,\; 2 \hat e - q_{1 - \alpha}),\; \min\bigl(1,\; \max(\hat e,\; 2 \hat e - q_\alpha)\bigr)\Bigr]
+
+    The noise of each bin's accuracy raises :math:`\hat e`, and resampling raises :math:`\hat e^*` once more. The plain
+    percentiles :math:`[q_\alpha, q_{1-\alpha}]` would carry that bias twice, reflected ones take it off: for samples
+    whose noise outweighs their miscalibration they hold the true value far more often, though at a true value near 0
+    still less often than ``level``. The upper end never falls below :math:`\hat e`, so that the interval can stand next
+    to the value it belongs to. An interval that reaches 0 says that the value may be noise alone: at N = 1,000 a
+    perfectly calibrated model has an ECE of about 0.03 over 15 bins.
+
+    Args:
+        confidences: shape ``[N]``, floating, in [0, 1].
+        correct: shape ``[N]``, bool.
+        n_bins: number of bins of equal width.
+        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        level: nominal share of data sets whose interval holds the true value, in (0, 1).
+        n_resamples: number of resamples.
+        generator: source of the draws, on the device of ``confidences``; None is torch's own.
+
+    Returns:
+        ``Interval(low, high)``, two float64 scalars; NaN without samples.
+
+    Raises:
+        TypeError: ``confidences`` is not floating or ``correct`` is not bool.
+        ValueError: the two differ in shape or device, or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import bootstrap_interval
+        >>> confidences, correct = torch.full((100,), 0.5), torch.ones(100, dtype=torch.bool)
+        >>> low, high = bootstrap_interval(confidences, correct)  # every resample misses by 1 - 0.5
+        >>> low, high
+        (tensor(0.5000, dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
+
+    Reference: Davison and Hinkley, 1997, *Bootstrap Methods and their Application*, equation 5.6 (basic interval).
+    """
+    check_confidences(confidences, correct)
+    check_positive_integer(n_bins=n_bins, n_resamples=n_resamples)
+    check_norm(norm)
+    check_fraction(closed=False, level=level)
+    confidences, n = _within_range(confidences), len(confidences)
+    # Sorted by bin, so that a bin's sum is a difference of two running sums.
+    index, order = bin_index(confidences, n_bins).sort()
+    ends = torch.searchsorted(index, torch.arange(n_bins, device=index.device), right=True)
+    gaps = (confidences - correct.to(confidences.dtype))[order]
+
+    def error(weights: Tensor) -> Tensor:
+        """Of samples that count as often as the rows of ``weights`` say, ``[r, N]``."""
+        running = torch.stack((weights, weights * gaps)).cumsum(-1)
+        running = torch.nn.functional.pad(running, (1, 0))[..., ends]
+        counts, gap_sums = running.diff(dim=-1, prepend=torch.zeros_like(running[..., :1]))
+        return binned_error(Bins(counts, gap_sums, torch.zeros_like(gap_sums)), norm)
+
+    value = error(confidences.new_ones(1, n))[0]
+    if n == 0:
+        return Interval(value, value.clone())
+    errors = []
+    step = max(1, BOOTSTRAP_BLOCK // n)
+    for start in range(0, n_resamples, step):
+        rows = min(step, n_resamples - start)
+        draws = torch.randint(n, (rows, n), generator=generator, device=confidences.device)
+        draws += n * torch.arange(rows, device=draws.device)[:, None]
+        errors.append(error(torch.bincount(draws.flatten(), minlength=rows * n).view(rows, n).double()))
+    tails = value.new_tensor([(1 - level) / 2, (1 + level) / 2])
+    low, high = torch.quantile(torch.cat(errors), tails)
+    return Interval((2 * value - high).clamp(min=0), torch.maximum(value, 2 * value - low).clamp(max=1))

@@ -1,0 +1,131 @@
+"""The house: names, imports and documentation of the package as a whole."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import calrobust
+from calrobust import functional, losses, metrics, plotting, schedules
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "calrobust"
+PUBLIC = [calrobust, functional, losses, metrics, plotting, schedules]
+
+
+def dotted(path: Path) -> str:
+    """The module's name inside the package: ``functional.calibration``, and ``""`` for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """The modules a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
+def test_public_names_are_sorted_and_exist(module: ModuleType) -> None:
+    """__all__ is in order, without repeats, and every name in it is there."""
+    assert list(module.__all__) == sorted(set(module.__all__))
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(m, n) for m in PUBLIC for n in m.__all__ if not isinstance(getattr(m, n), ModuleType)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_every_public_name_is_documented_with_an_example_and_has_a_page(module: ModuleType, name: str) -> None:
+    """A docstring whose example runs in the doctests, and an entry in the API index."""
+    documented = getattr(module, name)
+    if name != "PairLoss":  # the abstract base has nothing to run; its subclasses do
+        assert ">>>" in (documented.__doc__ or ""), f"{module.__name__}.{name} has no example"
+    index = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8").split()
+    path = f"{module.__name__}.{name}".removeprefix("calrobust.")
+    assert path in index or name in index, f"{path} is missing in docs/api.rst"
+
+
+ALLOWED = {  # who may import whom, from the ground floor up
+    "_checks": set(),
+    "kernels": {"_checks", "kernels"},
+    "functional": {"_checks", "kernels", "functional"},
+    "losses": {"_checks", "kernels", "functional"},
+    "metrics": {"_checks", "functional", "plotting"},
+    "teacher": {"_checks"},
+    "schedules": {"_checks"},
+    "temperature": {"_checks", "functional"},
+    "weights": {"_checks"},
+    "evaluation": {"_checks"},
+    "report": {"_checks", "functional", "temperature"},
+    "plotting": {"_checks", "functional", "report"},
+}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=dotted)
+def test_import_arrows_go_up_only(path: Path) -> None:
+    """Kernels know nobody, functions know kernels, shells know functions, and only the roof knows all."""
+    floor = dotted(path).split(".")[0]
+    if not floor:
+        return
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("calrobust.")}
+    assert ours <= ALLOWED[floor], f"{floor} must not import {ours - ALLOWED[floor]}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=dotted)
+def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
+    """torchmetrics in metrics.py alone; plots, tables and progress bars inside the functions that need them."""
+    top = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+    allowed = {"torch", "calrobust", *sys.stdlib_module_names}
+    assert top <= allowed | ({"torchmetrics"} if dotted(path) == "metrics" else set())
+
+
+def test_importing_the_package_loads_torch_and_nothing_else() -> None:
+    """torchmetrics comes with calrobust.metrics on first use; nothing is printed."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import calrobust;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(new & {'torchmetrics', 'matplotlib', 'pandas', 'tqdm', 'sklearn', 'open_clip', 'netcal'}));"
+        "calrobust.metrics.CalibrationError; print('torchmetrics' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n") == ["[]", "True", ""]
+    assert result.stderr == ""
+
+
+def test_lazy_modules_are_listed_and_unknown_names_are_errors() -> None:
+    """dir() shows what attribute access gives."""
+    assert {"metrics", "plotting"} <= set(dir(calrobust))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        importlib.import_module("calrobust").nothing  # noqa: B018  (the access is the test)
+
+
+def test_the_readme_shows_the_quickstart() -> None:
+    """The code in the README is the file that runs."""
+    code = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    assert code.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 60
+
+
+def test_the_quickstart_learns_and_scaling_helps() -> None:
+    """As a user runs it: a table of two lines, accuracy far above chance, and a smaller NLL after scaling."""
+    script = ROOT / "examples" / "quickstart.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    rows = [line.split() for line in result.stdout.splitlines()]
+    accuracy, nll = ([float(row[row.index(name) + 1]) for row in rows] for name in ("accuracy", "NLL"))
+    assert len(rows) == 2
+    assert accuracy[0] == accuracy[1] > 0.5
+    assert nll[1] < nll[0]

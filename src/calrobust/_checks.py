@@ -175,15 +175,16 @@ def check_nonnegative_integer(**numbers: Any) -> None:
             raise ValueError(f"{name} must be >= 0, got {value!r}")
 
 
-def check_predictions(preds: Any, target: Any) -> None:
-    """Raises unless ``preds`` is a floating ``[N, C]`` tensor, C ≥ 1, and ``target`` an int64 label for each row."""
-    check_floating(preds=preds)
-    if preds.ndim != 2 or preds.shape[1] == 0:
-        raise ValueError(
-            f"preds must have shape [N, C], one row a sample and one column a class, got {list(preds.shape)}; "
-            "move other dimensions into the rows"
-        )
-    check_labels(len(preds), preds.device, target=target)
+def check_predictions(target: Any, **preds: Any) -> None:
+    """Raises unless the argument is a floating ``[N, C]`` tensor, C ≥ 1, and ``target`` has an int64 label a row."""
+    check_floating(**preds)
+    for name, value in preds.items():
+        if value.ndim != 2 or value.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape [N, C], one row a sample and one column a class, got {list(value.shape)}; "
+                "move other dimensions into the rows"
+            )
+        check_labels(len(value), value.device, target=target)
 
 
 def check_confidences(confidences: Any, correct: Any) -> None:
@@ -211,23 +212,24 @@ def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None 
         outside &= target != ignore_index
     if outside.any():
         first = int(target[outside][0])
-        hint = "" if ignore_index == first else f"; to leave these samples out set ignore_index={first}"
-        raise ValueError(f"target must be in [0, {n_classes}), the columns of preds, got {first}{hint}")
+        hint = f"; drop these samples, or leave them out of a metric with ignore_index={first}"
+        raise ValueError(f"target must be in [0, {n_classes}), one of the C classes, got {first}{hint}")
 
 
-def check_not_nan(preds: Tensor, target: Tensor) -> None:
+def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
     """Raises ``ValueError`` for a row that has no softmax, naming the value at fault. Reads values."""
-    for wrong, name in (
-        (preds.isnan().any(1), "NaN"),
-        (preds.isposinf().any(1), "+inf"),
-        (preds.isneginf().all(1), "-inf in every class"),
-    ):
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"preds must be finite, or -inf in masked classes, got {name} in row {row}, whose label is "
-                f"{int(target[row])}; drop such rows, or find where the model overflows"
-            )
+    for name, value in preds.items():
+        for wrong, fault in (
+            (value.isnan().any(1), "NaN"),
+            (value.isposinf().any(1), "+inf"),
+            (value.isneginf().all(1), "-inf in every class"),
+        ):
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"{name} must be finite, or -inf in masked classes, got {fault} in row {row}, whose label is "
+                    f"{int(target[row])}; drop such rows, or find where the model overflows"
+                )
 
 
 def _are_probabilities(preds: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def top_label(
         >>> correct
         tensor([ True, False])
     """
-    check_predictions(preds, target)
+    check_predictions(target, preds=preds)
     blocks = probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
     return torch.cat(confidences), torch.cat(correct)
@@ -304,7 +304,7 @@ def bin_classes(
 
     Arguments and errors are those of :func:`~calrobust.functional.classwise_calibration_error`.
     """
-    check_predictions(preds, target)
+    check_predictions(target, preds=preds)
     check_positive_integer(n_bins=n_bins)
     n_classes = preds.shape[1]
     counts, confidence_sums, correct_sums = preds.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
@@ -329,7 +329,7 @@ def bin_classes(
 
 
 def classwise_error(bins: Bins, norm: Norm = "l1") -> Tensor:
-    """:func:`binned_error` over the bins of all classes at once: each class has the N samples, so all weigh the same."""
+    """:func:`binned_error` over the bins of all classes at once: each has N samples, so all classes weigh the same."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm)
 
 

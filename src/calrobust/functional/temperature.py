@@ -1,0 +1,187 @@
+r"""The temperature of least negative log-likelihood, by Newton's method.
+
+With :math:`\beta = 1 / T` and :math:`d_{ic} = z_{ic} - \max_k z_{ik}`, the negative log-likelihood is convex in β and
+
+.. math::
+    \beta \frac{\partial}{\partial \beta} = \sum_i \bigl(E_p[\beta d_i] - \beta d_{i y_i}\bigr), \qquad
+    \beta^2 \frac{\partial^2}{\partial \beta^2} = \sum_i \mathrm{Var}_p[\beta d_i],
+
+expectations under the softmax of :math:`\beta d_i`. Both are free of the logits' scale, and so is the step.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calrobust._checks import check_label_values, check_predictions, check_softmax_exists
+from calrobust.functional._rows import block_rows
+
+SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all rows is already a small one
+SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
+MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
+LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
+FLOOR = -200.0  # a finite stand-in for -inf among scaled logits: exp(-200) is as good as 0
+EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
+
+
+class _Data(NamedTuple):
+    """Logits, with what one pass over them has found."""
+
+    logits: Tensor
+    top: Tensor  # [N] highest logit
+    own: Tensor  # [N] the label's logit - top
+    means: Tensor  # [N] mean of logit - top over classes that are not masked
+    masked: bool  # whether there is any -inf
+
+    def rows(self, step: int) -> _Data:
+        """Every ``step``-th row."""
+        return _Data(self.logits[::step], self.top[::step], self.own[::step], self.means[::step], self.masked)
+
+
+def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
+    r"""The temperature T > 0 that minimises the negative log-likelihood of ``logits / T``.
+
+    .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
+
+    The sum is convex in 1/T. A safeguarded Newton iteration finds its minimum in three or four passes over the logits;
+    there is no learning rate and no number of iterations to choose. Scaling the logits scales T, shifting a row changes
+    nothing.
+
+    Some data have no such minimum. They give a :class:`UserWarning` that names the cause and, with the spread
+    s = the mean distance of a logit from the highest of its row,
+
+    - separable (every label has the highest logit; the likelihood grows as T → 0): ``min(1, s / 100)``
+    - anti-correlated (the labels' logits lie below average; it grows as T → ∞): ``max(1, 100 * s)``
+    - constant logits or a single class, so that T changes nothing: 1
+
+    so T is never worse than 1. A single sample, or labels of one class only, are fitted all the same, with a warning:
+    such a T says little about other data.
+
+    Args:
+        logits: shape ``[N, C]``, floating, N ≥ 1; ``-inf`` masks a class. No gradient flows through the fit.
+        target: shape ``[N]``, int64 labels in [0, C).
+
+    Returns:
+        T, a float64 scalar on the logits' device, exact to about 1e-7 relative (arithmetic is float32 for float32 and
+        half-precision logits, float64 for float64; sums are float64).
+
+    Raises:
+        TypeError: ``logits`` is not floating or ``target`` is not int64.
+        ValueError: shapes or devices do not fit, there are no samples, a logit is NaN or +inf, a label is outside
+            [0, C) or on a masked class.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import fit_temperature
+        >>> logits = torch.tensor([[8.0, 0.0]]).expand(4, 2)
+        >>> target = torch.tensor([0, 0, 0, 1])
+        >>> fit_temperature(logits, target)  # the odds are 3 to 1: exp(8 / T) = 3
+        tensor(7.2819, dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2 (temperature scaling).
+    """
+    check_predictions(target, logits=logits)
+    if len(logits) == 0:
+        raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
+    check_label_values(target, logits.shape[1])
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        data = _scan(logits, target)
+        temperature, causes = _solve(data)
+        if len(target) == 1:
+            causes.append("there is a single sample")
+        elif (target == target[0]).all():
+            causes.append(f"all labels are of class {int(target[0])}")
+    if causes:
+        warnings.warn(
+            f"the data do not determine a temperature: {'; '.join(causes)}; T = {temperature:.6g}", stacklevel=2
+        )
+    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+
+
+def _scan(logits: Tensor, target: Tensor) -> _Data:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    tops, owns, means, masked = [], [], [], False
+    step = block_rows(logits, dtype)
+    for scores, labels in zip(logits.split(step), target.split(step), strict=True):
+        scores = scores.to(dtype)
+        top = scores.amax(1)
+        differences = scores - top[:, None]
+        mean = differences.mean(1)
+        if not mean.isfinite().all():
+            check_softmax_exists(labels, logits=scores)
+            masked = True
+            hidden = differences.isneginf()
+            mean = differences.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)
+        tops.append(top)
+        owns.append(differences.gather(1, labels[:, None])[:, 0])
+        means.append(mean)
+    data = _Data(logits, torch.cat(tops), torch.cat(owns), torch.cat(means), masked)
+    if masked and data.own.isneginf().any():
+        row = int(data.own.isneginf().nonzero()[0])
+        raise ValueError(
+            f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
+            "unmask the class or drop the sample"
+        )
+    return data
+
+
+def _solve(data: _Data) -> tuple[float, list[str]]:
+    """T, and why the data do not determine it."""
+    spread = -float(data.means.mean(dtype=torch.float64))
+    if spread == 0:
+        return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
+    if (data.own == 0).all():
+        return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
+    # The gradient at 1/T = 0, where every class is as probable: if it does not fall there, it never does.
+    if float((data.means - data.own).sum(dtype=torch.float64)) >= 0:
+        return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
+    beta = 1 / spread
+    step = len(data.logits) // SUBSET_ROWS
+    if step >= 4:
+        beta = _newton(data.rows(step), beta, max_steps=8)
+        beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
+    return 1 / _newton(data, beta, max_steps=MAX_STEPS), []
+
+
+def _newton(data: _Data, beta: float, *, max_steps: int) -> float:
+    low, high = 0.0, math.inf  # the gradient is negative at low and positive at high
+    for _ in range(max_steps):
+        gradient, curvature = _derivatives(data, beta)
+        if gradient == 0:
+            break
+        low, high = (beta, high) if gradient < 0 else (low, beta)
+        ratio = 1 - gradient / curvature if curvature > 0 else LARGEST_RATIO if gradient < 0 else 0.0
+        new = beta * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+        if not low < new < high:
+            new = math.sqrt(low * high)
+        converged = abs(new / beta - 1) <= SMALL_STEP
+        beta = new
+        if converged:
+            break
+    return beta
+
+
+def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
+    """First and second derivative of the negative log-likelihood, times β and β²."""
+    dtype = data.top.dtype
+    step = min(block_rows(data.logits, dtype), len(data.logits))
+    scaled_buffer, probs_buffer = data.logits.new_empty(2, step, data.logits.shape[1], dtype=dtype)
+    sums = data.logits.new_zeros(2, dtype=torch.float64)
+    for start in range(0, len(data.logits), step):
+        rows = slice(start, start + step)
+        scores = data.logits[rows].to(dtype)
+        scaled = torch.sub(scores, data.top[rows, None], out=scaled_buffer[: len(scores)]).mul_(beta)
+        if data.masked:
+            scaled.clamp_(min=FLOOR)
+        weighted = torch.softmax(scaled, 1, out=probs_buffer[: len(scores)])
+        mean = weighted.mul_(scaled).sum(1)
+        square = weighted.mul_(scaled).sum(1)
+        sums[0] += (mean - beta * data.own[rows]).sum(dtype=torch.float64)
+        sums[1] += (square - mean.square()).sum(dtype=torch.float64)
+    gradient, curvature = sums.tolist()
+    return gradient, curvature

@@ -1,0 +1,112 @@
+"""Temperature scaling as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calrobust._checks import check_floating
+from calrobust.functional.temperature import fit_temperature
+
+
+class TemperatureScaler(nn.Module):
+    r"""Divides logits by a temperature that was fitted on held-out data.
+
+    .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
+
+    Division keeps the order of the classes, hence the accuracy, and changes the confidences. T is a buffer, not a
+    parameter: :func:`~calrobust.functional.fit_temperature` fits it exactly and no optimizer sees it. It stays float64
+    whatever dtype the module is cast to. Fit on data that are not part of what you report.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import TemperatureScaler
+        >>> val_logits, val_target = torch.tensor([[8.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
+        >>> scaler = TemperatureScaler().fit(val_logits, val_target)
+        >>> scaler(torch.tensor([[8.0, 0.0]])).softmax(1)  # three of four were of class 0
+        tensor([[0.7500, 0.2500]])
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2.
+    """
+
+    temperature: Tensor
+    """T, a float64 scalar; 1 before :meth:`fit`."""
+
+    is_fitted: bool
+    """Whether :meth:`fit` has run, or the state of a fitted scaler was loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+        self.is_fitted = False  # no buffer: forward asks for it, and reading a tensor would wait for the device
+
+    def fit(self, logits: Tensor, target: Tensor) -> TemperatureScaler:
+        """Finds the temperature of least negative log-likelihood.
+
+        Takes logits, never a model: collect them in eval mode, :func:`~calrobust.collect_logits` does.
+
+        Args:
+            logits: shape ``[N, C]``, floating, N ≥ 1; ``-inf`` masks a class.
+            target: shape ``[N]``, int64 labels in [0, C).
+
+        Returns:
+            The scaler itself.
+
+        Raises:
+            TypeError: ``logits`` is not floating or ``target`` is not int64.
+            ValueError: as :func:`~calrobust.functional.fit_temperature`, which also says which data give a warning.
+        """
+        self.temperature = fit_temperature(logits, target).to(self.temperature.device)
+        self.is_fitted = True
+        return self
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Divides logits of any shape by T; keeps their dtype and is differentiable in them.
+
+        Raises:
+            RuntimeError: the scaler is not fitted.
+            TypeError: ``logits`` is not floating.
+        """
+        if not self.is_fitted:
+            raise RuntimeError(
+                "TemperatureScaler is not fitted; call fit(val_logits, val_target) or load a fitted state"
+            )
+        check_floating(logits=logits)
+        return logits / self.temperature
+
+    def extra_repr(self) -> str:  # noqa: D102 -- nn.Module's own
+        return f"temperature={self.temperature.item():.6g}" if self.is_fitted else "not fitted"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperatureScaler:
+        # .half() and .to(dtype) are for weights: T only changes device.
+        temperature = self.temperature
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self.temperature.dtype != temperature.dtype:
+            self.temperature = temperature.to(self.temperature.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "is_fitted"] = torch.tensor(self.is_fitted)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        is_fitted = state_dict.pop(prefix + "is_fitted", None)  # nn.Module has no such buffer and would refuse the key
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if is_fitted is not None:
+            self.is_fitted = bool(is_fitted)
+        elif strict:
+            missing_keys.append(prefix + "is_fitted")

@@ -77,7 +77,8 @@ class TemperatureScaler(nn.Module):
         check_floating(logits=logits)
         return logits / self.temperature
 
-    def extra_repr(self) -> str:  # noqa: D102 -- nn.Module's own
+    def extra_repr(self) -> str:
+        """T, or that there is none yet."""
         return f"temperature={self.temperature.item():.6g}" if self.is_fitted else "not fitted"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperatureScaler:

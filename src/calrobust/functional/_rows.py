@@ -34,7 +34,7 @@ def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
 def probability_blocks(
     preds: Tensor, target: Tensor, *, from_logits: bool, ignore_index: int | None
 ) -> Iterator[Block]:
-    """Yields the rows block by block, without those whose label is ``ignore_index``; at least one block, maybe empty."""
+    """Yields rows in blocks, without those labelled ``ignore_index``: at least one block, maybe an empty one."""
     preds = preds.detach()
     dtype = torch.promote_types(preds.dtype, torch.float32)
     step = block_rows(preds, dtype)

@@ -66,40 +66,38 @@ def pair_statistics(
     check_choice(IMPLS, impl=impl)
     check_nonnegative_integer(memory_budget=memory_budget)
     with torch.autocast(image_features.device.type, enabled=False):
-        dtype = _compute_dtype(image_features, teacher)
-        x = _scaled(image_features, logit_scale, temperature, dtype)
-        y = text_features.to(dtype)
-        matrices = [x, y]
+        dtype = torch.promote_types(image_features.dtype, torch.float32)
         if teacher is not None:
-            teacher_image, teacher_text, teacher_scale = teacher
-            matrices += [
-                _scaled(teacher_image, teacher_scale, temperature, dtype).detach(),
-                teacher_text.to(dtype).detach(),
-            ]
-        if impl == "dense":
-            softmaxes = dense.softmax_statistics(*matrices)
-        else:
-            softmaxes = tiled.softmax_statistics(*matrices, memory_budget=memory_budget if impl == "auto" else 0)
+            dtype = torch.promote_types(dtype, teacher[0].dtype)
+        x, y, scale = _factors(image_features, text_features, logit_scale, temperature, dtype)
+        # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
         if labels is None:
-            row_positive = column_positive = torch.linalg.vecdot(x, y)
+            row_positive = column_positive = scale * torch.linalg.vecdot(x, y)
         else:
-            row_positive = torch.linalg.vecdot(x, _class_means(y, labels))
-            column_positive = torch.linalg.vecdot(_class_means(x, labels), y)
+            row_positive = scale * torch.linalg.vecdot(x, _class_means(y, labels))
+            column_positive = scale * torch.linalg.vecdot(_class_means(x, labels), y)
+        row_mean, column_mean = scale * (x @ y.mean(0)), scale * (y @ x.mean(0))
+        frozen = None
+        if teacher is not None:
+            tx, ty, teacher_scale = _factors(*teacher, temperature, dtype)
+            frozen = tx.detach(), ty.detach(), teacher_scale.detach()
+        if impl == "dense":
+            softmaxes = dense.softmax_statistics((x, y, scale), frozen)
+        else:
+            budget = memory_budget if impl == "auto" else 0
+            softmaxes = tiled.softmax_statistics((x, y, scale), frozen, memory_budget=budget)
         return PairStatistics(
-            Direction(softmaxes.row_lse, row_positive, x @ y.mean(0), softmaxes.row_divergence),
-            Direction(softmaxes.column_lse, column_positive, y @ x.mean(0), softmaxes.column_divergence),
+            Direction(softmaxes.row_lse, row_positive, row_mean, softmaxes.row_divergence),
+            Direction(softmaxes.column_lse, column_positive, column_mean, softmaxes.column_divergence),
         )
 
 
-def _compute_dtype(features: Tensor, teacher: Teacher | None) -> torch.dtype:
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return dtype if teacher is None else torch.promote_types(dtype, teacher[0].dtype)
-
-
-def _scaled(features: Tensor, logit_scale: Tensor | float, temperature: float, dtype: torch.dtype) -> Tensor:
-    if isinstance(logit_scale, Tensor):
-        logit_scale = logit_scale.reshape(()).to(features.device, dtype)
-    return features.to(dtype) * (logit_scale / temperature)
+def _factors(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, temperature: float, dtype: torch.dtype
+) -> dense.Factors:
+    x, y = image_features.to(dtype), text_features.to(dtype)
+    scale = logit_scale.reshape(()).to(x) if isinstance(logit_scale, Tensor) else x.new_full((), logit_scale)
+    return x, y, scale / temperature
 
 
 def _class_means(features: Tensor, labels: Tensor) -> Tensor:

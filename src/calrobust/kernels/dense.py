@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Factors = tuple[Tensor, Tensor, Tensor]  # x [N, D], y [M, D], scale []
+
 
 class SoftmaxStatistics(NamedTuple):
-    """What is not linear in ``S = x yᵀ``; the divergences are empty without a teacher."""
+    """What is not linear in ``S = scale · x yᵀ``; the divergences are empty without a teacher."""
 
     row_lse: Tensor
     column_lse: Tensor
@@ -16,15 +18,17 @@ class SoftmaxStatistics(NamedTuple):
     column_divergence: Tensor
 
 
-def softmax_statistics(
-    x: Tensor, y: Tensor, teacher_x: Tensor | None = None, teacher_y: Tensor | None = None
-) -> SoftmaxStatistics:
-    """Logsumexp of the rows and columns of ``x yᵀ`` and the Kullback-Leibler divergence from a teacher's softmaxes."""
-    s = x @ y.T
-    if teacher_x is None or teacher_y is None:
-        return SoftmaxStatistics(s.logsumexp(1), s.logsumexp(0), x.new_empty(0), x.new_empty(0))
-    t = teacher_x @ teacher_y.T
+def softmax_statistics(student: Factors, teacher: Factors | None = None) -> SoftmaxStatistics:
+    """Logsumexp of the rows and columns of S and the Kullback-Leibler divergence from a teacher's softmaxes."""
+    s = _logits(*student)
+    if teacher is None:
+        return SoftmaxStatistics(s.logsumexp(1), s.logsumexp(0), s.new_empty(0), s.new_empty(0))
+    t = _logits(*teacher)
     return SoftmaxStatistics(s.logsumexp(1), s.logsumexp(0), _divergence(t, s, 1), _divergence(t, s, 0))
+
+
+def _logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return scale * x @ y.T
 
 
 def _divergence(t: Tensor, s: Tensor, dim: int) -> Tensor:

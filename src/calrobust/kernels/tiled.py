@@ -1,4 +1,4 @@
-r"""The softmax statistics of ``S = x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact in value and gradient.
+r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact with gradient.
 
 Only one tile of rows exists at a time. A matrix product of a tile costs R·M·D multiply-adds; over all tiles that is one
 *GEMM unit*. Forward: 1 unit for S, 1 for T. Backward: both again (none when the exponentials were kept), 1 for the
@@ -23,38 +23,38 @@ where, from one exponential ``e_ij = exp(s_ij − u_i)`` again, ``p_ij = e_ij ex
 """
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from calrobust.kernels.dense import SoftmaxStatistics
+from calrobust.kernels.dense import Factors, SoftmaxStatistics
 
 TILE_BYTES = 8 * 2**20  # small enough for the last cache, wide enough for the matrix product
 
 
 def softmax_statistics(
-    x: Tensor, y: Tensor, teacher_x: Tensor | None = None, teacher_y: Tensor | None = None, *, memory_budget: int = 0
+    student: Factors, teacher: Factors | None = None, *, memory_budget: int = 0
 ) -> SoftmaxStatistics:
     """As `dense.softmax_statistics`; keeps the exponentials for backward if they fit into ``memory_budget`` bytes."""
-    teacher = [] if teacher_x is None or teacher_y is None else [teacher_x, teacher_y]
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    kept_bytes = (2 if teacher else 1) * len(x) * len(y) * x.element_size()
-    outputs = _forward([x, y, *teacher], TILE_BYTES, differentiated and kept_bytes <= memory_budget)
-    return SoftmaxStatistics(*outputs[:4])
+    x, y, _ = student
+    differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
+    kept_bytes = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size()
+    factors = [*student, *(teacher or ())]
+    return SoftmaxStatistics(*_forward(factors, TILE_BYTES, differentiated and kept_bytes <= memory_budget)[:4])
 
 
 class _Matrix:
-    """One matrix ``x yᵀ``, a tile of rows at a time, and what its row and column softmaxes need."""
+    """One matrix ``scale · x yᵀ``, a tile of rows at a time, and what its row and column softmaxes need."""
 
-    def __init__(self, x: Tensor, y: Tensor, statistics: list[Tensor]) -> None:
-        self.x, self.y = x, y
+    def __init__(self, factors: list[Tensor], statistics: list[Tensor]) -> None:
+        self.x, self.y, self.scale = factors
         # u [N]; row lse [N]; column lse [M]; the exponentials [N, M] where they are kept, else [0, M]
         self.shift, self.row_lse, self.column_lse, self.kept = statistics
 
-    def logits(self, tile: slice, out: Tensor) -> Tensor:
+    def logits(self, tile: slice, out: Tensor | None = None) -> Tensor:
         """Over all tiles, one GEMM unit."""
-        return torch.mm(self.x[tile], self.y.T, out=out)
+        return torch.mm(self.scale * self.x[tile], self.y.T, out=out)
 
     def exponentials(self, logits: Tensor, tile: slice, out: Tensor) -> tuple[Tensor, Tensor]:
         """``e_ij = exp(s_ij − u_i)`` and its row sums; sets u and the row lse of the tile."""
@@ -91,18 +91,11 @@ class _Matrix:
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+def _forward(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
     """Both lse and both divergences, then what backward needs of the student and of the teacher, if there is one."""
-    x, y = matrices[:2]
+    x, y, _ = factors[:3]
     (n, m), tiles = (len(x), len(y)), _tiles(x, y, tile_bytes)
-    student, *teachers = (
-        _Matrix(
-            a,
-            b,
-            [x.new_empty(n), x.new_empty(n), x.new_full((m,), -torch.inf).double(), x.new_empty(n if keep else 0, m)],
-        )
-        for a, b in zip(matrices[::2], matrices[1::2], strict=True)
-    )
+    student, *teachers = (_Matrix(factors[k : k + 3], _no_statistics(x, m, keep)) for k in range(0, len(factors), 3))
     row_gap = x.new_zeros(n if teachers else 0)
     column_gap = student.column_lse.new_zeros(m if teachers else 0)  # Σ p̃ (t − s), Σ q̃ (t − s)
     buffers = x.new_empty(3 if teachers else 1, tiles[0].stop, m)
@@ -115,7 +108,7 @@ def _forward(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor
         if _representable(sums.min().log()):
             student.merge_columns(sums.double().log() + top)
         else:
-            student.merge_columns((x[tile] @ y.T).logsumexp(0).double())
+            student.merge_columns(student.logits(tile).logsumexp(0).double())
         for teacher in teachers:
             t = teacher.logits(tile, out=spare[1])
             gap = torch.sub(t, s, out=s)
@@ -127,9 +120,9 @@ def _forward(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor
             if _representable(sums.min().log()):
                 mean, (old, new) = (weights @ gap) / sums, teacher.merge_columns(sums.double().log() + top)
             else:
-                t = teacher.x[tile] @ teacher.y.T
+                t = teacher.logits(tile)
                 part = t.logsumexp(0)
-                mean = ((t - part).exp() * (t - x[tile] @ y.T)).sum(0)
+                mean = ((t - part).exp() * (t - student.logits(tile))).sum(0)
                 old, new = teacher.merge_columns(part.double())
             column_gap = old * column_gap + new * mean
     for teacher in teachers:
@@ -144,68 +137,82 @@ def _forward(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
 def _backward(
-    gradients: list[Tensor], matrices: list[Tensor], statistics: list[Tensor], tile_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and y from a, b, c, d, the upstream gradients of the four statistics."""
+    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, y and scale from a, b, c, d, the upstream gradients of the four statistics."""
     a, b, c, d = gradients
-    x, y = matrices[:2]
+    x, y, scale = factors[:3]
     student, *teachers = (
-        _Matrix(left, right, statistics[4 * k : 4 * k + 4])
-        for k, (left, right) in enumerate(zip(matrices[::2], matrices[1::2], strict=True))
+        _Matrix(factors[3 * k : 3 * k + 3], statistics[4 * k : 4 * k + 4]) for k in range(len(factors) // 3)
     )
-    tiles = _tiles(x, y, tile_bytes)
     rows, columns = (a + c, b + d) if teachers else (a, b)
+    tiles = _tiles(x, y, tile_bytes)
     buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, len(y))
-    x_gradient, y_gradient = torch.empty_like(x), torch.zeros_like(y)
+    x_gradient, y_gradient, scale_gradient = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
     for tile in tiles:
         e, s, *spare = buffers[:, : tile.stop - tile.start]
         student.weighted_softmaxes(tile, rows, columns, e, out=s)
         for teacher in teachers:
             s -= teacher.weighted_softmaxes(tile, c, d, e, out=spare[0])
-        torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
-        y_gradient.addmm_(s.T, x[tile])  # and one more
-    return x_gradient, y_gradient
+        product = torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
+        scale_gradient += torch.linalg.vecdot(product, x[tile]).sum()
+        product *= scale
+        y_gradient.addmm_(s.T, scale * x[tile])  # and one more
+    return x_gradient, y_gradient, scale_gradient
 
 
 @_forward.register_fake
-def _(matrices: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
-    x, y = matrices[:2]
+def _(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+    x, y, _ = factors[:3]
     rows, columns, none = x.new_empty(len(x)), x.new_empty(len(y)), x.new_empty(0)
-    divergences = [none, none] if len(matrices) == 2 else [rows, columns]
-    statistics = [rows, rows, columns, x.new_empty(len(x) if keep else 0, len(y))] * (len(matrices) // 2)
+    divergences = [none, none] if len(factors) == 3 else [rows, columns]
+    statistics = [rows, rows, columns, x.new_empty(len(x) if keep else 0, len(y))] * (len(factors) // 3)
     return [torch.empty_like(t) for t in (rows, columns, *divergences, *statistics)]
 
 
 @_backward.register_fake
 def _(
-    gradients: list[Tensor], matrices: list[Tensor], statistics: list[Tensor], tile_bytes: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(matrices[0]), torch.empty_like(matrices[1])
+    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, scale = factors[:3]
+    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
 
 
 def _save(ctx: Any, inputs: tuple[list[Tensor], int, bool], output: list[Tensor]) -> None:
-    matrices, ctx.tile_bytes, _ = inputs
-    ctx.count = len(matrices)
+    factors, ctx.tile_bytes, _ = inputs
+    ctx.count = len(factors)
     ctx.set_materialize_grads(False)  # the kept exponentials are an output too, and have no gradient
-    ctx.save_for_backward(*matrices, *output)
+    ctx.save_for_backward(*factors, *output)
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
-    matrices, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    factors, outputs = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
     upstream = [
         torch.zeros_like(output) if gradient is None else gradient.contiguous()
         for gradient, output in zip(gradients[:4], outputs[:4], strict=True)
     ]
-    x_gradient, y_gradient = _backward(upstream, list(matrices), list(outputs[4:]), ctx.tile_bytes)
-    return [x_gradient, y_gradient, *[None] * (ctx.count - 2)], None, None
+    student = _backward(upstream, factors, outputs[4:], ctx.tile_bytes)
+    return [*student, *[None] * (ctx.count - 3)], None, None
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
+    raise RuntimeError('the tiled losses have no second derivative; pass impl="dense"')
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
 
 
 def _tiles(x: Tensor, y: Tensor, tile_bytes: int) -> list[slice]:
     rows = max(1, min(len(x), tile_bytes // (len(y) * y.element_size())))
     return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
+def _no_statistics(x: Tensor, m: int, keep: bool) -> list[Tensor]:
+    """Room for u, row lse, column lse and exponentials; column lse adds up from log 0 in float64."""
+    n = len(x)
+    columns = x.new_full((m,), -torch.inf, dtype=torch.float64)
+    return [x.new_empty(n), x.new_empty(n), columns, x.new_empty(n if keep else 0, m)]
 
 
 def _representable(exponent: Tensor) -> bool:

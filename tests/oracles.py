@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,3 +38,47 @@ def distillation(
 def gradients(value: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Of a scalar, without touching ``.grad``."""
     return list(torch.autograd.grad(value, inputs))
+
+
+def binned_gaps(values: list[float], hits: list[bool], bins: list[int]) -> dict[int, tuple[int, float]]:
+    """Number of samples, and |frequency of hits - mean value|, of each bin that has samples."""
+    gaps = {}
+    for b in set(bins):
+        inside = [i for i, own in enumerate(bins) if own == b]
+        frequency = sum(hits[i] for i in inside) / len(inside)
+        gaps[b] = len(inside), abs(frequency - sum(values[i] for i in inside) / len(inside))
+    return gaps
+
+
+def calibration_error(
+    confidences: Tensor, correct: Tensor, n_bins: int, norm: str = "l1", bins: list[int] | None = None
+) -> float:
+    """Sample by sample: the bin is the last whose lower edge ``k * (1 / n_bins)`` is not above the confidence."""
+    values, hits = confidences.double().tolist(), correct.tolist()
+    if bins is None:
+        bins = [max(k for k in range(n_bins) if k * (1 / n_bins) <= value) for value in values]
+    gaps = binned_gaps(values, hits, bins).values()
+    if norm == "max":
+        return max(gap for _, gap in gaps)
+    power = {"l1": 1, "l2": 2}[norm]
+    mean = sum(n * gap**power for n, gap in gaps) / len(values)
+    return math.pow(mean, 1 / power)
+
+
+def negative_log_likelihood(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Torch's cross-entropy in float64."""
+    return F.cross_entropy(logits.double() / temperature, target)
+
+
+def best_temperature(logits: Tensor, target: Tensor) -> float:
+    """By bisection of the derivative in 1/T, which torch's autograd gives in float64."""
+
+    def derivative(log_beta: float) -> float:
+        beta = torch.tensor(log_beta, dtype=torch.float64).exp().requires_grad_()
+        return float(gradients(F.cross_entropy(logits.double() * beta, target), beta)[0])
+
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if derivative(middle) < 0 else (low, middle)
+    return float(torch.tensor(-(low + high) / 2, dtype=torch.float64).exp())

@@ -58,3 +58,49 @@ def class_labels(n: int, seed: int) -> Tensor:
     """``[n]`` integers of which some repeat, neither sorted nor contiguous."""
     generator = torch.Generator().manual_seed(seed)
     return 7 * torch.randint(-2, 1 + n // 2, (n,), generator=generator)
+
+
+class Predictions(NamedTuple):
+    """What every metric and the temperature take."""
+
+    logits: Tensor
+    target: Tensor
+
+
+def classifier(
+    n: int,
+    n_classes: int,
+    seed: int,
+    *,
+    sharpness: float = 1.0,
+    spread: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+) -> Predictions:
+    """Random logits, and labels drawn from the softmax of ``sharpness`` times them: below 1 they are overconfident."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(n, n_classes, generator=generator, dtype=torch.float64)
+    probs = (sharpness * logits).softmax(1)
+    target = torch.multinomial(probs, 1, generator=generator)[:, 0] if n else torch.empty(0, dtype=torch.int64)
+    return Predictions(logits.to(dtype), target)
+
+
+@st.composite
+def predictions(draw: st.DrawFn, min_samples: int = 1, max_samples: int = 60, min_classes: int = 1) -> Predictions:
+    """Of models from hesitant to saturated, calibrated or not, in float32 or float64."""
+    return classifier(
+        draw(st.integers(min_samples, max_samples)),
+        draw(st.integers(min_classes, 8)),
+        draw(seeds()),
+        sharpness=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        spread=draw(st.sampled_from([0.1, 2.0, 30.0])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+    )
+
+
+@st.composite
+def confidences_and_correct(draw: st.DrawFn, max_samples: int = 60) -> tuple[Tensor, Tensor]:
+    """float64 ``[N]`` in [0, 1], some on common bin edges, some equal; and bool ``[N]``."""
+    on_edges = st.builds(lambda k, n: min(k, n) / n, st.integers(0, 20), st.integers(1, 20))
+    values = draw(st.lists(st.one_of(st.floats(0, 1), on_edges), min_size=1, max_size=max_samples))
+    correct = draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(correct)

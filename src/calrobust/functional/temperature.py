@@ -110,10 +110,11 @@ def _scan(logits: Tensor, target: Tensor) -> _Data:
     for scores, labels in zip(logits.split(step), target.split(step), strict=True):
         scores = scores.to(dtype)
         top = scores.amax(1)
+        if not top.isfinite().all():
+            check_softmax_exists(target, logits=logits)
         differences = scores - top[:, None]
         mean = differences.mean(1)
-        if not mean.isfinite().all():
-            check_softmax_exists(labels, logits=scores)
+        if mean.isneginf().any():
             masked = True
             hidden = differences.isneginf()
             mean = differences.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)

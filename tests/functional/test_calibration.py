@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import cast, get_args
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Predictions, classifier, confidences_and_correct, predictions, seeds
+from torch import Tensor
+from torch.testing import assert_close
+
+from calrobust.functional.calibration import (
+    Bins,
+    Norm,
+    adaptive_calibration_error,
+    bin_classes,
+    bin_confidences,
+    bin_edges,
+    binned_error,
+    bootstrap_interval,
+    calibration_error,
+    classwise_calibration_error,
+    equal_mass_bins,
+    top_label,
+)
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+ERRORS = [calibration_error, adaptive_calibration_error, classwise_calibration_error]
+Samples = tuple[Tensor, Tensor]
+
+
+@given(predictions(min_samples=0))
+def test_top_label_is_the_maximum_of_a_float64_softmax(p: Predictions) -> None:
+    """Confidence and correctness are those of the whole batch's softmax."""
+    confidences, correct = top_label(*p)
+    expected = p.logits.double().softmax(1).amax(1)
+    assert confidences.dtype == p.logits.dtype
+    assert_close(confidences.double(), expected, rtol=1e-6 if p.logits.dtype == torch.float32 else 1e-14, atol=0)
+    assert correct.tolist() == (p.logits.argmax(1) == p.target).tolist()
+
+
+def test_blocks_do_not_show() -> None:
+    """Many blocks, the last one uneven, give what single rows give."""
+    logits, target = classifier(1500, 1000, 0)
+    confidences, correct = top_label(logits, target)
+    rows = [top_label(logits[i : i + 1], target[i : i + 1]) for i in range(0, 1500, 37)]
+    assert_close(confidences[::37], torch.cat([c for c, _ in rows]), rtol=3e-7, atol=0)
+    assert_close(correct[::37], torch.cat([k for _, k in rows]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_first_of_equal_scores_is_the_prediction(dtype: torch.dtype, from_logits: bool) -> None:
+    """Every tie pattern of four classes, every label: as torch.argmax decides."""
+    patterns = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))
+    scores = patterns if from_logits else patterns / patterns.sum(1, keepdim=True).clamp(min=1)
+    scores = scores.to(dtype).repeat_interleave(4, dim=0)
+    target = torch.arange(4).repeat(16)
+    _, correct = top_label(scores, target, from_logits=from_logits)
+    assert correct.tolist() == (scores.argmax(1) == target).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_get_a_float32_softmax(dtype: torch.dtype) -> None:
+    """The only loss is the rounding of the logits themselves."""
+    logits, target = classifier(200, 30, 0, dtype=dtype)
+    confidences, correct = top_label(logits, target)
+    assert confidences.dtype == torch.float32
+    assert_close(confidences, top_label(logits.float(), target)[0], rtol=0, atol=0)
+    assert correct.tolist() == (logits.argmax(1) == target).tolist()
+
+
+def test_masked_classes_have_no_probability() -> None:
+    """Logits of -inf are as good as absent."""
+    logits, target = classifier(50, 5, 0)
+    masked = torch.cat([logits, torch.full((50, 3), -torch.inf)], dim=1)
+    assert_close(top_label(masked, target), top_label(logits, target), rtol=3e-7, atol=0)
+    assert_close(calibration_error(masked, target), calibration_error(logits, target))
+    assert_close(classwise_calibration_error(masked, target), classwise_calibration_error(logits, target) * 5 / 8)
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    """The maximum is subtracted before exponentials are taken."""
+    confidences, _ = top_label(torch.tensor([[1e4, -1e4], [3e38, 0.0]]), torch.tensor([0, 0]))
+    assert confidences.tolist() == [1.0, 1.0]
+
+
+def test_logits_that_need_a_gradient_are_taken_as_they_are() -> None:
+    """A metric is a number: no graph grows through it."""
+    logits, target = classifier(10, 3, 0)
+    for error in ERRORS:
+        assert not error(logits.clone().requires_grad_(), target).requires_grad
+
+
+def test_nan_gives_nan_never_a_finite_wrong_value() -> None:
+    """A NaN row does not vanish from the value (trap 21)."""
+    logits, target = classifier(20, 3, 0)
+    logits[3, 1] = torch.nan
+    for error, norm in itertools.product(ERRORS, NORMS):
+        assert error(logits, target, norm=norm).isnan()
+
+
+@pytest.mark.parametrize("wrong", [-0.01, 1.01, 87.0, math.nan, math.inf])
+@pytest.mark.parametrize("bins_of", [bin_confidences, equal_mass_bins])
+def test_a_confidence_that_is_no_probability_gives_nan(wrong: float, bins_of: Callable[..., Bins]) -> None:
+    """Percentages and logits are not binned as if they were confidences."""
+    bins = bins_of(torch.tensor([0.5, wrong]), torch.tensor([True, False]), 10)
+    assert bins.counts.sum() == 2
+    assert all(binned_error(bins, norm).isnan() for norm in NORMS)
+
+
+def test_a_label_out_of_range_is_not_counted_as_wrong() -> None:
+    """The functional form reads no values, yet fails where it uses the label (trap 21)."""
+    for label in (3, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            top_label(torch.zeros(2, 3), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_edge_opens_its_bin(dtype: torch.dtype) -> None:
+    """k/B and its neighbours lie where float64 comparison with k * (1 / B) puts them, B = 1 ... 50 (trap 18)."""
+    for n_bins in range(1, 51):
+        edges = torch.tensor([k / n_bins for k in range(n_bins + 1)], dtype=dtype)
+        around = [torch.nextafter(edges, torch.tensor(limit, dtype=dtype)).clamp(0, 1) for limit in (0.0, 1.0)]
+        values = torch.cat([edges, *around])
+        correct = torch.arange(len(values)) % 2 == 0
+        bins = bin_confidences(values, correct, n_bins)
+        expected = [max(k for k in range(n_bins) if k * (1 / n_bins) <= v) for v in values.double().tolist()]
+        assert bins.counts.tolist() == torch.bincount(torch.tensor(expected), minlength=n_bins).tolist()
+
+
+def test_float32_confidences_near_an_edge_are_not_misplaced() -> None:
+    """float32 .2, .4 and .4666667 lie just above 3/15, 6/15 and 7/15, where float32 edges lose them (trap 18)."""
+    confidences = torch.tensor([0.2, 0.4, 0.4666667])
+    bins = bin_confidences(confidences, torch.ones(3, dtype=torch.bool), n_bins=15)
+    assert bins.counts.nonzero()[:, 0].tolist() == [3, 6, 7]
+
+
+def test_edges_equal_numpy_linspace_for_200_bin_counts() -> None:
+    """To the bit, which torch.linspace does not manage (trap 18)."""
+    for n_bins in range(1, 201):
+        assert bin_edges(n_bins).tolist() == np.linspace(0, 1, n_bins + 1).tolist()
+
+
+def test_a_confidence_of_one_is_in_the_last_bin_and_of_zero_in_the_first() -> None:
+    """Not in a bin of its own: .2350 on the example of traps.md, not .2650 (trap 17)."""
+    bins = bin_confidences(torch.tensor([0.0, 1.0]), torch.tensor([False, True]), n_bins=10)
+    assert bins.counts.tolist() == [1.0] + [0.0] * 8 + [1.0]
+    confidences = torch.tensor([1, 1, 0.97, 0.97], dtype=torch.float64)
+    value = binned_error(bin_confidences(confidences, torch.tensor([True, False, True, True]), 10))
+    assert_close(value, torch.tensor(0.2350, dtype=torch.float64))
+
+
+@given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
+def test_is_the_definition_sample_by_sample(samples: Samples, n_bins: int, norm: Norm) -> None:
+    """Equal-width bins, three norms."""
+    value = binned_error(bin_confidences(*samples, n_bins), norm)
+    assert value.item() == pytest.approx(oracles.calibration_error(*samples, n_bins, norm), rel=1e-9, abs=1e-12)
+
+
+@given(confidences_and_correct(), st.integers(1, 20), st.integers(0, 60))
+def test_sums_of_batches_add_up(samples: Samples, n_bins: int, cut: int) -> None:
+    """The sums of two parts are the sums of the whole, so their error is too."""
+    confidences, correct = samples
+    parts = bin_confidences(confidences[:cut], correct[:cut], n_bins) + bin_confidences(
+        confidences[cut:], correct[cut:], n_bins
+    )
+    assert isinstance(parts, Bins)
+    assert_close(tuple(parts), tuple(bin_confidences(*samples, n_bins)), rtol=1e-14, atol=1e-15)
+
+
+@given(confidences_and_correct(), st.integers(1, 20), st.booleans())
+def test_norms_are_ordered_and_in_the_unit_interval(samples: Samples, n_bins: int, adaptive: bool) -> None:
+    """0 <= l1 <= l2 <= max <= 1."""
+    bins = (equal_mass_bins if adaptive else bin_confidences)(*samples, n_bins)
+    l1, l2, largest = (binned_error(bins, norm).item() for norm in NORMS)
+    assert 0 <= l1 <= l2 + 1e-12 <= largest + 2e-12 <= 1 + 3e-12
+
+
+@given(confidences_and_correct(), st.integers(1, 12), st.integers(2, 5))
+def test_refining_bins_never_lowers_l1(samples: Samples, n_bins: int, factor: int) -> None:
+    """Gaps of opposite sign cancel within a bin, not across bins."""
+    # Off the edges: 1 / n_bins * k and 1 / (factor * n_bins) * (factor * k) may round differently.
+    confidences = samples[0] * 0.999 + 1e-7
+    coarse, fine = (binned_error(bin_confidences(confidences, samples[1], n)) for n in (n_bins, factor * n_bins))
+    assert fine >= coarse - 1e-12
+
+
+@given(predictions(), seeds(), st.sampled_from(NORMS))
+def test_order_of_samples_does_not_matter(p: Predictions, seed: int, norm: Norm) -> None:
+    """For all three errors."""
+    order = torch.randperm(len(p.target), generator=torch.Generator().manual_seed(seed))
+    for error in ERRORS:
+        assert_close(error(p.logits[order], p.target[order], norm=norm), error(*p, norm=norm), rtol=0, atol=1e-12)
+
+
+def test_an_empty_bin_weighs_nothing_and_no_samples_give_nan() -> None:
+    """Neither 0 nor an exception."""
+    one = bin_confidences(torch.tensor([0.9]), torch.tensor([False]), n_bins=1000)
+    none = bin_confidences(torch.empty(0), torch.empty(0, dtype=torch.bool), n_bins=3)
+    for norm in NORMS:
+        assert binned_error(one, norm).item() == pytest.approx(0.9)
+        assert binned_error(none, norm).isnan()
+    for error in ERRORS:
+        assert error(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)).isnan()
+
+
+def test_sums_are_float64_whatever_the_confidences() -> None:
+    """A bin that is full still takes small terms: a million confident samples in float32 (trap 19)."""
+    generator = torch.Generator().manual_seed(0)
+    confidences = torch.sigmoid((2 * torch.randn(10**6, generator=generator) + 3).abs())
+    correct = torch.rand(10**6, generator=generator) < confidences
+    bins = bin_confidences(confidences, correct, n_bins=10)
+    exact = math.fsum(confidences[confidences.double() >= 0.9].tolist())
+    assert bins.confidence_sums[9].item() == pytest.approx(exact, rel=1e-12)
+    assert bins.counts.sum() == 10**6
+
+
+def test_the_value_is_that_of_all_samples_not_a_mean_over_batches() -> None:
+    """Batches of 512 averaged would read ten times the value of a calibrated model (trap 22)."""
+    logits, target = classifier(2**16, 10, 0)
+    confidences, correct = top_label(logits, target)
+    batches = [bin_confidences(c, k, 10) for c, k in zip(confidences.split(512), correct.split(512), strict=True)]
+    merged = Bins(*(torch.stack(sums).sum(0) for sums in zip(*batches, strict=True)))
+    value = calibration_error(logits, target, n_bins=10)
+    assert_close(binned_error(merged), value)
+    assert torch.stack([binned_error(b) for b in batches]).mean() > 8 * value
+
+
+def test_a_calibrated_model_has_an_error_above_zero() -> None:
+    """About .029 at N = 1,000 with 15 bins: the documented bias, and its documented bound (trap 26)."""
+    values = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        confidences = 0.25 + 0.75 * torch.rand(1000, generator=generator)
+        correct = torch.rand(1000, generator=generator) < confidences
+        values.append(binned_error(bin_confidences(confidences, correct)).item())
+    assert 0.02 < sum(values) / 200 < 0.4 * math.sqrt(15 / 1000)
+
+
+def test_debiased_l2_of_a_calibrated_model_is_zero_on_average_before_the_root() -> None:
+    """The plain square is not; and a negative sum of squares gives 0, not NaN."""
+    generator = torch.Generator().manual_seed(1)
+    plain, debiased = [], []
+    for _ in range(300):
+        confidences = torch.rand(500, generator=generator).mul(10).floor().add(0.5).div(10)
+        bins = bin_confidences(confidences, torch.rand(500, generator=generator) < confidences, n_bins=10)
+        accuracies = bins.correct_sums / bins.counts
+        noise = (bins.counts * accuracies * (1 - accuracies) / (bins.counts - 1)).sum() / 500
+        plain.append(binned_error(bins, "l2").square())
+        debiased.append(plain[-1] - noise)
+        value = binned_error(bins, "l2", debiased=True)
+        assert_close(value, debiased[-1].clamp(min=0).sqrt())
+    mean, spread = torch.stack(debiased).mean(), torch.stack(debiased).std() / 300**0.5
+    assert mean.abs() < 3 * spread < torch.stack(plain).mean() / 3
+
+
+def test_debiased_l2_of_single_samples_is_zero() -> None:
+    """The noise of a bin of one is unknown: it is left out rather than divided by zero."""
+    bins = bin_confidences(torch.tensor([0.1, 0.9]), torch.tensor([True, False]), n_bins=2)
+    assert binned_error(bins, "l2", debiased=True) == 0
+
+
+def equal_mass_oracle(confidences: Tensor, correct: Tensor, n_bins: int, norm: Norm) -> float:
+    """Ranks by counting, the middle rank of a tie decides."""
+    values = confidences.tolist()
+    middle = [sum(w < v for w in values) + sum(w <= v for w in values) - 1 for v in values]
+    bins = [m * n_bins // (2 * len(values)) for m in middle]
+    return oracles.calibration_error(confidences, correct, n_bins, norm, bins)
+
+
+@given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
+def test_equal_mass_bins_go_by_rank(samples: Samples, n_bins: int, norm: Norm) -> None:
+    """As counted sample by sample."""
+    value = binned_error(equal_mass_bins(*samples, n_bins), norm)
+    assert value.item() == pytest.approx(equal_mass_oracle(*samples, n_bins, norm), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 14, 15, 16, 1000])
+def test_equal_mass_bins_differ_by_at_most_one_sample_without_ties(n: int) -> None:
+    """N / B each."""
+    confidences = torch.rand(n, dtype=torch.float64)
+    counts = equal_mass_bins(confidences, confidences > 0.5, 15).counts
+    assert counts.sum() == n
+    assert counts.max() - counts.min() <= 1
+
+
+def test_ties_are_never_split_and_order_does_not_matter() -> None:
+    """A calibrated model that knows two confidences is found calibrated, sorted or shuffled (trap 23)."""
+    confidences = torch.tensor([0.5] * 500 + [0.8] * 500, dtype=torch.float64)
+    correct = torch.tensor(([True] * 250 + [False] * 250) + ([True] * 400 + [False] * 100))
+    values = []
+    for order in (torch.arange(1000), torch.randperm(1000), torch.arange(999, -1, -1)):
+        bins = equal_mass_bins(confidences[order], correct[order], 15)
+        assert bins.counts[bins.counts > 0].tolist() == [500, 500]
+        values.append(binned_error(bins).item())
+    assert values[0] == values[1] == values[2] == pytest.approx(0, abs=1e-12)
+
+
+@given(predictions(), st.integers(1, 12), st.sampled_from(NORMS))
+def test_classwise_error_is_the_definition(p: Predictions, n_bins: int, norm: Norm) -> None:
+    """Every probability of every class in its own class's bins."""
+    probs = p.logits.softmax(1)
+    n, n_classes = probs.shape
+    hits = p.target[:, None] == torch.arange(n_classes)
+    bins = [
+        c * n_bins + max(k for k in range(n_bins) if k * (1 / n_bins) <= value)
+        for row in probs.double().tolist()
+        for c, value in enumerate(row)
+    ]
+    expected = oracles.calibration_error(probs.flatten(), hits.flatten(), n_bins, norm, bins)
+    value = classwise_calibration_error(*p, n_bins=n_bins, norm=norm)
+    assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    counts, _, correct_sums = bin_classes(*p, n_bins)
+    assert counts.sum(1).tolist() == [n] * n_classes
+    assert correct_sums.sum(1).tolist() == torch.bincount(p.target, minlength=n_classes).tolist()
+
+
+def test_classwise_error_sees_what_the_top_label_hides() -> None:
+    """Second classes mixed up: calibrated at the top, not below."""
+    probs = torch.tensor([[0.5, 0.4, 0.1]]).expand(10, 3)
+    target = torch.tensor([0] * 5 + [2] * 4 + [1])
+    assert calibration_error(probs, target, from_logits=False) == pytest.approx(0, abs=1e-7)
+    assert classwise_calibration_error(probs, target, from_logits=False) == pytest.approx((0 + 0.3 + 0.3) / 3)
+
+
+@given(predictions(), st.sampled_from(ERRORS))
+def test_ignored_samples_are_as_good_as_absent(p: Predictions, error: Callable[..., Tensor]) -> None:
+    """Whatever their rows hold, NaN included."""
+    logits = torch.cat([p.logits, torch.full((2, p.logits.shape[1]), torch.nan, dtype=p.logits.dtype)])
+    target = torch.cat([p.target, torch.tensor([-100, -100])])
+    assert_close(error(logits, target, ignore_index=-100), error(*p), rtol=0, atol=1e-7)
+
+
+def test_probabilities_and_their_logits_agree() -> None:
+    """from_logits says which; nothing is guessed from values: cosines in [0, 1] are logits (trap 20)."""
+    logits, target = classifier(500, 10, 0, dtype=torch.float64)
+    for error in ERRORS:
+        assert_close(error(logits.softmax(1), target, from_logits=False), error(logits, target))
+    cosines = torch.rand(500, 10, dtype=torch.float64)
+    assert_close(top_label(cosines, target)[0], cosines.softmax(1).amax(1))
+
+
+@pytest.mark.parametrize("error", [calibration_error, adaptive_calibration_error])
+def test_captures_as_one_graph(error: Callable[..., Tensor]) -> None:
+    """No value is read back on the way."""
+    logits, target = classifier(40, 5, 0)
+    compiled = torch.compile(error, fullgraph=True, backend="eager")
+    assert_close(compiled(logits, target), error(logits, target))
+
+
+@pytest.mark.parametrize(
+    ("preds", "target", "message"),
+    [
+        (torch.zeros(3), torch.zeros(3, dtype=torch.int64), r"preds must have shape \[N, C\].*got \[3\]"),
+        (torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64), r"preds must have shape \[N, C\].*got \[3, 0\]"),
+        (torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), r"target must have shape \[3\].*got \[2\]"),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), "preds must be floating point"),
+        (torch.zeros(3, 2), torch.zeros(3), "target must have dtype torch.int64, got torch.float32"),
+        (torch.zeros(3, 2), [0, 0, 0], "target must be a torch.Tensor, got list"),
+    ],
+)
+def test_wrong_predictions_are_named(preds: Tensor, target: Tensor, message: str) -> None:
+    """The argument, the rule and what came."""
+    for error in ERRORS:
+        with pytest.raises((TypeError, ValueError), match=message):
+            error(preds, target)
+
+
+def test_wrong_options_are_named() -> None:
+    """By every function that takes them."""
+    logits, target = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    for error in ERRORS:
+        with pytest.raises(ValueError, match="norm must be one of 'l1', 'l2', 'max', got 'l3'"):
+            error(logits, target, norm=cast("Norm", "l3"))
+        with pytest.raises(ValueError, match="n_bins must be > 0, got 0"):
+            error(logits, target, n_bins=0)
+    with pytest.raises(ValueError, match="debiased must be False unless norm is 'l2'"):
+        calibration_error(logits, target, debiased=True)
+    with pytest.raises(TypeError, match=r"correct must have dtype torch.bool, got torch.int64; .*\.bool\(\)"):
+        bin_confidences(torch.rand(2), target)
+    with pytest.raises(ValueError, match=r"same shape \[N\], got \[3\] and \[2\]"):
+        bin_confidences(torch.rand(3), target.bool())
+
+
+def resampled(samples: Samples, n: int, seed: int) -> Tensor:
+    """Errors of resamples, drawn and binned one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    confidences, correct = samples
+    errors = []
+    for _ in range(n):
+        draw = torch.randint(len(correct), (len(correct),), generator=generator)
+        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw])))
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0])
+def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float) -> None:
+    """The ends are reflected quantiles of the naive loop, within the noise of the quantiles."""
+    samples = top_label(*classifier(400, 10, 0, sharpness=sharpness))
+    value = binned_error(bin_confidences(*samples))
+    errors = resampled(samples, 3000, seed=1)
+    low, high = bootstrap_interval(*samples, n_resamples=3000, generator=torch.Generator().manual_seed(2))
+    noise = 4 * errors.std() / 3000**0.5 * 3  # a quantile at 2.5 % is about three times as noisy as a mean
+    assert (low - (2 * value - errors.quantile(0.975)).clamp(min=0)).abs() < noise
+    assert (high - torch.maximum(value, 2 * value - errors.quantile(0.025))).abs() < noise
+
+
+@given(confidences_and_correct(), st.sampled_from(NORMS))
+def test_bootstrap_interval_holds_the_value(samples: Samples, norm: Norm) -> None:
+    """For any data, within [0, 1]."""
+    value = binned_error(bin_confidences(*samples), norm)
+    low, high = bootstrap_interval(*samples, norm=norm, n_resamples=20)
+    assert 0 <= low <= value + 1e-12
+    assert value - 1e-12 <= high <= 1
+
+
+def test_bootstrap_interval_tells_noise_from_miscalibration() -> None:
+    """Most calibrated models of 1,000 samples get an interval that starts near 0, overconfident ones none (trap 26)."""
+    lows: dict[float, list[float]] = {1.0: [], 0.3: []}
+    for sharpness, values in lows.items():
+        for seed in range(20):
+            samples = top_label(*classifier(1000, 10, seed, sharpness=sharpness))
+            values.append(bootstrap_interval(*samples, n_resamples=200).low.item())
+    assert sorted(lows[1.0])[10] < 0.01
+    assert min(lows[0.3]) > 0.2
+
+
+def test_bootstrap_interval_covers_the_true_error() -> None:
+    """With miscalibration above the noise, about as often as its level says."""
+    held = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        confidences = 0.5 + 0.5 * torch.rand(1000, generator=generator, dtype=torch.float64)
+        correct = torch.rand(1000, generator=generator, dtype=torch.float64) < confidences - 0.1
+        low, high = bootstrap_interval(confidences, correct, n_resamples=200, generator=generator)
+        held += int(low <= 0.1 <= high)
+    assert held >= 48  # 57 expected; fewer than 48 has a chance of 1e-4
+
+
+def test_bootstrap_repeats_with_its_generator() -> None:
+    """And leaves torch's own generator alone."""
+    samples = top_label(*classifier(300, 5, 0))
+    state = torch.get_rng_state()
+    first, second = (bootstrap_interval(*samples, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bootstrap_names_wrong_arguments_and_gives_nan_without_samples() -> None:
+    """Level and resamples are checked."""
+    confidences, correct = torch.rand(5), torch.ones(5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"level must be in .*got 95"):
+        bootstrap_interval(confidences, correct, level=95)
+    with pytest.raises(ValueError, match="n_resamples must be > 0"):
+        bootstrap_interval(confidences, correct, n_resamples=0)
+    assert all(end.isnan() for end in bootstrap_interval(confidences[:0], correct[:0]))

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from strategies import Predictions, classifier, predictions
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from calrobust.functional.scoring import brier_score, negative_log_likelihood, row_scores
+
+
+def tolerance(p: Predictions) -> float:
+    """Of one row's arithmetic."""
+    return 1e-6 if p.logits.dtype == torch.float32 else 1e-13
+
+
+@given(predictions())
+def test_likelihood_is_torchs_cross_entropy(p: Predictions) -> None:
+    """In nats, of all sizes and sharpnesses."""
+    value = negative_log_likelihood(*p)
+    assert value.dtype == torch.float64
+    assert_close(value, oracles.negative_log_likelihood(*p), rtol=tolerance(p), atol=tolerance(p))
+
+
+@given(predictions())
+def test_brier_score_is_the_squared_distance_to_the_indicator(p: Predictions) -> None:
+    """Summed over classes, averaged over samples, in [0, 2]."""
+    probs = p.logits.double().softmax(1)
+    expected = (probs - F.one_hot(p.target, probs.shape[1])).square().sum(1).mean()
+    value = brier_score(*p)
+    # A rounded probability p is off by eps, its square (1 - p)² by 2 (1 - p) eps.
+    assert (value - expected).abs() <= tolerance(p) * (expected.sqrt() + tolerance(p))
+    assert 0 <= value <= 2
+
+
+def test_a_confident_row_keeps_its_digits() -> None:
+    """P = 1 - 1e-4 scores 2e-8, which a difference of squares would lose in float32."""
+    p = 1e-4
+    logits = torch.stack([torch.tensor(1 - p).log(), torch.tensor(p).log()])[None]
+    value = brier_score(logits, torch.tensor([0]))
+    assert value.item() == pytest.approx(2 * p**2, rel=2e-3)
+
+
+def test_likelihood_from_logits_does_not_underflow() -> None:
+    """Logits times eight, or a label 1e4 nats under the top: finite; from probabilities it is inf (trap 25)."""
+    logits, target = classifier(100, 50, 0, sharpness=0.0, spread=8 * 4.0)
+    assert negative_log_likelihood(logits.softmax(1), target, from_logits=False) == torch.inf
+    assert_close(
+        negative_log_likelihood(logits, target), oracles.negative_log_likelihood(logits, target), rtol=1e-6, atol=0
+    )
+    assert negative_log_likelihood(torch.tensor([[1e4, 0.0]]), torch.tensor([1])) == 1e4
+
+
+def test_a_label_on_a_masked_class_is_infinitely_unlikely() -> None:
+    """While the Brier score stays finite."""
+    logits, target = torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([2])
+    assert negative_log_likelihood(logits, target) == torch.inf
+    assert brier_score(logits, target).item() == pytest.approx(1.5)
+
+
+@given(predictions())
+def test_probabilities_and_their_logits_agree(p: Predictions) -> None:
+    """Up to the rounding of the probabilities."""
+    logits, target = p.logits.double().clamp(-20, 20), p.target
+    for function in (brier_score, negative_log_likelihood):
+        assert_close(function(logits.softmax(1), target, from_logits=False), function(logits, target))
+
+
+def test_probabilities_are_left_as_they_were() -> None:
+    """The scratch that scores are computed in is not the caller's tensor."""
+    logits, target = classifier(20, 4, 0)
+    probs = logits.softmax(1)
+    before = probs.clone()
+    for preds, from_logits in ((probs, False), (logits.clone(), True)):
+        row_scores(preds, target, from_logits=from_logits, ignore_index=None)
+    assert torch.equal(probs, before)
+
+
+@given(predictions())
+def test_ignored_samples_are_as_good_as_absent(p: Predictions) -> None:
+    """Whatever their rows hold, NaN included."""
+    logits = torch.cat([torch.full((1, p.logits.shape[1]), torch.nan, dtype=p.logits.dtype), p.logits])
+    target = torch.cat([torch.tensor([-1]), p.target])
+    for function in (brier_score, negative_log_likelihood):
+        assert_close(function(logits, target, ignore_index=-1), function(*p), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_get_float32_arithmetic(dtype: torch.dtype) -> None:
+    """The only loss is the rounding of the logits themselves."""
+    logits, target = classifier(200, 30, 0, dtype=dtype)
+    for function in (brier_score, negative_log_likelihood):
+        assert_close(function(logits, target), function(logits.float(), target), rtol=0, atol=0)
+
+
+def test_no_samples_and_nan_rows_give_nan() -> None:
+    """Never 0 (trap 21)."""
+    for function in (brier_score, negative_log_likelihood):
+        assert function(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)).isnan()
+        assert function(torch.tensor([[0.0, torch.nan], [0.0, 1.0]]), torch.tensor([0, 0])).isnan()
+
+
+def test_captures_as_one_graph() -> None:
+    """No value is read back on the way."""
+    logits, target = classifier(40, 5, 0)
+    for function in (brier_score, negative_log_likelihood):
+        compiled = torch.compile(function, fullgraph=True, backend="eager")
+        assert_close(compiled(logits, target), function(logits, target))
+
+
+def test_wrong_predictions_are_named() -> None:
+    """The argument, the rule and what came."""
+    for function in (brier_score, negative_log_likelihood):
+        with pytest.raises(ValueError, match=r"preds must have shape \[N, C\]"):
+            function(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+        with pytest.raises(TypeError, match=r"target must have dtype torch\.int64"):
+            function(torch.zeros(3, 2), torch.zeros(3))

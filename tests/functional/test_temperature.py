@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import warnings
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Predictions, classifier, predictions, seeds
+from torch import Tensor
+from torch.testing import assert_close
+
+from calrobust.functional import temperature as module
+from calrobust.functional.temperature import fit_temperature
+
+
+def quietly(logits: Tensor, target: Tensor) -> float:
+    """T, with or without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit_temperature(logits, target).item()
+
+
+ORDINARY = [  # samples, classes, sharpness, spread
+    (40, 3, 0.5, 2.0),
+    (300, 10, 0.3, 3.0),
+    (1000, 100, 0.5, 5.0),
+    (500, 1000, 0.6, 3.0),
+    (5000, 2, 0.1, 10.0),
+    (200, 10, 2.0, 1.0),
+    (20000, 20, 0.4, 3.0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "n_classes", "sharpness", "spread"), ORDINARY)
+def test_is_the_optimum_to_one_part_in_a_million(
+    n: int, n_classes: int, sharpness: float, spread: float, dtype: torch.dtype
+) -> None:
+    """Against bisection of the float64 derivative on the same logits."""
+    logits, target = classifier(n, n_classes, 0, sharpness=sharpness, spread=spread, dtype=dtype)
+    temperature = fit_temperature(logits, target)
+    assert temperature.dtype == torch.float64
+    assert temperature.shape == ()
+    assert temperature.item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1e2, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_finds_the_optimum_at_every_scale_of_the_logits(scale: float, dtype: torch.dtype) -> None:
+    """Neither stops early nor diverges, and T scales with the logits (trap 28)."""
+    logits, target = classifier(1000, 20, 0, sharpness=0.5, spread=3.0, dtype=dtype)
+    temperature = fit_temperature(scale * logits, target).item()
+    assert temperature == pytest.approx(scale * fit_temperature(logits, target).item(), rel=1e-6)
+    assert temperature == pytest.approx(oracles.best_temperature(scale * logits, target), rel=1e-6)
+
+
+@given(predictions(min_classes=2), st.integers(-3, 3))
+def test_scales_with_the_logits(p: Predictions, exponent: int) -> None:
+    """T(k z) = k T(z), for data that have an optimum."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        temperature = fit_temperature(*p).item()
+        scaled = fit_temperature(p.logits * 8.0**exponent, p.target).item()
+    if not caught:
+        assert scaled == pytest.approx(8.0**exponent * temperature, rel=1e-6)
+
+
+@given(seeds())
+def test_a_shift_of_a_row_changes_nothing(seed: int) -> None:
+    """T(z + c) = T(z), c of each row."""
+    logits, target = classifier(200, 5, seed, sharpness=0.5, dtype=torch.float64)
+    shift = 100 * torch.randn(200, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert fit_temperature(logits + shift, target).item() == pytest.approx(quietly(logits, target), rel=1e-8)
+
+
+@given(predictions())
+def test_is_positive_finite_and_never_worse_than_one(p: Predictions) -> None:
+    """Whatever the data, degenerate ones included (trap 29)."""
+    temperature = quietly(*p)
+    assert 0 < temperature < float("inf")
+    best, plain = (oracles.negative_log_likelihood(*p, temperature=t) for t in (temperature, 1.0))
+    assert best <= plain + 1e-12 * (1 + plain)
+
+
+def test_a_fitted_temperature_is_fitted_again_as_one() -> None:
+    """Scaled logits need no more scaling."""
+    logits, target = classifier(500, 10, 0, sharpness=0.3, dtype=torch.float64)
+    assert fit_temperature(logits / fit_temperature(logits, target), target).item() == pytest.approx(1, rel=1e-7)
+
+
+def test_few_passes_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to look and at most four to solve, after a start on a subset."""
+    passes = []
+    derivatives = module._derivatives
+
+    def counted(data: module._Data, beta: float) -> tuple[float, float]:
+        passes.append(len(data.logits))
+        return derivatives(data, beta)
+
+    monkeypatch.setattr(module, "_derivatives", counted)
+    for seed in range(5):
+        passes.clear()
+        fit_temperature(*classifier(20000, 20, seed, sharpness=0.4, spread=3.0))
+        assert 1 <= passes.count(20000) <= 4
+
+
+def test_overconfident_logits_give_a_temperature_above_one() -> None:
+    """T divides: it is not its own inverse. And float32 logits are not left alone (trap 27)."""
+    logits, target = classifier(5000, 10, 0, sharpness=0.5)
+    assert fit_temperature(logits, target).item() == pytest.approx(2, rel=0.05)
+
+
+def separable() -> Predictions:
+    """Every label has the highest logit."""
+    logits, _ = classifier(50, 4, 0)
+    return Predictions(logits, logits.argmax(1))
+
+
+def test_separable_data_give_a_small_temperature_and_say_so() -> None:
+    """A hundredth of the logits' spread, at most 1."""
+    logits, target = separable()
+    spread = (logits.amax(1, keepdim=True) - logits).mean().item()
+    with pytest.warns(UserWarning, match="they are separable, every label has the highest logit; T = "):
+        assert fit_temperature(logits, target).item() == pytest.approx(spread / 100, rel=1e-6)
+    with pytest.warns(UserWarning, match="separable"):
+        assert fit_temperature(1000 * logits, target).item() == 1
+
+
+def test_one_wrong_label_among_separable_data_has_an_optimum() -> None:
+    """Nearly degenerate is not degenerate."""
+    logits, target = separable()
+    target[7] = logits[7].argsort(descending=True)[1]
+    assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_anti_correlated_labels_give_a_large_positive_temperature_and_say_so(scale: float) -> None:
+    """Not a negative one: a hundred times the logits' spread, at least 1 (trap 29)."""
+    logits, _ = classifier(50, 4, 0)
+    logits, target = scale * logits, logits.argmin(1)
+    spread = (logits.amax(1, keepdim=True) - logits).mean().item()
+    with pytest.warns(UserWarning, match="not or negatively correlated"):
+        assert fit_temperature(logits, target).item() == pytest.approx(max(1, 100 * spread), rel=1e-6)
+
+
+def test_random_labels_give_a_positive_temperature() -> None:
+    """With or without an optimum at a positive T (trap 29)."""
+    for seed in range(20):
+        logits, target = classifier(200, 4, seed, sharpness=0.0)
+        temperature = quietly(logits, target)
+        uniform = oracles.negative_log_likelihood(torch.zeros_like(logits), target)
+        assert temperature > 3
+        furthest = (logits.amax(1) - logits.amin(1)).max() / temperature  # from uniform, in nats
+        assert oracles.negative_log_likelihood(logits, target, temperature) < uniform + furthest
+
+
+@pytest.mark.parametrize("logits", [torch.full((9, 3), 5.0), torch.arange(9.0)[:, None].expand(9, 3)])
+def test_constant_logits_leave_the_temperature_at_one_and_say_so(logits: Tensor) -> None:
+    """T changes nothing."""
+    with pytest.warns(UserWarning, match="the logits of each sample are all equal.*T = 1$"):
+        assert fit_temperature(logits, torch.arange(9) % 3) == 1
+
+
+def test_a_single_class_leaves_the_temperature_at_one_and_says_so() -> None:
+    """C = 1: its probability is 1 whatever T."""
+    with pytest.warns(UserWarning, match="all equal"):
+        assert fit_temperature(torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)) == 1
+
+
+def test_labels_of_one_class_are_fitted_with_a_warning() -> None:
+    """The optimum exists, and says little."""
+    logits, _ = classifier(50, 3, 0)
+    target = torch.full((50,), 2)
+    logits[:, 2] += 1
+    with pytest.warns(UserWarning, match="all labels are of class 2"):
+        assert fit_temperature(logits, target).item() == pytest.approx(
+            oracles.best_temperature(logits, target), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"), [([0.0, 2.0, -9.0], None), ([3.0, 1.0, 0.0], 5 / 3 / 100), ([0.0, 1.0, 5.0], 300)]
+)
+def test_a_single_sample_is_fitted_with_a_warning(row: list[float], expected: float | None) -> None:
+    """Whether it has an optimum, is right or is wrong."""
+    logits, target = torch.tensor([row]), torch.tensor([0])
+    with pytest.warns(UserWarning, match="there is a single sample"):
+        temperature = fit_temperature(logits, target).item()
+    assert temperature == pytest.approx(oracles.best_temperature(logits, target) if expected is None else expected)
+
+
+def test_masked_classes_are_as_good_as_absent() -> None:
+    """-inf logits, other ones in every row."""
+    logits, target = classifier(300, 6, 0, sharpness=0.5, dtype=torch.float64)
+    padded = torch.cat([logits, torch.full((300, 2), -torch.inf, dtype=torch.float64)], dim=1)
+    assert fit_temperature(padded, target).item() == pytest.approx(fit_temperature(logits, target).item(), rel=1e-8)
+    ragged = logits.masked_fill((torch.arange(6) - target[:, None]) % 6 == 2, -torch.inf)
+    assert fit_temperature(ragged, target).item() == pytest.approx(
+        oracles.best_temperature(ragged.clamp(min=-1e9), target), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.nan, "got NaN in row 1, whose label is 1"),
+        (torch.inf, r"got \+inf in row 1"),
+        (-torch.inf, "target must not be a masked class, got label 1 in row 1"),
+    ],
+)
+def test_values_without_a_likelihood_are_named(value: float, message: str) -> None:
+    """NaN, +inf, a label on a masked class."""
+    logits = torch.randn(3, 3)
+    logits[1, 1] = value
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(logits, torch.arange(3))
+
+
+def test_wrong_arguments_are_named() -> None:
+    """Labels out of range, no samples, wrong shapes and types."""
+    logits, target = torch.randn(3, 3), torch.arange(3)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got 3"):
+        fit_temperature(logits, target + 1)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got -1"):
+        fit_temperature(logits, target - 1)
+    with pytest.raises(ValueError, match="at least one sample"):
+        fit_temperature(logits[:0], target[:0])
+    with pytest.raises(ValueError, match=r"logits must have shape \[N, C\].*got \[3\]"):
+        fit_temperature(logits[0], target)
+    with pytest.raises(ValueError, match="-inf in every class in row 2"):
+        fit_temperature(torch.stack([logits[0], logits[1], torch.full((3,), -torch.inf)]), target)
+    with pytest.raises(TypeError, match="logits must be floating point"):
+        fit_temperature(logits.long(), target)
+    with pytest.raises(TypeError, match=r"logits must be a torch\.Tensor, got Linear"):
+        fit_temperature(torch.nn.Linear(2, 2), target)  # type: ignore[arg-type]  # the mistake under test
+
+
+def test_no_graph_and_no_change_of_the_inputs() -> None:
+    """Logits that need a gradient are only read."""
+    logits, target = classifier(30, 3, 0, sharpness=0.5)
+    before = logits.clone()
+    assert not fit_temperature(logits.requires_grad_(), target).requires_grad
+    assert_close(logits.detach(), before, rtol=0, atol=0)

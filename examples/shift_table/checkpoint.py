@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def load_or_build(
     path: Path, recipe: Mapping[str, object], build: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The weights that ``path`` holds for ``recipe``; where it holds none, says why, calls ``build`` and keeps the result."""
+    """The weights that ``path`` holds for ``recipe``; where it holds none, says why, calls ``build`` and keeps them."""
     try:
         return _load(path, recipe)
     except FileNotFoundError:

@@ -26,7 +26,8 @@ FONTS = (
 HELD_OUT_FONTS = ("cmr10", "cmtt10", "cmti10")  # in the OOD sets alone
 DIGITS = "0123456789"
 CHARACTERS = DIGITS + "ABEFGHKMNPRTWXY"  # no letter that looks like a digit
-CLASSES = tuple(f"digit {word}" for word in "zero one two three four five six seven eight nine".split())
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CLASSES = tuple(f"digit {word}" for word in DIGIT_WORDS)
 NAMES = CLASSES + tuple(f"letter {letter}" for letter in CHARACTERS[len(DIGITS) :])
 TEMPLATES = ("a photo of the {}.", "a picture of the {}.", "an image of the {}.", "the {}.")
 STYLE_WORDS = {
@@ -54,7 +55,7 @@ class Split(NamedTuple):
 
     def batches(self, size: int = 600) -> Iterator[tuple[Tensor, Tensor]]:
         """The split in order, ``size`` pictures at a time."""
-        return zip(self.images.split(size), self.target.split(size), strict=True)
+        return zip(torch.split(self.images, size), torch.split(self.target, size), strict=True)
 
     def to(self, device: torch.device) -> Split:
         """The split on ``device``."""
@@ -81,7 +82,7 @@ class HandwritingIndices(NamedTuple):
 def handwriting_indices() -> HandwritingIndices:
     """A fixed random division of the scans: 200 to pre-train, 300 to fine-tune, 400 to validate and 897 to test on."""
     order = torch.randperm(1797, generator=Generator().manual_seed(DATA_SEED))
-    return HandwritingIndices(*order.split([200, 300, 400, 897]))
+    return HandwritingIndices(*torch.split(order, [200, 300, 400, 897]))
 
 
 def make_data() -> Data:
@@ -152,7 +153,8 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
 
 @cache
 def _tokens(caption: str) -> Tensor:
-    return _tokenizer()([caption])[0]
+    tokens: Tensor = _tokenizer()(caption)
+    return tokens[0]
 
 
 def class_captions() -> Tensor:

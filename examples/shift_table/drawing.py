@@ -46,7 +46,7 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str) -> Tensor:
 
 
 def handwriting_masks() -> tuple[Tensor, Tensor]:
-    """Scikit-learn's 1,797 real scans of handwritten digits (8 x 8): masks ``[1797, 1, 64, 64]`` and digits ``[1797]``."""
+    """Scikit-learn's 1,797 scans of handwritten digits, 8 x 8: masks ``[1797, 1, 64, 64]`` and digits ``[1797]``."""
     digits = load_digits()
     ink = F.pad(torch.from_numpy(digits.images).float().unsqueeze(1) / 16, (1, 1, 1, 1))
     masks = F.interpolate(ink, size=MASK_SIZE, mode="bicubic", align_corners=False).clamp(0, 1)
@@ -64,7 +64,7 @@ def thin(masks: Tensor, width: int) -> Tensor:
 
 
 def render(masks: Tensor, style: str, generator: Generator) -> Tensor:
-    """Masks ``[N, 1, 64, 64]`` as pictures ``[N, 3, 32, 32]`` in one of ``STYLES``, each with its own pose and colours."""
+    """Masks ``[N, 1, 64, 64]`` as pictures ``[N, 3, 32, 32]`` in one of ``STYLES``; poses and colours are random."""
     n = len(masks)
     if style == "sketch":
         masks = (thicken(masks, 5) - thin(masks, 5)).clamp(0, 1)  # the outline
@@ -95,7 +95,7 @@ def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
 
 
 def _pose(masks: Tensor, generator: Generator, *, rotated: bool) -> Tensor:
-    """Turns, sizes, slants and moves each mask a little (``rotated``: turns it by 20 to 50 degrees) and halves its size."""
+    """Turns, sizes, slants and moves each mask a little (``rotated``: by 20 to 50 degrees); gives ``[N, 1, 32, 32]``."""
     n = len(masks)
     angle = _uniform(n, -0.15, 0.15, generator)
     if rotated:
@@ -104,7 +104,9 @@ def _pose(masks: Tensor, generator: Generator, *, rotated: bool) -> Tensor:
     size = _uniform(n, 0.8, 1.15, generator)
     slant = _uniform(n, -0.15, 0.15, generator)
     right, down = _uniform(n, -0.12, 0.12, generator), _uniform(n, -0.12, 0.12, generator)
-    matrix = torch.cat([angle.cos() / size, (angle.sin() + slant) / size, right, -angle.sin() / size, angle.cos() / size, down])
+    matrix = torch.cat(
+        [angle.cos() / size, (angle.sin() + slant) / size, right, -angle.sin() / size, angle.cos() / size, down]
+    )
     matrix = matrix.view(2, 3, n).permute(2, 0, 1)
     grid = F.affine_grid(matrix, [n, 1, PICTURE_SIZE, PICTURE_SIZE], align_corners=False)
     return F.grid_sample(F.avg_pool2d(masks, 3, stride=1, padding=1), grid, align_corners=False)

@@ -16,11 +16,12 @@ from shift_table.drawing import PICTURE_SIZE
 def new_clip(seed: int) -> open_clip.CLIP:
     """An untrained CLIP: a ResNet of 1.3 M parameters and a two-layer text tower around open_clip's vocabulary."""
     torch.manual_seed(seed)
-    return open_clip.CLIP(
+    clip = open_clip.CLIP(
         embed_dim=64,
         vision_cfg={"layers": (1, 1, 1, 1), "width": 16, "head_width": 16, "image_size": PICTURE_SIZE},
         text_cfg={"context_length": CONTEXT_LENGTH, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
     )
+    return clip.to(memory_format=torch.channels_last)  # a CPU's convolutions are a quarter faster in this layout
 
 
 class DigitClassifier(nn.Module):

@@ -113,17 +113,17 @@ class Trainer:
         )
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images, captions and targets of one whole run, alike for every row. A caption is its class in a random template.
+        """Images, captions and targets of one whole run, alike for every row; a caption's template is random.
 
-        Captions of one class in a batch are each other's negatives, as in the paper. Were the captions of a class all the
-        same, that would only add a constant to the loss; with four of them it changes little. ``labels=`` would avoid it.
+        Captions of one class in a batch are each other's negatives, as in the paper. If a class had one caption, that
+        would only add a constant to the loss; with four it changes little. Passing ``labels`` to the loss avoids it.
         """
         generator = Generator().manual_seed(self.seed)
         captions = class_captions().to(self.train.target.device)
         size = self.recipe.batch_size
         for _ in range(self.recipe.epochs):
             order = torch.randperm(len(self.train.target), generator=generator)
-            for batch in order[: len(order) // size * size].split(size):
+            for batch in torch.split(order[: len(order) // size * size], size):
                 target = self.train.target[batch]
                 template = torch.randint(0, captions.shape[1], (size,), generator=generator)
                 yield self.train.images[batch], captions[target, template], target

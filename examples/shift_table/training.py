@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -13,7 +13,13 @@ MAX_LOG_SCALE = math.log(100.0)  # CLIP's own bound; an unbounded logit scale is
 
 
 def optimizer_for(
-    model: nn.Module, *, steps: int, learning_rate: float, weight_decay: float, betas: tuple[float, float], warm_up: float
+    model: nn.Module,
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    warm_up: float,
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW and its schedule: linear warm-up over a share ``warm_up`` of the steps, then a cosine down to zero.
 
@@ -38,6 +44,7 @@ def optimizer_step(model: nn.Module, optimizer: AdamW, schedule: LambdaLR) -> No
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
-    if hasattr(model, "logit_scale"):
+    logit_scale = getattr(model, "logit_scale", None)
+    if isinstance(logit_scale, Tensor):
         with torch.no_grad():
-            model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+            logit_scale.clamp_(0.0, MAX_LOG_SCALE)

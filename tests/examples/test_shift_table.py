@@ -12,6 +12,7 @@ from tqdm import tqdm
 from shift_table import data, drawing
 from shift_table.checkpoint import load_or_build, write_atomically
 from shift_table.data import CLASSES, HELD_OUT_FONTS, OOD_STYLES, Data, Split, WebData, handwriting_indices
+from shift_table.findings import COLUMNS, Figures, findings
 from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier
 from shift_table.pretraining import Pretraining, pretrained_clip
 from shift_table.rows import ROWS, FineTuning, Trainer, fine_tuned_rows
@@ -23,15 +24,19 @@ TWO_STEPS = FineTuning(epochs=1, batch_size=8)
 
 @pytest.fixture(scope="module")
 def drawn() -> Data:
+    """The example's data sets."""
     return data.make_data()
 
 
 @pytest.fixture
 def sixteen(drawn: Data) -> Split:
+    """Enough training pictures for two steps."""
     return Split(drawn.train.images[:16], drawn.train.target[:16])
 
 
 class TestData:
+    """Pictures, labels and captions are what their names say."""
+
     def test_no_scan_serves_two_splits(self) -> None:
         """The four divisions of the handwriting are disjoint and hold every scan."""
         everything = torch.cat(handwriting_indices())
@@ -72,7 +77,7 @@ class TestData:
             return masks, drawn_names
 
         monkeypatch.setattr(WebData, "_characters", remembered)
-        monkeypatch.setattr(data, "tokenize", lambda texts: captions.extend(texts) or torch.zeros(len(texts)))
+        monkeypatch.setattr(data, "tokenize", captions.extend)
         WebData(Generator().manual_seed(0)).batch(6)
         own_words = [words for style in drawing.STYLES for words in [data.STYLE_WORDS[style]] * 6]
         assert len(captions) == len(names) == 6 * len(drawing.STYLES)
@@ -105,24 +110,27 @@ class TestData:
         assert (len(drawn.train.target), len(drawn.validation.target)) == (300, 400)
 
 
+def was_built(path: Path, *, steps: int) -> bool:
+    """Asks for weights and says whether they had to be built; either way they are the right ones."""
+    expected = {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)}
+    builds: list[int] = []
+
+    def build() -> dict[str, Tensor]:
+        builds.append(steps)
+        return expected
+
+    assert_close(load_or_build(path, {"steps": steps}, build), expected, rtol=0, atol=0)
+    return bool(builds)
+
+
 class TestCheckpoint:
-    WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)}  # noqa: RUF012 - never changed
-
-    def build(self) -> dict[str, Tensor]:
-        self.built = True
-        return self.WEIGHTS
-
-    def load(self, path: Path, **recipe: object) -> tuple[dict[str, Tensor], bool]:
-        self.built = False
-        weights = load_or_build(path, recipe, self.build)
-        assert_close(weights, self.WEIGHTS, rtol=0, atol=0)
-        return weights, self.built
+    """The cache answers for what it holds, and says when it cannot."""
 
     def test_second_run_loads_what_the_first_kept(self, tmp_path: Path) -> None:
         """Built once; afterwards the file answers, bit for bit, in silence."""
         path = tmp_path / "new folder" / "model.ckpt"
-        assert self.load(path, steps=1)[1]
-        assert not self.load(path, steps=1)[1]
+        assert was_built(path, steps=1)
+        assert not was_built(path, steps=1)
         assert [file.name for file in path.parent.iterdir()] == ["model.ckpt"]
 
     @pytest.mark.parametrize("position", [0, 5, 100, -200, -1])
@@ -131,13 +139,13 @@ class TestCheckpoint:
     ) -> None:
         """Damage anywhere, in the head, the sum or the weights, is named, and mended for the next run."""
         path = tmp_path / "model.ckpt"
-        self.load(path, steps=1)
+        was_built(path, steps=1)
         content = bytearray(path.read_bytes())
         content[position] ^= 1
         path.write_bytes(content)
-        assert self.load(path, steps=1)[1]
+        assert was_built(path, steps=1)
         assert f"{path} is damaged" in capsys.readouterr().out
-        assert not self.load(path, steps=1)[1]
+        assert not was_built(path, steps=1)
 
     @pytest.mark.parametrize("content", [b"", b"\n\n", b"PK\x03\x04 something else", b"{}\nabc\n"])
     def test_foreign_file_is_reported_and_rebuilt(
@@ -146,22 +154,22 @@ class TestCheckpoint:
         """A file that this example did not write is never unpickled."""
         path = tmp_path / "model.ckpt"
         path.write_bytes(content)
-        assert self.load(path, steps=1)[1]
+        assert was_built(path, steps=1)
         assert "no checkpoint of this example" in capsys.readouterr().out
 
     def test_truncated_file_is_reported_and_rebuilt(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Half a file is a damaged file."""
         path = tmp_path / "model.ckpt"
-        self.load(path, steps=1)
+        was_built(path, steps=1)
         path.write_bytes(path.read_bytes()[:-300])
-        assert self.load(path, steps=1)[1]
+        assert was_built(path, steps=1)
         assert "is damaged" in capsys.readouterr().out
 
     def test_another_recipe_is_reported_and_rebuilt(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """A sound file of another recipe does not answer for this one."""
         path = tmp_path / "model.ckpt"
-        self.load(path, steps=1)
-        assert self.load(path, steps=2)[1]
+        was_built(path, steps=1)
+        assert was_built(path, steps=2)
         assert f"{path} was made by another recipe" in capsys.readouterr().out
 
     def test_interrupted_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +189,7 @@ class TestCheckpoint:
     def test_unwritable_cache_costs_no_result(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Where the model cannot be kept the run goes on and says how to keep it."""
         (tmp_path / "file").touch()
-        _, built = self.load(tmp_path / "file" / "model.ckpt", steps=1)
-        assert built
+        assert was_built(tmp_path / "file" / "model.ckpt", steps=1)
         assert "--cache" in capsys.readouterr().out
 
     def test_pretraining_is_reproducible_and_cached(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +207,8 @@ class TestCheckpoint:
 
 
 class TestRows:
+    """Every row is fine-tuned from the same weights, on the same batches, into its own classifier."""
+
     def test_every_row_runs_and_differs(self, sixteen: Split) -> None:
         """Two steps make nine classifiers, in the order of the table, no two of which agree."""
         clip = new_clip(0).eval()
@@ -243,3 +252,56 @@ class TestRows:
         clip = new_clip(0).eval()
         norms = zero_shot_classifier(clip).weight.norm(dim=1)
         assert_close(norms, clip.logit_scale.exp().expand(10))
+
+
+def figures(**rows: tuple[float, ...]) -> Figures:
+    """A table in percent, its columns in the order of ``COLUMNS``; ``_`` in a name stands for a blank."""
+    return {row.replace("_", " "): dict(zip(COLUMNS, values, strict=True)) for row, values in rows.items()}
+
+
+class TestFindings:
+    """What is said about a table follows from its numbers."""
+
+    WON = figures(
+        ZS=(75, 74, 5, 9, 5, 9),
+        FT=(94, 57, 3, 26, 2, 20),
+        FLYP=(94.5, 54, 3, 32, 2, 24),
+        CaRot=(96, 80, 5, 4, 1, 8.5),
+    )
+    LOST = figures(
+        ZS=(75, 74, 5, 4, 5, 4),
+        FT=(94, 57, 3, 26, 2, 20),
+        FLYP=(94.5, 54, 3, 32, 2, 24),
+        CaRot=(93, 50, 5, 33, 3, 25),
+    )
+
+    def test_a_win_is_called_a_win(self) -> None:
+        """Where CaRot is best, the comparison and the verdict say so, with the paired difference."""
+        text = "\n".join(findings([self.WON]))
+        assert "CaRot, OOD accuracy: better than ZS (+6.0), FT (+23.0), FLYP (+26.0)." in text
+        assert "CaRot, OOD ECE: better than ZS (-5.0), FT (-22.0), FLYP (-28.0)." in text
+        assert "Of all rows, a CaRot row is best in: ID accuracy, OOD accuracy, OOD ECE, ID ECE + TS" in text
+
+    def test_a_loss_is_called_a_loss(self) -> None:
+        """Where CaRot is not best, the text names who is; nothing is claimed for it."""
+        text = "\n".join(findings([self.LOST]))
+        assert "CaRot, OOD accuracy: worse than ZS (-24.0), FT (-7.0), FLYP (-4.0)." in text
+        assert "OOD accuracy ZS (74.0)" in text
+        assert "Of all rows, a CaRot row is best in: none" in text
+        assert "Of the fine-tuned rows, a CaRot row is best in: none" in text
+
+    def test_less_than_a_point_is_level(self) -> None:
+        """A difference that the test sets cannot resolve is no win."""
+        text = "\n".join(findings([self.WON]))
+        assert "CaRot, OOD ECE + TS: better than FT (-11.5), FLYP (-15.5); level with ZS (-0.5)." in text
+
+    def test_seeds_are_compared_pairwise_and_averaged(self) -> None:
+        """Over seeds a difference is the mean of the differences within a seed, with their range."""
+        text = "\n".join(findings([self.WON, self.LOST]))
+        assert "means of 2 seeds" in text
+        assert "CaRot, OOD accuracy: better than FT (+8.0, -7.0 to +23.0), FLYP (+11.0, -4.0 to +26.0);" in text
+
+    def test_scaling_is_reported_as_it_went(self) -> None:
+        """What temperature scaling does to each ECE is told in numbers, better or worse."""
+        text = "\n".join(findings([self.WON]))
+        assert "takes CaRot's ID ECE from 5.0 to 1.0 and its OOD ECE from 4.0 to 8.5." in text

@@ -1,0 +1,80 @@
+"""What the table says, in words that are computed from it: who is best, what fine-tuning costs, where CaRot wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
+
+Figures = Mapping[str, Mapping[str, float]]  # row -> column -> value in percent, of one seed
+
+COLUMNS = ("ID accuracy", "OOD accuracy", "ID ECE", "OOD ECE", "ID ECE + TS", "OOD ECE + TS")
+LEVEL = 1.0  # two rows that are less than a point apart are called level: the test sets do not tell them apart
+
+
+def findings(seeds: Sequence[Figures]) -> list[str]:
+    """Sentences about one table for each seed; rows are compared within a seed, then averaged over seeds."""
+    rows = list(seeds[0])
+    fine_tuned = [row for row in rows if row != "ZS" and not row.startswith("WiSE-FT")]
+    scope = f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed: another one moves OOD figures by some points"
+    return [
+        f"In points of percent; {scope}; less than {LEVEL:g} apart is called level.",
+        "Best of all rows: " + _best(seeds, rows) + ".",
+        "Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned) + ".",
+        _against(seeds, "FT", "ZS"),
+        *(_comparison(seeds, "CaRot", column) for column in COLUMNS),
+        *(_scaling(seeds, row) for row in ("FT", "CaRot")),
+        _verdict(seeds, rows, "all rows"),
+        _verdict(seeds, fine_tuned, "the fine-tuned rows"),
+    ]
+
+
+def _mean(seeds: Sequence[Figures], row: str, column: str) -> float:
+    return mean(figures[row][column] for figures in seeds)
+
+
+def _winner(seeds: Sequence[Figures], rows: Iterable[str], column: str) -> str:
+    best = max if column.endswith("accuracy") else min
+    return best(rows, key=lambda row: _mean(seeds, row, column))
+
+
+def _best(seeds: Sequence[Figures], rows: Sequence[str]) -> str:
+    winners = {column: _winner(seeds, rows, column) for column in COLUMNS}
+    return ", ".join(f"{column} {row} ({_mean(seeds, row, column):.1f})" for column, row in winners.items())
+
+
+def _difference(seeds: Sequence[Figures], row: str, other: str, column: str) -> str:
+    differences = [figures[row][column] - figures[other][column] for figures in seeds]
+    spread = f", {min(differences):+.1f} to {max(differences):+.1f}" if len(seeds) > 1 else ""
+    return f"{mean(differences):+.1f}{spread}"
+
+
+def _against(seeds: Sequence[Figures], row: str, other: str) -> str:
+    parts = (f"{column} {_difference(seeds, row, other, column)}" for column in COLUMNS)
+    return f"{row} minus {other}: " + "; ".join(parts) + "."
+
+
+def _comparison(seeds: Sequence[Figures], row: str, column: str) -> str:
+    """Which rows ``row`` beats in ``column``, which it is level with and which beat it."""
+    groups: dict[str, list[str]] = {"better than": [], "level with": [], "worse than": []}
+    for other in seeds[0]:
+        if other != row:
+            gain = _mean(seeds, row, column) - _mean(seeds, other, column)
+            if not column.endswith("accuracy"):
+                gain = -gain
+            group = "level with" if abs(gain) < LEVEL else "better than" if gain > 0 else "worse than"
+            groups[group].append(f"{other} ({_difference(seeds, row, other, column)})")
+    return f"{row}, {column}: " + "; ".join(f"{group} {', '.join(them)}" for group, them in groups.items() if them) + "."
+
+
+def _scaling(seeds: Sequence[Figures], row: str) -> str:
+    moves = (
+        f"{domain} ECE from {_mean(seeds, row, f'{domain} ECE'):.1f} to {_mean(seeds, row, f'{domain} ECE + TS'):.1f}"
+        for domain in ("ID", "OOD")
+    )
+    return f"Temperature scaling on ID validation images takes {row}'s " + " and its ".join(moves) + "."
+
+
+def _verdict(seeds: Sequence[Figures], rows: Sequence[str], among: str) -> str:
+    won = [column for column in COLUMNS if _winner(seeds, rows, column).startswith("CaRot")]
+    lost = [column for column in COLUMNS if column not in won]
+    return f"Of {among}, a CaRot row is best in: {', '.join(won) or 'none'}; not in: {', '.join(lost) or 'none'}."

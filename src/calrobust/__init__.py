@@ -1,14 +1,43 @@
 """Calibrated robust fine-tuning of CLIP-like models."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from calrobust import functional
+from calrobust.evaluation import collect_logits
 from calrobust.losses import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
+from calrobust.teacher import EMATeacher
+from calrobust.temperature import TemperatureScaler
+from calrobust.weights import average, interpolate, model_stock
+
+if TYPE_CHECKING:
+    from calrobust import metrics, plotting
 
 __all__ = [
     "CaRotLoss",
+    "EMATeacher",
     "MultimodalContrastiveLoss",
     "MultimodalDistillationLoss",
     "OrthogonalityLoss",
+    "TemperatureScaler",
+    "average",
+    "collect_logits",
     "functional",
+    "interpolate",
+    "metrics",
+    "model_stock",
+    "plotting",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: torchmetrics alone takes longer to import than the rest of the package.
+    if name in {"metrics", "plotting"}:
+        return importlib.import_module(f"calrobust.{name}")
+    raise AttributeError(f"module 'calrobust' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "metrics", "plotting"]

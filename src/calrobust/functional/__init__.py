@@ -1,13 +1,38 @@
 """The maths: pure functions of tensors."""
 
+from calrobust.functional.calibration import (
+    Bins,
+    Interval,
+    adaptive_calibration_error,
+    bin_confidences,
+    binned_error,
+    bootstrap_interval,
+    calibration_error,
+    classwise_calibration_error,
+    top_label,
+)
 from calrobust.functional.carot import carot_loss
 from calrobust.functional.contrastive import multimodal_contrastive_loss
 from calrobust.functional.distillation import multimodal_distillation_loss
 from calrobust.functional.orthogonality import orthogonality_loss
+from calrobust.functional.scoring import brier_score, negative_log_likelihood
+from calrobust.functional.temperature import fit_temperature
 
 __all__ = [
+    "Bins",
+    "Interval",
+    "adaptive_calibration_error",
+    "bin_confidences",
+    "binned_error",
+    "bootstrap_interval",
+    "brier_score",
+    "calibration_error",
     "carot_loss",
+    "classwise_calibration_error",
+    "fit_temperature",
     "multimodal_contrastive_loss",
     "multimodal_distillation_loss",
+    "negative_log_likelihood",
     "orthogonality_loss",
+    "top_label",
 ]

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from calrobust import functional
+from calrobust import functional, schedules
 from calrobust.evaluation import collect_logits
 from calrobust.losses import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
 from calrobust.teacher import EMATeacher
@@ -27,6 +27,7 @@ __all__ = [
     "metrics",
     "model_stock",
     "plotting",
+    "schedules",
 ]
 
 __version__ = "0.1.0"

@@ -32,7 +32,7 @@ def collect_logits(
         model: gives logits ``[B, C]`` for a batch of inputs; left on its device.
         loader: yields ``(inputs, target)``, or whatever ``forward`` takes.
         forward: ``forward(model, batch) -> (logits, target)`` for models or batches of another kind.
-        device: where to move ``inputs`` and tensors in tuples, lists and dicts of a batch; None leaves them.
+        device: where to move a batch, tuples, lists and dicts of tensors included; None leaves it where it is.
         progress: whether to show a bar on stderr; needs tqdm, and without it there is none.
 
     Returns:
@@ -97,12 +97,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):  # tensors, and the batches of tokenizers
+        return batch.to(device)
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
+        values = [_to(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 

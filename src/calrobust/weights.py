@@ -26,8 +26,8 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
         alpha: in [0, 1]; the ends are exact, bit for bit.
 
     Returns:
-        A new state dict for ``load_state_dict``, of the dtypes and devices of ``zero_shot``. Integer and bool entries are
-        those of ``fine_tuned``. Low-precision weights are averaged in float32.
+        A new state dict for ``load_state_dict``, of the dtypes and devices of ``zero_shot``. Integer and bool entries
+        are those of ``fine_tuned``. Low-precision weights are averaged in float32.
 
     Raises:
         ValueError: names or shapes differ, or ``alpha`` is outside [0, 1].
@@ -81,15 +81,16 @@ def model_stock(pretrained: Weights, models: Sequence[Weights]) -> StateDict:
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
     for each parameter tensor on its own, with :math:`\bar\theta` the mean of the K models and :math:`\varphi` the angle
-    between two of their differences from the pre-trained :math:`\theta_0`, its cosine averaged over all pairs. A negative
-    average cosine counts as 0; a tensor that a model did not change has cosine 0 with all others.
+    between two of their differences from the pre-trained :math:`\theta_0`, its cosine averaged over all pairs. A
+    negative average cosine counts as 0; a tensor that a model did not change has cosine 0 with all others.
 
     Args:
         pretrained: :math:`\theta_0`, a state dict or a module; not changed.
         models: K ≥ 2 fine-tuned state dicts or modules of the same names and shapes; not changed.
 
     Returns:
-        A new state dict, of the dtypes and devices of ``pretrained``; integer and bool entries are those of the last model.
+        A new state dict, of the dtypes and devices of ``pretrained``; integer and bool entries are those of the last
+        model.
 
     Raises:
         ValueError: there are fewer than two models, or names or shapes differ.

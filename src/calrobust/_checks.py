@@ -259,3 +259,10 @@ def check_kind(preds: Tensor, *, from_logits: bool) -> None:
             "preds must be logits with from_logits=True, got rows in [0, 1] that all sum to 1; "
             "set from_logits=False if these are probabilities, or validate_args=False if they are logits after all"
         )
+
+
+def check_ordered(**numbers: Any) -> None:
+    """Raises ``ValueError`` unless the numbers, in the order given, never fall."""
+    names, values = list(numbers), list(numbers.values())
+    if values != sorted(values):
+        raise ValueError(f"{' <= '.join(names)} must hold, got {', '.join(map(repr, values))}; swap them")

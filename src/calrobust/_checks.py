@@ -128,8 +128,8 @@ def check_teacher(image_features: Tensor, teacher: tuple[Any, Any, Any]) -> None
     check_logit_scale(teacher_logit_scale=teacher_logit_scale)
     if len(teacher_image_features) != len(image_features):
         raise ValueError(
-            "teacher_image_features and image_features must hold the same pairs, "
-            f"got {list(teacher_image_features.shape)} and {list(image_features.shape)}; run the teacher on the same batch"
+            "teacher_image_features and image_features must hold the same pairs, got "
+            f"{list(teacher_image_features.shape)} and {list(image_features.shape)}; run the teacher on the same batch"
         )
     if teacher_image_features.device != image_features.device:
         raise ValueError(

@@ -422,7 +422,7 @@ def test_bootstrap_interval_holds_the_value(samples: Samples, norm: Norm) -> Non
 
 
 def test_bootstrap_interval_tells_noise_from_miscalibration() -> None:
-    """Most calibrated models of 1,000 samples get an interval that starts near 0, overconfident ones none (trap 26)."""
+    """Most calibrated models of 1,000 samples get an interval from about 0 up, overconfident ones none (trap 26)."""
     lows: dict[float, list[float]] = {1.0: [], 0.3: []}
     for sharpness, values in lows.items():
         for seed in range(20):

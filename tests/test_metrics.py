@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from metrics_on_a_rank import every_metric
+from strategies import Predictions, classifier, predictions
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torchmetrics import Metric, MetricCollection
+
+from calrobust.functional.calibration import (
+    adaptive_calibration_error,
+    bin_confidences,
+    calibration_error,
+    classwise_calibration_error,
+    top_label,
+)
+from calrobust.functional.scoring import brier_score, negative_log_likelihood
+from calrobust.metrics import (
+    AdaptiveCalibrationError,
+    BrierScore,
+    CalibrationError,
+    CalibrationSummary,
+    ClasswiseCalibrationError,
+    NegativeLogLikelihood,
+)
+
+Make = Callable[..., Metric]
+MAKERS: dict[str, Make] = {
+    "l1": CalibrationError,
+    "l2": lambda **options: CalibrationError(n_bins=7, norm="l2", **options),
+    "debiased": lambda **options: CalibrationError(norm="l2", debiased=True, **options),
+    "max": lambda **options: CalibrationError(norm="max", **options),
+    "adaptive": AdaptiveCalibrationError,
+    "classwise": lambda **options: ClasswiseCalibrationError(5, **options),
+    "brier": BrierScore,
+    "nll": NegativeLogLikelihood,
+    "summary": CalibrationSummary,
+}
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "l1": calibration_error,
+    "l2": lambda *args, **options: calibration_error(*args, n_bins=7, norm="l2", **options),
+    "debiased": lambda *args, **options: calibration_error(*args, norm="l2", debiased=True, **options),
+    "max": lambda *args, **options: calibration_error(*args, norm="max", **options),
+    "adaptive": adaptive_calibration_error,
+    "classwise": classwise_calibration_error,
+    "brier": brier_score,
+    "nll": negative_log_likelihood,
+}
+every_maker = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
+
+
+def updated(metric: Metric, *batches: tuple[Tensor, Tensor]) -> Metric:
+    """After the batches."""
+    for batch in batches:
+        metric.update(*batch)
+    return metric
+
+
+def pieces(p: Predictions, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of ``size``, the last one smaller."""
+    return list(zip(p.logits.split(size), p.target.split(size), strict=True))
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_is_its_function_of_all_samples(name: str, from_logits: bool) -> None:
+    """Logits or probabilities, with samples to ignore, over batches of any size (trap 20)."""
+    logits, target = classifier(200, 5, 0, dtype=torch.float64)
+    p = Predictions(logits if from_logits else logits.softmax(1), target.where(target != 4, -100))
+    options: dict[str, Any] = {"from_logits": from_logits, "ignore_index": -100}
+    metric = updated(MAKERS[name](**options), *pieces(p, 33))
+    assert_close(metric.compute(), FUNCTIONS[name](*p, **options), rtol=1e-12, atol=1e-15)
+
+
+@given(predictions(min_samples=0, min_classes=5), st.integers(1, 20), st.sampled_from(list(MAKERS)))
+def test_any_split_into_batches_gives_the_same_value(p: Predictions, size: int, name: str) -> None:
+    """The value is of all samples, never a mean over batches (trap 22)."""
+    p = Predictions(p.logits[:, :5], p.target % 5)
+    whole = updated(MAKERS[name](), p).compute()
+    parts = updated(MAKERS[name](), *pieces(p, size)).compute()
+    assert_close(parts, whole, rtol=1e-6, atol=1e-12, equal_nan=True)
+
+
+def test_summary_is_its_parts() -> None:
+    """One pass gives what the single metrics give."""
+    p = classifier(300, 5, 0)
+    summary = updated(CalibrationSummary(n_bins=10), p).compute()
+    bins = bin_confidences(*top_label(*p), 10)
+    assert list(summary) == ["accuracy", "confidence", "nll", "brier", "ece", "rmsce", "mce"]
+    assert_close(summary["accuracy"], (p.logits.argmax(1) == p.target).double().mean())
+    assert_close(summary["confidence"], bins.confidence_sums.sum() / 300)
+    assert_close(summary["nll"], negative_log_likelihood(*p))
+    assert_close(summary["brier"], brier_score(*p))
+    for key, norm in (("ece", "l1"), ("rmsce", "l2"), ("mce", "max")):
+        assert_close(summary[key], calibration_error(*p, n_bins=10, norm=norm))  # type: ignore[arg-type]  # a norm each
+
+
+@every_maker
+def test_state_does_not_grow_with_the_samples(make: Make) -> None:
+    """Sums stay as they are: at most 400 bytes for 15 bins. The adaptive metric alone keeps nine bytes a sample."""
+    metric, batch = make(), classifier(100, 5, 0)
+    sizes = []
+    for _ in range(3):
+        metric.update(*batch)
+        states = [state if isinstance(state, list) else [state] for state in metric.metric_state.values()]
+        sizes.append(sum(t.numel() * t.element_size() for state in states for t in state))
+    if isinstance(metric, AdaptiveCalibrationError):
+        assert sizes == [900, 1800, 2700]
+    else:
+        assert sizes[0] == sizes[1] == sizes[2] <= (400 if not isinstance(metric, ClasswiseCalibrationError) else 1800)
+
+
+@every_maker
+def test_compute_before_update_is_nan_with_torchmetrics_warning(make: Make) -> None:
+    """Never 0: at the start, after a reset and after nothing but refused batches."""
+    metric = make()
+    reset = updated(make(), classifier(10, 5, 0))
+    reset.reset()
+    refused = make()
+    with pytest.raises(ValueError, match="NaN"):
+        refused.update(torch.full((2, 5), torch.nan), torch.tensor([0, 1]))
+    for empty in (metric, reset, refused):
+        with pytest.warns(UserWarning, match="was called before the ``update`` method"):
+            value = empty.compute()
+        assert all(v.isnan() for v in (value.values() if isinstance(value, dict) else [value]))
+
+
+BAD: dict[str, tuple[Tensor, Tensor, str]] = {
+    "probabilities": (torch.full((2, 5), 0.2), torch.tensor([0, 1]), "set from_logits=False"),
+    "nan": (torch.tensor([[0, 1, 2, 3, torch.nan]] * 2), torch.tensor([0, 1]), "got NaN in row 0, whose label is 0"),
+    "inf": (torch.tensor([[0, 1, 2, 3, torch.inf]] * 2), torch.tensor([0, 1]), r"got \+inf in row 0"),
+    "masked": (torch.full((2, 5), -torch.inf), torch.tensor([0, 1]), "-inf in every class in row 0"),
+    "label": (torch.zeros(2, 5), torch.tensor([0, 5]), r"target must be in \[0, 5\).*got 5"),
+    "negative": (torch.zeros(2, 5), torch.tensor([0, -100]), "leave them out of a metric with ignore_index=-100"),
+    "shape": (torch.zeros(5), torch.tensor([0] * 5), r"preds must have shape \[N, C\]"),
+    "length": (torch.zeros(2, 5), torch.tensor([0] * 3), r"target must have shape \[2\].*got \[3\]"),
+    "integers": (torch.zeros(2, 5, dtype=torch.int64), torch.tensor([0, 1]), "preds must be floating point"),
+    "dtype": (torch.zeros(2, 5), torch.tensor([0.0, 1.0]), r"target must have dtype torch\.int64"),
+}
+
+
+@every_maker
+@pytest.mark.parametrize(("preds", "target", "message"), list(BAD.values()), ids=list(BAD))
+def test_a_refused_batch_is_named_and_leaves_the_state_alone(
+    make: Make, preds: Tensor, target: Tensor, message: str
+) -> None:
+    """By update and by forward, which torchmetrics begins by emptying the state (traps 20, 21)."""
+    metric = updated(make(), classifier(20, 5, 0))
+    before, expected = copy.deepcopy(metric.metric_state), metric.compute()
+    for call in (metric.update, metric.forward):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(preds, target)
+        assert_close(metric.metric_state, before, rtol=0, atol=0)
+        assert metric.update_count == 1
+    assert_close(metric.compute(), expected, rtol=0, atol=0)
+    again = updated(metric, classifier(20, 5, 1)).compute()
+    assert_close(again, updated(make(), classifier(20, 5, 0), classifier(20, 5, 1)).compute())
+
+
+def test_logits_where_probabilities_are_due_are_refused() -> None:
+    """Rows out of [0, 1], and rows such as CLIP's cosines, which lie within it but do not sum to 1 (trap 20)."""
+    metric = CalibrationError(from_logits=False)
+    for logits in (torch.randn(4, 5), torch.rand(4, 5)):
+        with pytest.raises(ValueError, match=r"must be probabilities with from_logits=False.*set from_logits=True"):
+            metric.update(logits, torch.zeros(4, dtype=torch.int64))
+
+
+def test_cosines_are_taken_for_logits() -> None:
+    """In [0, 1] as they are, in one batch or in four (trap 20)."""
+    p = Predictions(torch.rand(40, 5, dtype=torch.float64), torch.arange(40) % 5)
+    expected = updated(CalibrationError(), Predictions(p.logits + 100, p.target)).compute()
+    for size in (40, 10):
+        assert_close(updated(CalibrationError(), *pieces(p, size)).compute(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_of_every_precision_are_recognised(dtype: torch.dtype) -> None:
+    """Their rows sum to 1 up to the rounding of their dtype."""
+    logits, target = classifier(300, 100, 0)
+    probs = logits.softmax(1).to(dtype)
+    CalibrationError(from_logits=False).update(probs, target)
+    with pytest.raises(ValueError, match="set from_logits=False"):
+        CalibrationError().update(probs, target)
+
+
+def test_validation_can_be_switched_off() -> None:
+    """Then NaN goes through to the value, still never a finite wrong one (trap 21)."""
+    metric = CalibrationError(validate_args=False)
+    metric.update(torch.full((2, 3), 1 / 3), torch.tensor([0, 1]))
+    assert metric.compute().isfinite()
+    metric.update(torch.full((1, 3), torch.nan), torch.tensor([0]))
+    assert metric.compute().isnan()
+
+
+def test_ignored_rows_are_not_validated() -> None:
+    """They may hold anything."""
+    metric = CalibrationError(ignore_index=-1)
+    logits, target = classifier(20, 3, 0)
+    metric.update(torch.cat([logits, torch.full((1, 3), torch.nan)]), torch.cat([target, torch.tensor([-1])]))
+    assert_close(metric.compute(), calibration_error(logits, target))
+
+
+@every_maker
+def test_forward_gives_the_batch_and_keeps_the_whole(make: Make) -> None:
+    """As every torchmetrics metric."""
+    first, second = classifier(20, 5, 0), classifier(30, 5, 1)
+    metric = make()
+    assert_close(metric(*first), updated(make(), first).compute())
+    assert_close(metric(*second), updated(make(), second).compute())
+    assert_close(metric.compute(), updated(make(), first, second).compute())
+
+
+@every_maker
+def test_clone_pickle_and_state_dict_keep_the_state(make: Make) -> None:
+    """The state_dict when the state is persistent."""
+    metric = updated(make(), classifier(20, 5, 0))
+    expected = metric.compute()
+    copies = [metric.clone(), pickle.loads(pickle.dumps(metric))]
+    metric.persistent(True)
+    loaded = make()
+    loaded.persistent(True)
+    loaded.load_state_dict(metric.state_dict())
+    loaded._update_count = 1
+    for other in [*copies, loaded]:
+        other._computed = None
+        assert_close(other.compute(), expected, rtol=0, atol=0)
+
+
+CASTS: list[Callable[[Metric], object]] = [
+    lambda m: m.half(),
+    lambda m: m.to(torch.float16),
+    lambda m: m.bfloat16(),
+    lambda m: m.set_dtype(torch.float16),
+    lambda m: nn.ModuleList([m]).half(),
+    lambda m: nn.ModuleList([m]).to(torch.bfloat16),
+]
+
+
+@every_maker
+@pytest.mark.parametrize("cast", CASTS)
+def test_no_cast_lowers_the_precision_of_the_sums(make: Make, cast: Callable[[Metric], object]) -> None:
+    """Before and after a reset: half-precision counters would stop at 2,048 (trap 19)."""
+    p = classifier(50, 5, 0)
+    metric = updated(make(), p)
+    expected, before = metric.compute(), copy.deepcopy(metric.metric_state)
+    cast(metric)
+    assert_close(metric.metric_state, before, rtol=0, atol=0)
+    metric.reset()
+    assert_close(updated(metric, p).compute(), expected, rtol=0, atol=0)
+
+
+def test_counts_and_small_terms_are_not_lost_in_full_bins() -> None:
+    """A million confident samples over batches: within 1e-9 of one float64 sum (trap 19)."""
+    generator = torch.Generator().manual_seed(0)
+    confidences = torch.sigmoid((2 * torch.randn(10**6, generator=generator) + 3).abs())
+    target = (torch.rand(10**6, generator=generator) > confidences).long()
+    probs = torch.stack([confidences, 1 - confidences], dim=1)
+    metric = updated(CalibrationError(from_logits=False), *pieces(Predictions(probs, target), 50_000))
+    gaps = confidences.double() - (target == 0).double()
+    index = (confidences.double() * 15).floor().clamp(max=14).long()
+    expected = sum(gaps[index == b].sum().abs().item() for b in range(15)) / 10**6
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_collection_shares_sums_only_between_metrics_of_the_same_sums() -> None:
+    """Perfect predictions make the Brier score and the likelihood equal, 0, but not the same."""
+    makers = {**MAKERS, "mean": lambda: AdaptiveCalibrationError(n_bins=3)}
+    collection = MetricCollection({name: make() for name, make in makers.items() if name != "summary"})
+    perfect = Predictions(200.0 * torch.eye(5), torch.arange(5))
+    batches = [perfect, classifier(30, 5, 0), classifier(40, 5, 1)]
+    for batch in batches:
+        collection.update(*batch)
+    groups = {frozenset(group) for group in collection.compute_groups.values()}
+    assert groups == {
+        frozenset(group)
+        for group in (["l1", "debiased", "max"], ["l2"], ["adaptive", "mean"], ["classwise"], ["brier"], ["nll"])
+    }
+    for name, value in collection.compute().items():
+        assert_close(value, updated(makers[name](), *batches).compute())
+
+
+def test_ranks_give_the_value_of_all_samples(tmp_path: Path) -> None:
+    """Two gloo processes with 30 and 70 samples, then with 100 and none, for every metric."""
+    script = Path(__file__).with_name("metrics_on_a_rank.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(rank), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    p = classifier(100, 5, 0)
+    expected = {name: updated(metric, p).compute() for name, metric in every_metric().items()}
+    for rank in range(2):
+        for values in torch.load(tmp_path / f"{rank}.pt"):
+            assert_close(values, expected, rtol=1e-12, atol=1e-15)
+
+
+@every_maker
+def test_plot_draws_the_value(make: Make) -> None:
+    """As torchmetrics users expect it: into the axes given, or new ones; one value or a list."""
+    mpl.use("Agg")
+    metric = updated(make(), classifier(20, 5, 0))
+    figure, axes = metric.plot()
+    assert figure is not None
+    assert axes is not None
+    if not isinstance(metric, CalibrationSummary):
+        _, own = plt.subplots()
+        _, drawn = metric.plot([metric.compute(), metric.compute()], ax=own)
+        assert drawn is own
+    plt.close("all")
+
+
+def test_wrong_options_are_named_where_they_are_made() -> None:
+    """In the constructor, not at the first batch."""
+    binned = ["l1", "adaptive", "classwise"]
+    for make in (MAKERS[name] for name in [*binned, "summary"]):
+        with pytest.raises(ValueError, match="n_bins must be > 0, got 0"):
+            make(n_bins=0)
+    for make in (MAKERS[name] for name in binned):
+        with pytest.raises(ValueError, match="norm must be one of 'l1', 'l2', 'max', got 'l3'"):
+            make(norm="l3")
+    with pytest.raises(ValueError, match="debiased must be False unless norm is 'l2'"):
+        CalibrationError(debiased=True)
+    with pytest.raises(TypeError, match=r"num_classes must be an int, got float 2\.5"):
+        ClasswiseCalibrationError(2.5)  # type: ignore[arg-type]  # the mistake under test
+    with pytest.raises(ValueError, match=r"num_classes=3 columns, got \[2, 5\]; make the metric with num_classes=5"):
+        ClasswiseCalibrationError(3).update(torch.randn(2, 5), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="Unexpected keyword arguments: `bins`"):
+        CalibrationError(bins=10)
+
+
+def test_an_empty_batch_adds_nothing() -> None:
+    """Last batches may be empty."""
+    empty = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for make in MAKERS.values():
+            metric = updated(make(), classifier(20, 5, 0))
+            expected = metric.compute()
+            assert_close(updated(metric, empty).compute(), expected, rtol=0, atol=0)

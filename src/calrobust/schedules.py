@@ -56,7 +56,7 @@ class linear_warmup:
     Args:
         start: the decay of update 0, in ``[0, 1]``.
         end: the decay from update ``updates`` on, in ``[0, 1]``.
-        updates: number of updates (not of training steps, where ``update_every`` is above 1) the line takes, at least 1.
+        updates: how many updates the line takes, at least 1; training steps over ``update_every``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,7 +71,7 @@ class linear_warmup:
         >>> print(f"{math.prod(map(schedule, range(10))):.0e}")  # weight left on the pre-trained model
         2e-05
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, implementation details in the appendix.
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`.
     """
 
     start: float
@@ -93,7 +93,8 @@ class linear_warmup:
 class power:
     r"""A decay that rises towards 1 by a power law, so that the average spans a fixed share of the past.
 
-    .. math:: \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
+    .. math::
+        \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
     The warm-up of timm's ``ModelEmaV3``, whose ``warmup_power`` is ``exponent``, ``warmup_gamma`` is ``scale``,
     ``min_decay`` is ``start``, ``decay`` is ``end`` and step ``n + 1`` is update ``n``; but timm's first update copies
@@ -128,7 +129,7 @@ class power:
 
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
-        return min(self.end, max(self.start, 1 - (1 + n / self.scale) ** -self.exponent))
+        return min(self.end, max(self.start, 1 - math.pow(1 + n / self.scale, -self.exponent)))
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,13 @@ class beta:
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
-    where :math:`T` is ``updates``, :math:`t = 0` the model the teacher started from and :math:`t = n + 1` the student at
-    update ``n``. After ``updates`` updates the weights are the density at the midpoints; each earlier teacher is the mean of
-    what there was by then. From there on the decay is 1: the average is complete and stays.
+    where :math:`T` is ``updates``, :math:`t = 0` the model the teacher started from and :math:`t = n + 1` the student
+    at update ``n``. After ``updates`` updates the weights are the density at the midpoints; each earlier teacher is the
+    mean of what there was by then. From there on the decay is 1: the average is complete and stays.
 
     Args:
         a: first shape of the distribution, > 0; below 1 it favours the pre-trained model.
-        b: second shape, > 0; below 1 it favours the last students. ``a = b = 1`` weighs all alike.
+        b: second shape, > 0; below 1 it favours the last students. ``a = b = 1`` weighs all alike, as :class:`uniform`.
         updates: how many updates the trajectory has, at least 1.
 
     Raises:

@@ -29,6 +29,9 @@ class EMATeacher(nn.Module):
     bfloat16 or float16 is averaged in float32 masters behind the low-precision copy, else a decay near 1 would
     round every move away.
 
+    With FSDP2, make the teacher first; then give ``teacher.module`` (and ``teacher.masters``, if any) the same
+    ``fully_shard`` calls as the student, and each rank averages its own shards.
+
     Args:
         student: the model to copy; wrapped by ``DistributedDataParallel`` or ``torch.compile``, the model inside.
         decay: :math:`\alpha` in ``[0, 1]``, or a callable that gives it for the index ``n = 0, 1, ...`` of the update
@@ -180,7 +183,7 @@ class EMATeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it untyped
-        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call] # likewise
+        self.module._apply(fn, recurse)
         if self.masters is None:
             object.__setattr__(self, "masters", _float32_masters(self.module))
         else:  # masters follow to another device and keep their dtype
@@ -252,6 +255,8 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
+        if reshard := getattr(type(owner), "reshard", None):
+            reshard(owner)  # FSDP2's root keeps gathered parameters after a forward pass without a backward one
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is None or name in owner._non_persistent_buffers_set:
                 continue

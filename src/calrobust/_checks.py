@@ -266,3 +266,70 @@ def check_ordered(**numbers: Any) -> None:
     names, values = list(numbers), list(numbers.values())
     if values != sorted(values):
         raise ValueError(f"{' <= '.join(names)} must hold, got {', '.join(map(repr, values))}; swap them")
+
+
+def check_text(**texts: Any) -> None:
+    """Raises for an argument that is not a string with something to read in it."""
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
+        if not value.strip():
+            raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
+
+
+def check_not_empty(**tensors: Tensor) -> None:
+    """Raises ``ValueError`` for a tensor without rows."""
+    for name, value in tensors.items():
+        if len(value) == 0:
+            raise ValueError(
+                f"{name} must hold at least one sample, got shape {list(value.shape)}; is the loader empty?"
+            )
+
+
+def check_held_out(method: str, domain: str, n_shared: int) -> None:
+    """Raises ``ValueError`` if samples that choose T are also scored."""
+    if n_shared:
+        raise ValueError(
+            f"the temperature of {method!r} must be fitted on data that the report does not score, got {n_shared} "
+            f"sample(s) with the same logits and label in domain {domain!r}; fit it on a validation split, or drop "
+            "the duplicates from one of the two"
+        )
+
+
+def check_unfitted(method: str, temperature: float | None) -> None:
+    """Raises ``ValueError`` if there is a temperature already."""
+    if temperature is not None:
+        raise ValueError(
+            f"{method!r} must be fitted once, on all its validation data, got a second call after T = "
+            f"{temperature:.6g}; concatenate the batches, or use another method name"
+        )
+
+
+def check_fitted(method: str, temperature: float | None) -> None:
+    """Raises ``ValueError`` if there is no temperature."""
+    if temperature is None:
+        raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
+
+
+def check_has_data(domains: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if no method has any domain."""
+    if not any(domains.values()):
+        raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
+
+
+def check_complete(id_domain: str, domains: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` unless every method has been added in the same domains, ``id_domain`` among them."""
+    check_has_data(domains)
+    known = list(dict.fromkeys(domain for own in domains.values() for domain in own))
+    if id_domain not in known:
+        raise ValueError(
+            f"id_domain must be one of the domains added, got {id_domain!r} and {', '.join(map(repr, known))}; "
+            "add its data, or give the report the name you used"
+        )
+    for method, own in domains.items():
+        missing = [domain for domain in known if domain not in own]
+        if missing:
+            raise ValueError(
+                f"every method must be added in the same domains, since means over different ones do not compare; "
+                f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"
+            )

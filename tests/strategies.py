@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+
+from calrobust import schedules
 
 
 class Pairs(NamedTuple):
@@ -104,3 +107,15 @@ def confidences_and_correct(draw: st.DrawFn, max_samples: int = 60) -> tuple[Ten
     values = draw(st.lists(st.one_of(st.floats(0, 1), on_edges), min_size=1, max_size=max_samples))
     correct = draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
     return torch.tensor(values, dtype=torch.float64), torch.tensor(correct)
+
+
+def decay_schedules() -> st.SearchStrategy[Callable[[int], float]]:
+    """Every schedule of the teacher, with arguments of all ranges."""
+    decays, positive, updates = st.floats(0, 1), st.floats(0.01, 100), st.integers(1, 40)
+    return st.one_of(
+        st.builds(schedules.constant, decays),
+        st.builds(schedules.linear_warmup, decays, decays, updates),
+        st.builds(schedules.power, positive, positive, st.floats(0, 0.5), st.floats(0.5, 1)),
+        st.builds(schedules.uniform),
+        st.builds(schedules.beta, positive, positive, updates),
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,8 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
     """
     check_fraction(closed=True, alpha=alpha)
     states = _states({"zero_shot": zero_shot, "fine_tuned": fine_tuned})
+    if alpha in (0, 1):  # not through arithmetic, where 0 * inf would be NaN
+        return _combine(states, lambda tensors: tensors[int(alpha)])
     return _combine(states, lambda tensors: tensors[0].lerp(tensors[1], alpha))
 
 
@@ -141,12 +145,16 @@ def _states(models: Mapping[str, Weights]) -> list[Mapping[str, Tensor]]:
 @torch.no_grad()
 def _combine(states: list[Mapping[str, Tensor]], combination: Callable[[list[Tensor]], Tensor]) -> StateDict:
     """Applies ``combination`` to the floating (or complex) tensors of each name; others come from the last state."""
-    combined = {}
+    combined: dict[str, Any] = {}
     for name, reference in states[0].items():
-        if reference.is_floating_point() or reference.is_complex():
+        if not isinstance(reference, Tensor):  # what a module's get_extra_state gave
+            combined[name] = copy.deepcopy(states[-1][name])
+        elif reference.is_floating_point() or reference.is_complex():
             precise = torch.promote_types(reference.dtype, torch.float32)
             tensors = [state[name].to(reference.device, precise) for state in states]
-            combined[name] = combination(tensors).to(reference.dtype)
+            # What all agree on stays: attention masks hold -inf, and inf - inf is NaN.
+            agreed = torch.stack([tensor == tensors[0] for tensor in tensors]).all(0)
+            combined[name] = torch.where(agreed, tensors[0], combination(tensors)).to(reference.dtype)
         else:
             combined[name] = states[-1][name].detach().to(reference.device, copy=True)
     return combined

@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 import calrobust
 from shift_table.data import ID_DOMAIN, Data, make_data
 from shift_table.pretraining import Pretraining, pretrained_clip
-from shift_table.results import findings, table, write_results
+from shift_table.results import FILES, summarize, write_results
 from shift_table.rows import FineTuning, fine_tuned_rows
 
 FULL = Pretraining(), FineTuning()
@@ -69,10 +69,9 @@ def main() -> None:
         seed: run_seed(data, pretraining, fine_tuning, seed=seed, device=device, cache=options.cache)
         for seed in options.seeds
     }
-    print(f"\n{table(reports)}\n")
-    print("\n".join(findings(reports)))
+    print(f"\n{summarize(reports)}\n")
     write_results(options.out, reports, data)
-    print(f"\nWritten to {options.out}: table.md, results.csv, reliability.png, shift.png, domains.png")
+    print(f"Written to {options.out}: {', '.join(FILES)}")
 
 
 if __name__ == "__main__":

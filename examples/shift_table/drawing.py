@@ -95,7 +95,7 @@ def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
 
 
 def _pose(masks: Tensor, generator: Generator, *, rotated: bool) -> Tensor:
-    """Turns, sizes, slants and moves each mask a little (``rotated``: by 20 to 50 degrees); gives ``[N, 1, 32, 32]``."""
+    """Turns, sizes, slants and moves each mask a little (``rotated``: by 20 to 50 degrees): ``[N, 1, 32, 32]``."""
     n = len(masks)
     angle = _uniform(n, -0.15, 0.15, generator)
     if rotated:

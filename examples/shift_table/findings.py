@@ -7,7 +7,14 @@ from statistics import mean
 
 Figures = Mapping[str, Mapping[str, float]]  # row -> column -> value in percent, of one seed
 
-COLUMNS = ("ID accuracy", "OOD accuracy", "ID ECE", "OOD ECE", "ID ECE + TS", "OOD ECE + TS")
+COLUMNS = {  # of the report's summary, and how the text calls them
+    "id_accuracy": "ID accuracy",
+    "ood_accuracy": "OOD accuracy",
+    "id_ece": "ID ECE",
+    "ood_ece": "OOD ECE",
+    "id_ece_ts": "ID ECE + TS",
+    "ood_ece_ts": "OOD ECE + TS",
+}
 LEVEL = 1.0  # two rows that are less than a point apart are called level: the test sets do not tell them apart
 
 
@@ -15,13 +22,15 @@ def findings(seeds: Sequence[Figures]) -> list[str]:
     """Sentences about one table for each seed; rows are compared within a seed, then averaged over seeds."""
     rows = list(seeds[0])
     fine_tuned = [row for row in rows if row != "ZS" and not row.startswith("WiSE-FT")]
-    scope = f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed: another one moves OOD figures by some points"
+    scope = (
+        f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed: another one moves OOD figures by some points"
+    )
     return [
         f"In points of percent; {scope}; less than {LEVEL:g} apart is called level.",
         "Best of all rows: " + _best(seeds, rows) + ".",
         "Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned) + ".",
         _against(seeds, "FT", "ZS"),
-        *(_comparison(seeds, "CaRot", column) for column in COLUMNS),
+        *(_comparison(seeds, "CaRot", column) for column in COLUMNS.values()),
         *(_scaling(seeds, row) for row in ("FT", "CaRot")),
         _verdict(seeds, rows, "all rows"),
         _verdict(seeds, fine_tuned, "the fine-tuned rows"),
@@ -38,7 +47,7 @@ def _winner(seeds: Sequence[Figures], rows: Iterable[str], column: str) -> str:
 
 
 def _best(seeds: Sequence[Figures], rows: Sequence[str]) -> str:
-    winners = {column: _winner(seeds, rows, column) for column in COLUMNS}
+    winners = {column: _winner(seeds, rows, column) for column in COLUMNS.values()}
     return ", ".join(f"{column} {row} ({_mean(seeds, row, column):.1f})" for column, row in winners.items())
 
 
@@ -49,7 +58,7 @@ def _difference(seeds: Sequence[Figures], row: str, other: str, column: str) -> 
 
 
 def _against(seeds: Sequence[Figures], row: str, other: str) -> str:
-    parts = (f"{column} {_difference(seeds, row, other, column)}" for column in COLUMNS)
+    parts = (f"{column} {_difference(seeds, row, other, column)}" for column in COLUMNS.values())
     return f"{row} minus {other}: " + "; ".join(parts) + "."
 
 
@@ -63,7 +72,9 @@ def _comparison(seeds: Sequence[Figures], row: str, column: str) -> str:
                 gain = -gain
             group = "level with" if abs(gain) < LEVEL else "better than" if gain > 0 else "worse than"
             groups[group].append(f"{other} ({_difference(seeds, row, other, column)})")
-    return f"{row}, {column}: " + "; ".join(f"{group} {', '.join(them)}" for group, them in groups.items() if them) + "."
+    return (
+        f"{row}, {column}: " + "; ".join(f"{group} {', '.join(them)}" for group, them in groups.items() if them) + "."
+    )
 
 
 def _scaling(seeds: Sequence[Figures], row: str) -> str:
@@ -75,6 +86,6 @@ def _scaling(seeds: Sequence[Figures], row: str) -> str:
 
 
 def _verdict(seeds: Sequence[Figures], rows: Sequence[str], among: str) -> str:
-    won = [column for column in COLUMNS if _winner(seeds, rows, column).startswith("CaRot")]
-    lost = [column for column in COLUMNS if column not in won]
+    won = [column for column in COLUMNS.values() if _winner(seeds, rows, column).startswith("CaRot")]
+    lost = [column for column in COLUMNS.values() if column not in won]
     return f"Of {among}, a CaRot row is best in: {', '.join(won) or 'none'}; not in: {', '.join(lost) or 'none'}."

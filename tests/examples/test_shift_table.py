@@ -256,7 +256,7 @@ class TestRows:
 
 def figures(**rows: tuple[float, ...]) -> Figures:
     """A table in percent, its columns in the order of ``COLUMNS``; ``_`` in a name stands for a blank."""
-    return {row.replace("_", " "): dict(zip(COLUMNS, values, strict=True)) for row, values in rows.items()}
+    return {row.replace("_", " "): dict(zip(COLUMNS.values(), values, strict=True)) for row, values in rows.items()}
 
 
 class TestFindings:

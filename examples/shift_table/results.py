@@ -1,0 +1,80 @@
+"""The results as a table and as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+
+import calrobust
+from shift_table.checkpoint import write_atomically
+from shift_table.data import Data
+from shift_table.findings import COLUMNS, Figures, findings
+from shift_table.sheet import contact_sheet
+
+FILES = ("table.md", "results.csv", "reliability.png", "shift.png", "domains.png")
+Reports = Mapping[int, calrobust.ShiftReport]  # by seed
+
+
+def summarize(reports: Reports) -> str:
+    """The table and what it says: with bootstrap intervals for one seed, as mean ± standard deviation for several."""
+    seeds = [_in_percent(report) for report in reports.values()]
+    table = next(iter(reports.values())).to_markdown() if len(seeds) == 1 else _table_over_seeds(seeds)
+    return "\n".join([table, "", *(f"- {sentence}" for sentence in findings(seeds))])
+
+
+def write_results(out: Path, reports: Reports, data: Data) -> None:
+    """Writes ``FILES`` into ``out``; pictures of results are of the first seed."""
+    first = next(iter(reports.values()))
+    content = (
+        f"{summarize(reports)}\n".encode(),
+        _csv(reports),
+        _png(calrobust.plotting.reliability_grid(first)),
+        _png(calrobust.plotting.shift_scatter(first).get_figure()),
+        _png(contact_sheet(data)),
+    )
+    for name, written in zip(FILES, content, strict=True):
+        write_atomically(out / name, written)
+
+
+def _in_percent(report: calrobust.ShiftReport) -> Figures:
+    return {
+        row["method"]: {"T": row["temperature"]} | {title: 100 * row[name] for name, title in COLUMNS.items()}
+        for row in report.summary()
+    }
+
+
+def _table_over_seeds(seeds: Sequence[Figures]) -> str:
+    def cell(row: str, column: str) -> str:
+        values = [figures[row][column] for figures in seeds]
+        return (
+            f"{mean(values):.2f} ± {stdev(values):.2f}"
+            if column == "T"
+            else f"{mean(values):.1f} ± {stdev(values):.1f}"
+        )
+
+    columns = [*COLUMNS.values(), "T"]
+    lines = [["Method", *columns], ["---", *["---:"] * len(columns)]]
+    lines += [[row, *(cell(row, column) for column in columns)] for row in seeds[0]]
+    caption = f"In per cent, mean ± standard deviation over {len(seeds)} seeds; a seed has its own pre-training."
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption])
+
+
+def _csv(reports: Reports) -> bytes:
+    """Every figure of every row on every data set, as fractions."""
+    rows = [{"seed": seed} | figures for seed, report in reports.items() for figures in report.per_domain()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, bbox_inches="tight")
+    return picture.getvalue()

@@ -235,9 +235,8 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
 def _are_probabilities(preds: Tensor) -> Tensor:
     """``[N]``: whether a row lies in [0, 1] and sums to 1, up to the rounding of its dtype."""
     tolerance = 1e-3 if preds.dtype in (torch.float32, torch.float64) else 1e-2
-    low, high = preds.aminmax(dim=1)
     total = preds.sum(1, dtype=torch.promote_types(preds.dtype, torch.float32))
-    return (low >= 0) & (high <= 1 + tolerance) & ((total - 1).abs() <= tolerance)
+    return (preds.amin(1) >= 0) & (preds.amax(1) <= 1 + tolerance) & ((total - 1).abs() <= tolerance)
 
 
 def check_kind(preds: Tensor, *, from_logits: bool) -> None:
@@ -254,7 +253,7 @@ def check_kind(preds: Tensor, *, from_logits: bool) -> None:
                 "set from_logits=True if these are logits"
             )
     # The first rows of logits tell at once; only probabilities are read to the end.
-    elif preds.shape[1] > 1 and _are_probabilities(preds[:64]).all() and _are_probabilities(preds).all():
+    elif preds.shape[1] > 1 and _are_probabilities(preds[:8]).all() and _are_probabilities(preds).all():
         raise ValueError(
             "preds must be logits with from_logits=True, got rows in [0, 1] that all sum to 1; "
             "set from_logits=False if these are probabilities, or validate_args=False if they are logits after all"
@@ -333,3 +332,18 @@ def check_complete(id_domain: str, domains: Mapping[str, Any]) -> None:
                 f"every method must be added in the same domains, since means over different ones do not compare; "
                 f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"
             )
+
+
+def check_bins(bins: Any) -> None:
+    """Raises unless the argument is three tensors of one shape ``[n_bins]``."""
+    if not isinstance(bins, tuple) or len(bins) != 3:
+        raise TypeError(
+            f"bins must be the three sums that bin_confidences gives, got {type(bins).__name__}; "
+            "see functional.bin_confidences, or ShiftReport.bins"
+        )
+    check_tensor(**{f"bins[{i}]": sums for i, sums in enumerate(bins)})
+    shapes = [list(sums.shape) for sums in bins]
+    if len(shapes[0]) != 1 or shapes != [shapes[0]] * 3:
+        raise ValueError(
+            f"bins must be sums of shape [n_bins], got {', '.join(map(str, shapes))}; take one class at a time"
+        )

@@ -186,9 +186,13 @@ class EMATeacher(nn.Module):
         self.module._apply(fn, recurse)
         if self.masters is None:
             object.__setattr__(self, "masters", _float32_masters(self.module))
-        else:  # masters follow to another device and keep their dtype
-            for master, value in _pairs(self.masters, self.module):
-                master.data = master.data.to(value.device)
+        else:
+
+            def keep_dtype(tensor: Tensor) -> Tensor:
+                moved = fn(tensor)
+                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+            self.masters._apply(keep_dtype, recurse)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

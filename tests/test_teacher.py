@@ -1,0 +1,639 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import decay_schedules, seeds
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
+
+from calrobust import EMATeacher, schedules
+
+State = dict[str, Tensor]
+
+
+class Student(nn.Module):
+    """Parameters, running statistics, an integer buffer, a mask with infinities and a buffer that is not saved."""
+
+    mask: Tensor
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits, masked."""
+        logits: Tensor = self.head(self.norm(self.layer(inputs)))
+        return logits + self.mask
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel names what it holds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def state(module: nn.Module) -> State:
+    """A copy of the state dict."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def train(student: nn.Module) -> None:
+    """Moves every parameter and statistic, as a training step would."""
+    with torch.no_grad():
+        for name, value in student.state_dict().items():
+            if name.endswith("mask"):
+                continue
+            value.add_(torch.rand_like(value) if value.is_floating_point() else 1)  # a variance stays positive
+
+
+def single(value: float, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    """One weight."""
+    layer = nn.Linear(1, 1, bias=False, dtype=dtype)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+# What the copy becomes
+
+
+@given(schedule=decay_schedules(), update_every=st.integers(1, 4), steps=st.integers(0, 12), seed=seeds())
+def test_the_teacher_is_the_weighted_mean_of_the_trajectory(
+    schedule: Callable[[int], float], update_every: int, steps: int, seed: int
+) -> None:
+    """In closed form, for all schedules and intervals; the model of a step that does not act has no weight."""
+    torch.manual_seed(seed)
+    student = Student().double()
+    teacher = EMATeacher(student, schedule, update_every=update_every)
+    trajectory = [state(student)]
+    for step in range(1, steps + 1):
+        train(student)
+        teacher.update(student)
+        if step % update_every == 0:
+            trajectory.append(state(student))
+    decays = [schedule(n) for n in range(steps // update_every)]
+    weights = [(1 - ([0.0, *decays][k])) * math.prod(decays[k:]) for k in range(len(trajectory))]
+    assert (teacher.step, teacher.updates) == (steps, len(decays))
+    assert sum(weights) == pytest.approx(1)
+    for name, value in teacher.module.state_dict().items():
+        models = [model[name] for model in trajectory]
+        if not value.is_floating_point():
+            assert torch.equal(value, models[-1])
+        elif name == "mask":
+            assert torch.equal(value, models[0])
+        else:
+            expected = sum((w * model for w, model in zip(weights, models, strict=True)), torch.zeros_like(value))
+            assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.floats(0, 1), seeds())
+def test_after_its_first_update_torchs_averaged_model_agrees(decay: float, seed: int) -> None:
+    """With ``avg_fn`` and ``use_buffers``, started where its first update copies the student."""
+    torch.manual_seed(seed)
+    student = Student().double()
+    teacher = EMATeacher(student, decay)
+
+    def average(old: Tensor, new: Tensor, _: Tensor | int) -> Tensor:
+        return decay * old + (1 - decay) * new if old.is_floating_point() else new
+
+    student.mask.zero_()  # -inf - -inf is NaN in the peer
+    teacher.module.get_buffer("mask").zero_()
+    peer = AveragedModel(student, avg_fn=average, use_buffers=True)
+    peer.update_parameters(student)
+    for _ in range(5):
+        train(student)
+        peer.update_parameters(student)
+        teacher.update(student)
+    assert_close(teacher.module.state_dict(), peer.module.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_decay_honours_the_very_first_update() -> None:
+    """0.75 · 1 + 0.25 · 5 = 2, where torch's AveragedModel gives 5 (trap 11)."""
+    student = single(1.0)
+    teacher, peer = (
+        EMATeacher(student, 0.75),
+        AveragedModel(student, avg_fn=lambda old, new, _: 0.75 * old + 0.25 * new),
+    )
+    nn.init.constant_(student.weight, 5.0)
+    teacher.update(student)
+    peer.update_parameters(student)
+    assert teacher.module.get_parameter("weight").item() == 2.0
+    assert peer.module.get_parameter("weight").item() == 5.0
+
+
+def test_a_warmup_from_a_low_decay_leaves_the_anchor_its_decay() -> None:
+    """0.05 after one update of the paper's schedule, and the product of the decays after ten (trap 13)."""
+    student = single(1.0)
+    teacher = EMATeacher(student, schedules.linear_warmup(0.05, 0.9, updates=10))
+    nn.init.zeros_(student.weight)  # what is left in the teacher is the weight of the pre-trained model
+    left = []
+    for _ in range(10):
+        teacher.update(student)
+        left.append(teacher.module.get_parameter("weight").item())
+    assert left[0] == pytest.approx(0.05)
+    assert left[-1] == pytest.approx(1.8e-5, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_student_moves_its_teacher(dtype: torch.dtype) -> None:
+    """1,000 updates at decay 0.9999 reach 1 − 0.9999¹⁰⁰⁰, which without float32 masters would be 0 (trap 12)."""
+    student = single(1.0, dtype)
+    teacher = EMATeacher(student, 0.9999)
+    nn.init.constant_(student.weight, 2.0)
+    naive = torch.tensor(1.0, dtype=dtype)
+    for _ in range(1000):
+        teacher.update(student)
+        naive.lerp_(torch.tensor(2.0, dtype=dtype), 1e-4)
+    assert naive == 1.0
+    expected = 2 - 0.9999**1000
+    assert teacher.masters is not None
+    assert teacher.masters.get_parameter("weight").item() == pytest.approx(expected, rel=1e-5)
+    weight = teacher.module.get_parameter("weight")
+    assert weight.dtype == dtype
+    assert weight.item() == torch.tensor(expected).to(dtype).item()
+
+
+def test_a_float32_student_needs_no_masters() -> None:
+    """The copy is all the memory the teacher takes."""
+    assert EMATeacher(Student()).masters is None
+
+
+def test_running_statistics_are_averaged_and_counters_copied() -> None:
+    """BatchNorm's mean and variance by the decay, its number of batches from the student (trap 15)."""
+    student = Student()
+    teacher = EMATeacher(student, 0.75)
+    before = state(student)
+    student.train()
+    student.norm(torch.randn(8, 4))
+    teacher.update(student)
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert not torch.equal(before[name], student.get_buffer(name))
+        expected = 0.75 * before[name] + 0.25 * student.get_buffer(name)
+        assert_close(teacher.module.get_buffer(name), expected)
+    assert teacher.module.get_buffer("norm.num_batches_tracked") == 1
+
+
+def test_infinite_masks_stay_and_unsaved_buffers_are_the_copys_own() -> None:
+    """Infinity minus itself would be NaN; a buffer outside the state dict is no state to average."""
+    student = Student()
+    teacher = EMATeacher(student, 0.5)
+    student.cache.fill_(7.0)
+    teacher.update(student)
+    assert torch.equal(teacher.module.get_buffer("mask"), torch.tensor([0.0, -torch.inf]))
+    assert torch.equal(teacher.module.get_buffer("cache"), torch.zeros(2))
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(0, 5.0), (0.0, 5.0), (1, 1.0), (1.0, 1.0)])
+def test_the_ends_of_the_decay_are_exact(decay: float, expected: float) -> None:
+    """0 copies the student and 1 stays, bit for bit."""
+    student = single(1.0)
+    teacher = EMATeacher(student, decay)
+    nn.init.constant_(student.weight, 5.0)
+    teacher.update(student)
+    assert teacher.module.get_parameter("weight").item() == expected
+
+
+def test_a_frozen_teacher_outlives_a_student_that_diverged() -> None:
+    """At decay 1 infinities of the student have weight 0, not NaN; below it the loss of the student shows."""
+    student = single(1.0)
+    frozen, following = EMATeacher(student, 1.0), EMATeacher(student, 0.5)
+    nn.init.constant_(student.weight, torch.nan)
+    frozen.update(student)
+    following.update(student)
+    assert frozen.module.get_parameter("weight") == 1.0
+    assert following.module.get_parameter("weight").isnan()
+
+
+def test_tied_weights_stay_tied_and_move_once() -> None:
+    """Two names, one tensor: averaged once an update."""
+    student = nn.Sequential(single(1.0), single(1.0))
+    student[1].weight = student[0].weight
+    teacher = EMATeacher(student, 0.75)
+    nn.init.constant_(cast(Tensor, student[0].weight), 5.0)
+    teacher.update(student)
+    first, second = (teacher.module.get_parameter(f"{k}.weight") for k in range(2))
+    assert first is second
+    assert first.item() == 2.0
+
+
+def test_the_schedule_is_asked_for_the_update_that_acts() -> None:
+    """Indices 0, 1, 2, ..., once each, whatever ``update_every`` is; a callable of the user's serves."""
+    asked: list[int] = []
+
+    def decay(n: int) -> float:
+        asked.append(n)
+        return 0.5
+
+    student = single(1.0)
+    teacher = EMATeacher(student, decay, update_every=3)
+    for _ in range(10):
+        teacher.update(student)
+    assert asked == [0, 1, 2]
+    assert (teacher.step, teacher.updates) == (10, 3)
+
+
+# What the copy is
+
+
+def test_the_copy_is_frozen_and_in_eval_mode_whatever_its_parent_does() -> None:
+    """No gradient, no dropout, no moving statistics, after ``parent.train()`` and ``requires_grad_`` too (trap 11)."""
+    student = Student().train()
+    parent = nn.ModuleDict({"student": student, "teacher": EMATeacher(student)})
+    parent.train()
+    parent.requires_grad_(True)
+    teacher = cast(EMATeacher, parent["teacher"])
+    assert teacher.train() is teacher
+    assert not any(module.training for module in (teacher, *teacher.module.modules()))
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    before, inputs = state(teacher.module), torch.randn(5, 3, requires_grad=True)
+    output = teacher(inputs)
+    assert not output.requires_grad
+    assert torch.equal(output, teacher(inputs=inputs))
+    assert_close(state(teacher.module), before, rtol=0, atol=0)
+    assert student.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_an_optimiser_of_the_parent_finds_the_student_alone() -> None:
+    """Nothing of the teacher is in ``parent.parameters()``, and a parent's initialiser does not reach it."""
+    student = Student()
+    parent = nn.ModuleDict({"student": student, "teacher": EMATeacher(student)})
+    assert [id(p) for p in parent.parameters()] == [id(p) for p in student.parameters()]
+    before = state(cast(EMATeacher, parent["teacher"]).module)
+
+    def reset(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    parent.apply(reset)
+    assert_close(state(cast(EMATeacher, parent["teacher"]).module), before, rtol=0, atol=0)
+
+
+def test_the_student_and_the_copy_share_no_memory() -> None:
+    """Training the one leaves the other."""
+    student = Student()
+    teacher = EMATeacher(student)
+    before = state(student)
+    train(student)
+    assert_close(state(teacher.module), before, rtol=0, atol=0)
+
+
+def test_the_teacher_follows_its_parent_to_another_dtype_and_device() -> None:
+    """``parent.to`` reaches the copy; one made bfloat16 gets masters, and masters stay float32."""
+    parent = nn.Sequential(EMATeacher(Student()))
+    teacher = cast(EMATeacher, parent[0])
+    parent.double()
+    assert teacher.module.get_parameter("layer.weight").dtype == torch.float64
+    assert teacher.masters is None
+    parent.bfloat16()
+    parent.to("meta")
+    assert teacher.masters is not None
+    for module, dtype in ((teacher.module, torch.bfloat16), (teacher.masters, torch.float32)):
+        assert {(p.dtype, p.device.type) for p in module.parameters()} == {(dtype, "meta")}
+
+
+def test_the_copy_can_live_on_another_device() -> None:
+    """``device`` moves the copy and leaves the student."""
+    student = Student()
+    teacher = EMATeacher(student, device="meta")
+    assert {p.device.type for p in teacher.module.parameters()} == {"meta"}
+    assert {p.device.type for p in student.parameters()} == {"cpu"}
+
+
+def test_the_teacher_reads_as_it_was_made() -> None:
+    """Class of the student, decay, interval."""
+    teacher = EMATeacher(single(1.0), schedules.constant(0.9), update_every=500)
+    assert repr(teacher) == "EMATeacher(Linear, decay=constant(decay=0.9), update_every=500)"
+
+
+# Names
+
+
+def wrapped(student: nn.Module, how: str) -> nn.Module:
+    """The student as a wrapper would hand it over."""
+    wrappers: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "module": Wrapper,
+        "compiled": lambda inner: cast(nn.Module, torch.compile(inner)),  # compiles nothing before its first call
+        "DataParallel": nn.DataParallel,
+    }
+    for name in how.split(" of "):
+        student = wrappers[name](student)
+    return student
+
+
+@pytest.mark.parametrize("how", ["module", "compiled", "DataParallel", "module of compiled", "compiled of module"])
+def test_wrapped_names_are_found(how: str) -> None:
+    """The prefixes of DDP and torch.compile, nested too, before or after the teacher was made (trap 14)."""
+    student = Student()
+    early, late = EMATeacher(student, 0.5), EMATeacher(wrapped(student, how), 0.5)
+    before = state(student)
+    train(student)
+    for teacher in (early, late):
+        teacher.update(wrapped(student, how))
+        teacher.update(student)
+        for name, value in before.items():
+            if value.is_floating_point() and name != "mask":
+                expected = 0.25 * value + 0.75 * student.state_dict()[name]
+                found = [v for key, v in teacher.module.state_dict().items() if key.endswith(name)]
+                assert len(found) == 1
+                assert_close(found[0], expected)
+
+
+def test_a_wrapper_of_a_part_is_found() -> None:
+    """A compiled submodule has ``_orig_mod`` in the middle of its names."""
+    student = Student()
+    teacher = EMATeacher(student, 0.0)
+    train(student)
+    student.layer = cast(nn.Linear, torch.compile(student.layer))
+    teacher.update(student)
+    assert_close(teacher.module.get_parameter("layer.weight"), student.get_parameter("layer._orig_mod.weight"))
+
+
+class Odd(nn.Module):
+    """Two tensors that differ by a stripped word only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.module = single(0.0)
+
+
+def without_bias(student: Student) -> nn.Module:
+    """One name less."""
+    student.layer = nn.Linear(3, 4, bias=False)
+    return student
+
+
+def with_more(student: Student) -> nn.Module:
+    """One name more."""
+    student.register_parameter("extra", nn.Parameter(torch.zeros(1)))
+    return student
+
+
+def reshaped(student: Student) -> nn.Module:
+    """The names of the student, not its shapes."""
+    student.layer = nn.Linear(5, 4)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_bias, r"teacher and student must have the same names.*missing from student: layer.bias"),
+        (with_more, r"unexpected in student: extra"),
+        (reshaped, r"of another shape in student: layer.weight \[4, 5\] for \[4, 3\]"),
+    ],
+)
+@pytest.mark.parametrize("update_every", [1, 10])
+def test_a_student_of_other_names_or_shapes_raises_at_its_first_step(
+    change: Callable[[Student], nn.Module], message: str, update_every: int
+) -> None:
+    """Also when the first update that acts is far away; nothing has changed then (trap 14)."""
+    teacher = EMATeacher(Student(), 0.5, update_every=update_every)
+    before = state(teacher.module)
+    with pytest.raises(ValueError, match=message):
+        teacher.update(change(Student()))
+    assert (teacher.step, teacher.updates) == (0, 0)
+    assert_close(state(teacher.module), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=message), teacher.swapped_into(change(Student())):
+        pass
+
+
+def test_a_student_whose_weights_came_apart_raises() -> None:
+    """Tied in the teacher, not in the student: one average cannot serve two tensors."""
+    tied = nn.Sequential(single(1.0), single(1.0))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"1\.weight is tied .* in the teacher but not in the student"):
+        EMATeacher(tied).update(nn.Sequential(single(1.0), single(1.0)))
+
+
+@pytest.mark.parametrize("decay", [1.5, -0.1, torch.nan])
+def test_a_schedule_that_leaves_the_unit_interval_raises_and_changes_nothing(decay: float) -> None:
+    """At the update that asks for it."""
+    student = single(1.0)
+    teacher = EMATeacher(student, lambda n: decay)
+    nn.init.constant_(student.weight, 5.0)
+    with pytest.raises(ValueError, match="decay must be"):
+        teacher.update(student)
+    assert (teacher.step, teacher.updates) == (0, 0)
+    assert teacher.module.get_parameter("weight") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: EMATeacher(cast(Any, "model")), TypeError, r"student must be a torch.nn.Module, got str"),
+        (lambda: EMATeacher(single(1.0), 1.5), ValueError, r"decay must be in \[0, 1\], got 1.5"),
+        (lambda: EMATeacher(single(1.0), cast(Any, "0.9")), TypeError, r"decay must be a real number, got str"),
+        (lambda: EMATeacher(single(1.0), cast(Any, None)), TypeError, r"decay must be a real number, got NoneType"),
+        (lambda: EMATeacher(single(1.0), update_every=0), ValueError, r"update_every must be > 0, got 0"),
+        (lambda: EMATeacher(single(1.0), update_every=cast(Any, 1.0)), TypeError, r"update_every must be an int"),
+        (lambda: EMATeacher(single(1.0)).update(cast(Any, {})), TypeError, r"student must be .*Module, got dict"),
+        (lambda: EMATeacher(single(1.0), cast(Any, lambda n: "1")).update(single(1.0)), TypeError, r"decay must be a"),
+        (lambda: EMATeacher(Odd()).update(Odd()), ValueError, r"two tensors of the Odd are named 'weight'"),
+    ],
+)
+def test_a_wrong_argument_is_named(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    """With the rule and what came."""
+    with pytest.raises(error, match=message):
+        make()
+
+
+# Saving
+
+
+def moved_teacher(dtype: torch.dtype) -> tuple[Student, EMATeacher]:
+    """A teacher after five steps, at every second of which it acted."""
+    student = Student().to(dtype)
+    teacher = EMATeacher(student, schedules.uniform(), update_every=2)
+    for _ in range(5):
+        train(student)
+        teacher.update(student)
+    return student, teacher
+
+
+def assert_same(ours: EMATeacher, theirs: EMATeacher) -> None:
+    """Weights, masters and counters, bit for bit."""
+    assert (ours.step, ours.updates) == (theirs.step, theirs.updates)
+    assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(dtype: torch.dtype, weights_only: bool) -> None:
+    """Weights, masters, step and updates come back bit for bit inside the parent's state dict (trap 16)."""
+    student, teacher = moved_teacher(dtype)
+    file = io.BytesIO()
+    torch.save(nn.ModuleDict({"student": student, "teacher": teacher}).state_dict(), file)
+    file.seek(0)
+    resumed = nn.ModuleDict(
+        {
+            "student": Student().to(dtype),
+            "teacher": EMATeacher(Student().to(dtype), schedules.uniform(), update_every=2),
+        }
+    )
+    resumed.load_state_dict(torch.load(file, weights_only=weights_only))
+    other = cast(EMATeacher, resumed["teacher"])
+    assert (other.step, other.updates) == (5, 2)
+    assert_same(other, teacher)
+    for _ in range(3):  # the sixth step acts: the phase is part of the state
+        train(student)
+        resumed["student"].load_state_dict(student.state_dict())
+        teacher.update(student)
+        other.update(resumed["student"])
+    assert_same(other, teacher)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_duplicate_goes_its_own_way(duplicate: Callable[[EMATeacher], EMATeacher], dtype: torch.dtype) -> None:
+    """By deepcopy and by pickle, with schedule, masters and counters; the original stays."""
+    student, teacher = moved_teacher(dtype)
+    twin, before = duplicate(teacher), copy.deepcopy(teacher.state_dict())
+    assert_same(twin, teacher)
+    assert twin.decay == teacher.decay
+    train(student)
+    twin.update(student)
+    assert twin.updates == 3
+    assert not any(module.training for module in twin.module.modules())
+    assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+
+
+def test_loading_is_as_strict_as_torchs() -> None:
+    """Missing and unexpected names are told by their full name; ``strict=False`` returns them; shapes always raise."""
+    saved = EMATeacher(Student()).state_dict()
+    wrong = {"teacher." + key: value for key, value in saved.items() if key not in ("step", "module.layer.bias")}
+    wrong["teacher.module.extra"] = wrong["teacher.else"] = torch.zeros(1)
+    parent = nn.ModuleDict({"teacher": EMATeacher(Student())})
+    with pytest.raises(RuntimeError, match=r"Missing key.*teacher\.step.*teacher\.module\.layer\.bias"):
+        parent.load_state_dict(wrong)
+    keys = parent.load_state_dict(wrong, strict=False)
+    assert set(keys.missing_keys) == {"teacher.step", "teacher.module.layer.bias"}
+    assert set(keys.unexpected_keys) == {"teacher.module.extra", "teacher.else"}
+    with pytest.raises(RuntimeError, match=r"size mismatch for layer\.weight"):
+        EMATeacher(Student()).load_state_dict({**saved, "module.layer.weight": torch.zeros(9, 9)})
+
+
+# Swapping
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_student_lends_its_place_and_gets_it_back(dtype: torch.dtype) -> None:
+    """Inside, the student computes what the teacher does; afterwards it is itself, bit for bit, optimiser included."""
+    student, teacher = moved_teacher(dtype)
+    own, inputs, parameters = state(student), torch.randn(4, 3, dtype=dtype), [*student.parameters()]
+    student.eval()
+    with teacher.swapped_into(student):
+        assert_close(state(student), state(teacher.module), rtol=0, atol=0)
+        assert torch.equal(student(inputs), teacher(inputs))
+        assert all(ours is theirs for ours, theirs in zip(parameters, student.parameters(), strict=True))
+    assert_close(state(student), own, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+def test_the_student_comes_back_after_an_exception() -> None:
+    """Which passes through; the teacher is free for the next block."""
+    student, teacher = moved_teacher(torch.float32)
+    own = state(student)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="evaluation failed"), teacher.swapped_into(student):
+            raise KeyError("evaluation failed")
+        assert_close(state(student), own, rtol=0, atol=0)
+
+
+def test_swapping_neither_nests_nor_updates() -> None:
+    """Inside the block the student holds the teacher's weights: both would lose the student's own."""
+    student, teacher = moved_teacher(torch.float32)
+    own, steps = state(student), teacher.step
+    with teacher.swapped_into(student):
+        with pytest.raises(RuntimeError, match="already active"), teacher.swapped_into(student):
+            pass
+        with pytest.raises(RuntimeError, match="inside swapped_into"):
+            teacher.update(student)
+    assert_close(state(student), own, rtol=0, atol=0)
+    assert teacher.step == steps
+
+
+def test_a_tied_student_comes_back() -> None:
+    """Its one tensor under two names is saved before it is overwritten."""
+    student = nn.Sequential(single(1.0), single(1.0))
+    student[1].weight = student[0].weight
+    teacher = EMATeacher(student)
+    nn.init.constant_(cast(Tensor, student[0].weight), 5.0)
+    with teacher.swapped_into(student):
+        assert student[1].weight == 1.0
+    assert student[0].weight == student[1].weight == 5.0
+
+
+# Cost and sharding
+
+
+def test_an_update_is_one_fused_operation_that_allocates_nothing() -> None:
+    """For parameters in one dtype on one device, the first update included, by torch's own profiler."""
+    student = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
+    teacher = EMATeacher(student, 0.5)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        teacher.update(student)
+    events = seen.events()
+    assert events is not None
+    assert [event.name for event in events].count("aten::_foreach_lerp_") == 1
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in events) == 0
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A world of one."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")  # of torch's own, about a mesh on the CPU
+def test_sharded_parameters_are_averaged_and_swapped() -> None:
+    """FSDP2's DTensors, before and after forward passes, whose roots stay gathered without a backward one."""
+    student = Student()
+    teacher = EMATeacher(student, 0.75)
+    before, mesh = state(student), init_device_mesh("cpu", (1,))
+    sharded = fully_shard(student, mesh=mesh)
+    fully_shard(teacher.module, mesh=mesh)
+    assert isinstance(student.layer.weight, DTensor)
+    inputs = torch.randn(4, 3)
+    for _ in range(2):
+        with torch.no_grad():
+            sharded.reshard()
+            for parameter in student.parameters():
+                parameter.add_(4.0)
+            student.eval()(inputs)
+        teacher(inputs)
+        teacher.update(student)
+    # 0.75 (0.75 θ + 0.25 (θ + 4)) + 0.25 (θ + 8) = θ + 2.75
+    averaged = teacher.module.get_parameter("layer.weight")
+    assert isinstance(averaged, DTensor)
+    assert_close(averaged.full_tensor(), before["layer.weight"] + 2.75)
+    teacher(inputs)
+    with teacher.swapped_into(student):
+        assert_close(student.layer.weight.full_tensor(), before["layer.weight"] + 2.75)
+    assert_close(student.layer.weight.full_tensor(), before["layer.weight"] + 8)

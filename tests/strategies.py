@@ -119,3 +119,18 @@ def decay_schedules() -> st.SearchStrategy[Callable[[int], float]]:
         st.builds(schedules.uniform),
         st.builds(schedules.beta, positive, positive, updates),
     )
+
+
+@st.composite
+def state_dicts(draw: st.DrawFn, n_models: int) -> list[dict[str, Tensor]]:
+    """``n_models`` of one architecture: a float64 weight, an integer counter and a bool."""
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    return [
+        {
+            "weight": torch.randn(shape, generator=generator, dtype=torch.float64),
+            "count": torch.randint(0, 100, (), generator=generator),
+            "used": torch.randint(0, 2, (2,), generator=generator).bool(),
+        }
+        for _ in range(n_models)
+    ]

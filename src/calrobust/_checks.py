@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -347,3 +347,10 @@ def check_bins(bins: Any) -> None:
         raise ValueError(
             f"bins must be sums of shape [n_bins], got {', '.join(map(str, shapes))}; take one class at a time"
         )
+
+
+def check_sequence(**sequences: Any) -> None:
+    """Raises ``TypeError`` for an argument that is no list or other sequence."""
+    for name, value in sequences.items():
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a sequence such as a list, got {type(value).__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_fraction, check_same_state
+from calrobust._checks import check_fraction, check_same_state, check_sequence, check_tensor
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -33,7 +33,7 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
 
     Raises:
         ValueError: names or shapes differ, or ``alpha`` is outside [0, 1].
-        TypeError: an argument is neither a state dict nor a module.
+        TypeError: an argument is neither a module nor a state dict of tensors.
 
     Example:
         >>> import torch
@@ -63,7 +63,7 @@ def average(models: Sequence[Weights]) -> StateDict:
 
     Raises:
         ValueError: there is no model, or names or shapes differ.
-        TypeError: a model is neither a state dict nor a module.
+        TypeError: ``models`` is no sequence, or one of them neither a module nor a state dict of tensors.
 
     Example:
         >>> import torch
@@ -73,6 +73,7 @@ def average(models: Sequence[Weights]) -> StateDict:
 
     Reference: Wortsman et al., 2022, :arxiv:`2203.05482`, uniform soup.
     """
+    check_sequence(models=models)
     if len(models) == 0:
         raise ValueError("models must hold at least one model, got none")
     return _combine(_states({f"models[{k}]": model for k, model in enumerate(models)}), _mean)
@@ -98,7 +99,7 @@ def model_stock(pretrained: Weights, models: Sequence[Weights]) -> StateDict:
 
     Raises:
         ValueError: there are fewer than two models, or names or shapes differ.
-        TypeError: a model is neither a state dict nor a module.
+        TypeError: ``models`` is no sequence, or one of them neither a module nor a state dict of tensors.
 
     Example:
         >>> import torch
@@ -111,6 +112,7 @@ def model_stock(pretrained: Weights, models: Sequence[Weights]) -> StateDict:
 
     Reference: Jang et al., 2024, :arxiv:`2403.19522`, equation 7.
     """
+    check_sequence(models=models)
     if len(models) < 2:
         raise ValueError(f"models must hold at least two models, whose angle matters, got {len(models)}")
     states = _states({"pretrained": pretrained, **{f"models[{k}]": model for k, model in enumerate(models)}})
@@ -131,11 +133,14 @@ def _stock(tensors: list[Tensor]) -> Tensor:
 
 
 def _states(models: Mapping[str, Weights]) -> list[Mapping[str, Tensor]]:
-    states = {}
+    states: dict[str, Mapping[str, Tensor]] = {}
     for name, model in models.items():
         if not isinstance(model, (nn.Module, Mapping)):
             raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
         states[name] = model.state_dict() if isinstance(model, nn.Module) else model
+        for key, value in states[name].items():
+            if not key.endswith("_extra_state"):  # a whole checkpoint has numbers and dicts elsewhere
+                check_tensor(**{f"{name}[{key!r}]": value})
     (first, reference), *others = states.items()
     for name, state in others:
         check_same_state(**{first: reference, name: state})

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds, state_dicts
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from calrobust import average, interpolate, model_stock
+
+State = dict[str, Tensor]
+
+
+def assert_new(result: State, *inputs: State) -> None:
+    """A dict whose tensors share no memory with the inputs'."""
+    taken = {value.untyped_storage().data_ptr() for state in inputs for value in state.values()} - {0}  # 0: empty
+    assert type(result) is dict
+    assert not any(value.requires_grad for value in result.values())
+    assert taken.isdisjoint(value.untyped_storage().data_ptr() for value in result.values())
+
+
+@given(state_dicts(2), st.floats(0, 1))
+def test_interpolation_is_the_line_between_two_models(models: list[State], alpha: float) -> None:
+    """(1 − α) θ₀ + α θ₁ for floats, the fine-tuned model's integers; the inputs are as before (trap 33)."""
+    before = [{name: value.clone() for name, value in model.items()} for model in models]
+    result = interpolate(models[0], models[1], alpha)
+    assert list(result) == list(models[0])
+    assert_close(result["weight"], (1 - alpha) * models[0]["weight"] + alpha * models[1]["weight"])
+    assert torch.equal(result["count"], models[1]["count"])
+    assert torch.equal(result["used"], models[1]["used"])
+    assert_close(models, before, rtol=0, atol=0)
+    assert_new(result, *models)
+
+
+@given(state_dicts(2))
+def test_the_ends_of_the_line_are_the_models(models: list[State]) -> None:
+    """Bit for bit."""
+    for alpha, model in enumerate(models):
+        assert torch.equal(interpolate(models[0], models[1], alpha)["weight"], model["weight"])
+
+
+@given(st.integers(1, 6).flatmap(state_dicts))
+def test_an_average_is_the_mean_of_its_models(models: list[State]) -> None:
+    """Of floats; integers are the last model's, never averaged (trap 33)."""
+    result = average(models)
+    assert_close(result["weight"], torch.stack([model["weight"] for model in models]).mean(0))
+    assert torch.equal(result["count"], models[-1]["count"])
+    assert_new(result, *models)
+
+
+@given(state_dicts(2))
+def test_the_average_of_two_models_is_the_middle_of_their_line(models: list[State]) -> None:
+    """Soup and WiSE-FT meet at one half."""
+    assert_close(average(models), interpolate(models[0], models[1], 0.5))
+
+
+def stock(start: Tensor, models: list[Tensor]) -> Tensor:
+    """Model Stock from the angles of all pairs, in float64, without clamping."""
+    differences = [(model - start).flatten().double() for model in models]
+    cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in itertools.combinations(differences, 2)]
+    k, cosine = len(models), sum(cosines) / len(cosines)
+    t = k * cosine / (1 + (k - 1) * cosine)
+    return t * sum(models, torch.zeros_like(start)) / k + (1 - t) * start
+
+
+@given(st.integers(2, 5), seeds())
+def test_model_stock_is_its_formula_for_each_tensor(k: int, seed: int) -> None:
+    """Its t is K cos φ / (1 + (K − 1) cos φ), with an angle of its own for every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    pretrained = {"a": draw(3, 4), "b": draw(5)}
+    models = [{name: value + draw(*value.shape) for name, value in pretrained.items()} for _ in range(k)]
+    result = model_stock(pretrained, models)
+    for name, value in pretrained.items():
+        assert_close(result[name], stock(value, [model[name] for model in models]), rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(2, 5), st.floats(0.1, 10), seeds())
+def test_model_stock_follows_the_scale_of_the_differences(k: int, scale: float, seed: int) -> None:
+    """Angles do not change with their length: θ₀ + s·δ gives θ₀ + s·(stock − θ₀)."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = [torch.rand(6, generator=generator, dtype=torch.float64) for _ in range(k)]
+    start = torch.ones(6, dtype=torch.float64)
+    unscaled, scaled = (
+        model_stock({"w": start}, [{"w": start + s * delta} for delta in deltas])["w"] - start for s in (1.0, scale)
+    )
+    assert_close(scaled, scale * unscaled, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ([[2.0, 0.0], [2.0, 0.0]], [2.0, 0.0]),
+        ([[2.0, 0.0], [0.0, 2.0]], [0.0, 0.0]),
+        ([[2.0, 0.0], [-2.0, 0.0]], [0.0, 0.0]),
+        ([[2.0, 0.0], [-1.0, 0.5]], [0.0, 0.0]),
+        ([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]),
+        ([[2.0, 0.0], [2.0, 0.0], [0.0, 0.0]], [0.8, 0.0]),  # cosines 1, 0, 0: t = 1 / (1 + 2/3), of the mean 4/3
+    ],
+    ids=["equal", "orthogonal", "opposite", "obtuse", "unchanged", "one unchanged"],
+)
+def test_model_stock_trusts_models_as_far_as_they_agree(models: list[list[float]], expected: list[float]) -> None:
+    """Equal ones give their mean; orthogonal or opposed ones, and none that moved, the pre-trained model; never NaN."""
+    result = model_stock({"w": torch.zeros(2)}, [{"w": torch.tensor(w)} for w in models])
+    assert_close(result["w"], torch.tensor(expected))
+
+
+def test_model_stock_copies_integers_of_the_last_model() -> None:
+    """A counter has no angle (trap 33)."""
+    models = [{"count": torch.tensor(n)} for n in (5, 7)]
+    assert model_stock({"count": torch.tensor(0)}, models) == {"count": torch.tensor(7)}
+
+
+COMBINATIONS: dict[str, Callable[[Any, Any], State]] = {
+    "interpolate": lambda a, b: interpolate(a, b, 0.5),
+    "average": lambda a, b: average([a, b]),
+    "model_stock": lambda a, b: model_stock(a, [b, b]),
+}
+combinations = pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COMBINATIONS)
+
+
+@combinations
+def test_modules_and_state_dicts_are_taken_alike(combine: Callable[[Any, Any], State]) -> None:
+    """And mixed; the result loads strictly, BatchNorm's counter included."""
+    first, second = (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    second(torch.randn(4, 2))
+    from_modules = combine(first, second)
+    assert_close(from_modules, combine(first, second.state_dict()), rtol=0, atol=0)
+    assert_new(from_modules, dict(first.state_dict()), dict(second.state_dict()))
+    assert from_modules["1.num_batches_tracked"] == 1
+    first.load_state_dict(from_modules)
+
+
+@combinations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_dtype_is_kept(combine: Callable[[Any, Any], State], dtype: torch.dtype) -> None:
+    """And the arithmetic is float32 or better: the value is that of float32 inputs, rounded once."""
+    models = [{"w": torch.rand(50).to(dtype)} for _ in range(2)]
+    precise = combine(*({"w": model["w"].to(torch.promote_types(dtype, torch.float32))} for model in models))
+    result = combine(*models)["w"]
+    assert result.dtype == dtype
+    assert torch.equal(result, precise["w"].to(dtype))
+
+
+@combinations
+def test_an_attention_mask_stays(combine: Callable[[Any, Any], State]) -> None:
+    """What models agree on is kept, −inf too, where a difference would be NaN."""
+    mask = torch.tensor([0.0, -torch.inf])
+    assert torch.equal(combine({"mask": mask}, {"mask": mask.clone()})["mask"], mask)
+
+
+@combinations
+def test_extra_state_is_a_copy_of_the_last_models(combine: Callable[[Any, Any], State]) -> None:
+    """What ``get_extra_state`` gave need not be a tensor."""
+    first, second = {"a._extra_state": {"n": 1}}, {"a._extra_state": {"n": 2}}
+    result = combine(first, second)
+    assert result == second
+    assert result["a._extra_state"] is not second["a._extra_state"]
+
+
+def test_half_precision_models_do_not_overflow_in_the_mean() -> None:
+    """Two float16 weights of 60,000 sum to more than float16 holds; their mean does not."""
+    state = {"w": torch.full((2,), 60000.0, dtype=torch.float16)}
+    assert torch.equal(average([state, state])["w"], state["w"])
+
+
+@combinations
+def test_other_names_or_shapes_raise(combine: Callable[[Any, Any], State]) -> None:
+    """Missing keys are never skipped, and shapes never broadcast (trap 33)."""
+    a = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+    for wrong, message in (
+        ({"w": a["w"]}, "missing from .*: b"),
+        ({**a, "extra": a["b"]}, "unexpected in .*: extra"),
+        ({**a, "b": torch.zeros(1)}, r"of another shape in .*: b \[1\] for \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=f"must have the same names and shapes; {message}"):
+            combine(a, wrong)
+    reordered = OrderedDict(reversed(a.items()))
+    assert_close(combine(a, reordered), combine(a, a), rtol=0, atol=0)
+
+
+STATE = {"w": torch.zeros(1)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: interpolate(STATE, STATE, 1.5), ValueError, r"alpha must be in \[0, 1\], got 1.5"),
+        (lambda: interpolate(STATE, STATE, math.nan), ValueError, r"alpha must be finite, got nan"),
+        (lambda: interpolate(cast(Any, "a.pt"), STATE, 0.5), TypeError, r"zero_shot must be .*, got str"),
+        (lambda: interpolate(STATE, cast(Any, [STATE]), 0.5), TypeError, r"fine_tuned must be .*, got list"),
+        (lambda: average([]), ValueError, r"models must hold at least one model, got none"),
+        (lambda: average([STATE, cast(Any, 3)]), TypeError, r"models\[1\] must be .*, got int"),
+        (lambda: average(cast(Any, STATE)), TypeError, r"models must be a sequence .*, got dict"),
+        (lambda: average(cast(Any, nn.Linear(1, 1))), TypeError, r"models must be a sequence .*, got Linear"),
+        (lambda: average([{"w": cast(Any, 1.0)}]), TypeError, r"models\[0\]\['w'\] must be a torch.Tensor, got float"),
+        (
+            lambda: average([cast(Any, {"state_dict": STATE})]),
+            TypeError,
+            r"models\[0\]\['state_dict'\] must be .* got dict",
+        ),
+        (lambda: model_stock(STATE, [STATE]), ValueError, r"models must hold at least two models.*, got 1"),
+        (lambda: model_stock(STATE, cast(Any, STATE)), TypeError, r"models must be a sequence .*, got dict"),
+        (lambda: model_stock(cast(Any, None), [STATE, STATE]), TypeError, r"pretrained must be .*, got NoneType"),
+    ],
+)
+def test_a_wrong_argument_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """With the rule and what came."""
+    with pytest.raises(error, match=message):
+        call()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from calrobust._checks import check_bins
 from calrobust.functional.calibration import Bins, binned_error
@@ -16,29 +16,35 @@ from calrobust.functional.calibration import Bins, binned_error
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     from matplotlib.transforms import Bbox
 
     from calrobust.report import ShiftReport
 
 __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and, in this order, in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatching differ as well.
 BLUE, VERMILION, SKY, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00"
-PALE, GREY = "#F6CDB4", "#767676"
+GREY = "#767676"
 MARKERS = "osD^v<>"  # more than the colours, so that the pair of the two repeats after 42 methods
 FONT = 7.5  # points, as read in a column 3.4 inches wide
 COLUMN = 3.4
 DISTANCES = (7, 12, 18, 26, 36, 48, 62)  # of a label from its marker, in points
 FAR = 12  # from here on a line joins the two
+BARS: dict[str, dict[str, Any]] = {
+    "accuracy": {"facecolor": BLUE},
+    "overconfident by": {"facecolor": "#F6CDB4", "edgecolor": VERMILION, "linewidth": 0.6, "hatch": "//////"},
+    "underconfident by": {"facecolor": "#C4DFF0", "edgecolor": BLUE, "linewidth": 0.6, "hatch": "......"},
+}
 STRIP = 0.2  # height of the histogram under a reliability diagram, in units of its accuracy axis
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     """Accuracy against confidence, bin by bin, with the gap between the two and, below, where the samples lie.
 
-    A bar is a bin's accuracy, the hatched box on it reaches to the bin's mean confidence: beyond the bar's end where
-    predictions are too confident, inside the bar where they are not confident enough. The grey strip under the axis is
-    the histogram of confidences; a tall gap over few samples is little evidence.
+    A bar is a bin's accuracy. Hatched is what lies between it and the bin's mean confidence: beyond the end of the bar
+    where predictions are too confident, at its end where they are not confident enough. The grey strip under the axis
+    is the histogram of confidences; a tall gap over few samples is little evidence.
 
     Args:
         bins: sums of shape ``[n_bins]`` over bins of equal width, as :func:`~calrobust.functional.bin_confidences` or
@@ -70,7 +76,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("Confidence", fontsize=FONT)
         ax.set_ylabel("Accuracy", fontsize=FONT)
         _draw_bins(ax, bins)
-        ax.legend(fontsize=FONT - 1, loc="upper left", bbox_to_anchor=(0, 0.88), frameon=False)
+        ax.legend(handles=_legend(), fontsize=FONT - 1, loc="upper left", bbox_to_anchor=(0, 0.88), frameon=False)
     else:
         _draw_bins(ax, bins)
     return ax
@@ -117,8 +123,14 @@ def reliability_grid(report: ShiftReport) -> Figure:
         row[0].set_ylabel(method, fontsize=FONT, fontweight="bold")
     figure.supxlabel("Confidence", fontsize=FONT)
     figure.supylabel("Accuracy", fontsize=FONT)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=FONT - 1, frameon=False)
+    figure.legend(
+        handles=_legend(),
+        loc="outside upper center",
+        ncols=len(BARS),
+        fontsize=FONT - 1,
+        frameon=False,
+        columnspacing=1,
+    )
     return figure
 
 
@@ -157,14 +169,13 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     colours = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY
     points = []
     for i, row in enumerate(rows):
-        (x, left, right), (y, bottom, top) = (
-            [100 * row[f"{name}{end}"] for end in ("", "_low", "_high")] for name in ("ood_accuracy", "ood_ece")
-        )
+        x, left, right = (100 * row[f"ood_accuracy{end}"] for end in ("", "_low", "_high"))
+        y, bottom, top = (100 * row[f"ood_ece{end}"] for end in ("", "_low", "_high"))
         colour = colours[i % len(colours)]
         ax.plot(x, y, MARKERS[i % len(MARKERS)], color=colour, markersize=5, clip_on=False, zorder=3)
         ax.hlines(y, left, right, color=colour, linewidth=0.8, alpha=0.6)
         ax.vlines(x, bottom, top, color=colour, linewidth=0.8, alpha=0.6)
-        points.append((row["method"], (x, y), (left, right), (bottom, top)))
+        points.append(_Point(row["method"], colour, (x, y), ((left, y), (right, y)), ((x, bottom), (x, top))))
     ax.set_ylim(bottom=0)
     ax.margins(0.12)
     _style(ax)
@@ -186,6 +197,12 @@ def _style(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def _legend() -> list[Patch]:
+    from matplotlib.patches import Patch
+
+    return [Patch(label=label, **style) for label, style in BARS.items()]
+
+
 def _draw_bins(ax: Axes, bins: Bins) -> None:
     n_bins, n = len(bins.counts), int(bins.counts.sum())
     width = 1 / n_bins
@@ -195,18 +212,15 @@ def _draw_bins(ax: Axes, bins: Bins) -> None:
         for values in (bins.counts, bins.confidence_sums / bins.counts, bins.correct_sums / bins.counts)
     )
     centres = [(i + 0.5) * width for i in filled]
-    ax.bar(centres, accuracies, 0.92 * width, color=BLUE, label="accuracy")
-    ax.bar(
-        centres,
-        [c - a for a, c in zip(accuracies, confidences, strict=True)],
-        0.92 * width,
-        bottom=accuracies,
-        color=PALE,
-        edgecolor=VERMILION,
-        linewidth=0.6,
-        hatch="//////",
-        label="gap to confidence",
-    )
+    spans = [
+        [(0.0, accuracy) for accuracy in accuracies],
+        list(zip(accuracies, confidences, strict=True)),
+        list(zip(confidences, accuracies, strict=True)),
+    ]
+    for style, span in zip(BARS.values(), spans, strict=True):
+        shown = [(centre, low, high - low) for centre, (low, high) in zip(centres, span, strict=True) if high > low]
+        places, bottoms, heights = zip(*shown, strict=True) if shown else ((), (), ())
+        ax.bar(places, heights, 0.92 * width, bottoms, **style)
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=(0, (4, 3)))
     tallest = max(counts, default=1)
     ax.bar(centres, [0.8 * STRIP * c / tallest for c in counts], 0.92 * width, bottom=-STRIP, color=GREY)
@@ -227,11 +241,18 @@ def _draw_bins(ax: Axes, bins: Bins) -> None:
     _style(ax)
 
 
-_Point = tuple[str, tuple[float, float], tuple[float, float], tuple[float, float]]  # label, place, x range, y range
+class _Point(NamedTuple):
+    """What is drawn of a method, in the axes' data coordinates."""
+
+    label: str
+    colour: str
+    place: tuple[float, float]
+    across: tuple[tuple[float, float], tuple[float, float]]  # the ends of its intervals
+    along: tuple[tuple[float, float], tuple[float, float]]
 
 
 def _label(ax: Axes, points: Sequence[_Point]) -> None:
-    """Writes each label beside its point, where it hides least of the markers, intervals and labels that are there."""
+    """Writes each label near its point, where it hides least of the markers, intervals and labels that are there."""
     from matplotlib.transforms import Bbox
 
     figure = ax.figure.figure  # the whole one, also of axes in a subfigure
@@ -239,14 +260,16 @@ def _label(ax: Axes, points: Sequence[_Point]) -> None:
     unit = figure.dpi / 72  # pixels a point
     frame = ax.get_window_extent()
     to_pixels = ax.transData.transform
-    taken = []
-    for _, (x, y), (left, right), (bottom, top) in points:
-        for start, end, pad in (((x, y), (x, y), 4), ((left, y), (right, y), 1), ((x, bottom), (x, top), 1)):
-            taken.append(Bbox([to_pixels(start), to_pixels(end)]).padded(pad * unit))
-    for label, place, *_ in points:
-        text = ax.annotate(label, place, (0, 0), textcoords="offset points", fontsize=FONT - 0.5, va="center")
+    intervals = [Bbox(to_pixels(ends)).padded(unit) for point in points for ends in (point.across, point.along)]
+    markers = [Bbox(to_pixels([point.place] * 2)).padded(4 * unit) for point in points]
+    labels: list[Bbox] = []
+    for i, point in enumerate(points):
+        text = ax.annotate(
+            point.label, point.place, (0, 0), textcoords="offset points", fontsize=FONT - 0.5, va="center"
+        )
         size = text.get_window_extent()
-        x, y = to_pixels(place)
+        x, y = to_pixels(point.place)
+        others = markers[:i] + markers[i + 1 :] + labels
         boxes = {}
         for distance in DISTANCES:
             for angle in range(0, 360, 15):
@@ -255,20 +278,28 @@ def _label(ax: Axes, points: Sequence[_Point]) -> None:
                 left = x + distance * unit * right + size.width * (right - 1) / 2
                 bottom = y + distance * unit * up + size.height * (up - 1) / 2
                 box = Bbox.from_bounds(left, bottom, size.width, size.height)
-                hidden = size.width * size.height - _overlap(box, frame) + sum(_overlap(box, other) for other in taken)
+                hidden = size.width * size.height - _overlap(box, frame)
+                hidden += sum(_overlap(box, other) for other in [*others, markers[i]])
+                hidden += sum(_overlap(box, interval) for interval in intervals) / 2  # thin lines: less of a loss
+                if distance > FAR:
+                    end_x, end_y = _nearest(box, x, y)
+                    for share in (0.2, 0.4, 0.6, 0.8):
+                        dot = Bbox.from_bounds(x + share * (end_x - x), y + share * (end_y - y), 1, 1).padded(unit)
+                        hidden += 4 * sum(_overlap(dot, other) for other in others)
                 boxes[hidden + distance * unit, -right] = box, distance  # to the right, if nothing else matters
         box, distance = boxes[min(boxes)]
-        taken.append(box.padded(unit))
+        labels.append(box.padded(unit))
         text.set_position(((box.x0 - x) / unit, ((box.y0 + box.y1) / 2 - y) / unit))
         if distance > FAR:
-            near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
-            ax.annotate(
-                "",
-                place,
-                ((near[0] - x) / unit, (near[1] - y) / unit),
-                textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": GREY, "shrinkA": 0, "shrinkB": 3},
-            )
+            end_x, end_y = _nearest(box, x, y)
+            line = {"arrowstyle": "-", "linewidth": 0.6, "color": point.colour, "shrinkA": 0, "shrinkB": 0}
+            offset = (end_x - x) / unit, (end_y - y) / unit
+            ax.annotate("", point.place, offset, textcoords="offset points", arrowprops=line)
+
+
+def _nearest(box: Bbox, x: float, y: float) -> tuple[float, float]:
+    """The point of ``box`` nearest to another."""
+    return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:

@@ -27,13 +27,11 @@ def findings(seeds: Sequence[Figures]) -> list[str]:
     )
     return [
         f"In points of percent; {scope}; less than {LEVEL:g} apart is called level.",
-        "Best of all rows: " + _best(seeds, rows) + ".",
-        "Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned) + ".",
+        "Best of all rows: " + _best(seeds, rows),
+        "Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned),
         _against(seeds, "FT", "ZS"),
         *(_comparison(seeds, "CaRot", column) for column in COLUMNS.values()),
         *(_scaling(seeds, row) for row in ("FT", "CaRot")),
-        _verdict(seeds, rows, "all rows"),
-        _verdict(seeds, fine_tuned, "the fine-tuned rows"),
     ]
 
 
@@ -47,8 +45,12 @@ def _winner(seeds: Sequence[Figures], rows: Iterable[str], column: str) -> str:
 
 
 def _best(seeds: Sequence[Figures], rows: Sequence[str]) -> str:
+    """The best row in every column, and how many of these a CaRot row is."""
     winners = {column: _winner(seeds, rows, column) for column in COLUMNS.values()}
-    return ", ".join(f"{column} {row} ({_mean(seeds, row, column):.1f})" for column, row in winners.items())
+    named = (f"{column} {row} ({_mean(seeds, row, column):.1f})" for column, row in winners.items())
+    carot = [column for column, row in winners.items() if row.startswith("CaRot")]
+    wins = f"CaRot wins {len(carot)} of {len(winners)}" + (f" ({', '.join(carot)})" if carot else "")
+    return f"{', '.join(named)}. {wins}."
 
 
 def _difference(seeds: Sequence[Figures], row: str, other: str, column: str) -> str:
@@ -83,9 +85,3 @@ def _scaling(seeds: Sequence[Figures], row: str) -> str:
         for domain in ("ID", "OOD")
     )
     return f"Temperature scaling on ID validation images takes {row}'s " + " and its ".join(moves) + "."
-
-
-def _verdict(seeds: Sequence[Figures], rows: Sequence[str], among: str) -> str:
-    won = [column for column in COLUMNS.values() if _winner(seeds, rows, column).startswith("CaRot")]
-    lost = [column for column in COLUMNS.values() if column not in won]
-    return f"Of {among}, a CaRot row is best in: {', '.join(won) or 'none'}; not in: {', '.join(lost) or 'none'}."

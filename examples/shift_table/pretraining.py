@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def pretrain(clip: open_clip.CLIP, recipe: Pretraining, seed: int) -> open_clip.
 
 def _fingerprint(recipe: Pretraining, seed: int, device: torch.device) -> dict[str, object]:
     """Everything the weights follow from, the code included, so that the cache never answers for another recipe."""
-    modules = (drawing, data, model, training, inspect.getmodule(pretrain))
-    source = "".join(inspect.getsource(module) for module in modules if module is not None)
+    modules = (drawing, data, model, training, sys.modules[__name__])
+    source = "".join(inspect.getsource(module) for module in modules)
     return {
         **asdict(recipe),
         "seed": seed,

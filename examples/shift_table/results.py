@@ -20,18 +20,18 @@ FILES = ("table.md", "results.csv", "reliability.png", "shift.png", "domains.png
 Reports = Mapping[int, calrobust.ShiftReport]  # by seed
 
 
-def summarize(reports: Reports) -> str:
-    """The table and what it says: with bootstrap intervals for one seed, as mean ± standard deviation for several."""
+def summarize(reports: Reports, provenance: str) -> str:
+    """The table, what it says and where it comes from; with intervals for one seed, as mean ± std for several."""
     seeds = [_in_percent(report) for report in reports.values()]
     table = next(iter(reports.values())).to_markdown() if len(seeds) == 1 else _table_over_seeds(seeds)
-    return "\n".join([table, "", *(f"- {sentence}" for sentence in findings(seeds))])
+    return "\n".join([table, "", *(f"- {sentence}" for sentence in findings(seeds)), "", provenance])
 
 
-def write_results(out: Path, reports: Reports, data: Data) -> None:
-    """Writes ``FILES`` into ``out``; pictures of results are of the first seed."""
+def write_results(out: Path, summary: str, reports: Reports, data: Data) -> None:
+    """Writes ``FILES`` into ``out``; the pictures of results are of the first seed."""
     first = next(iter(reports.values()))
     content = (
-        f"{summarize(reports)}\n".encode(),
+        f"{summary}\n".encode(),
         _csv(reports),
         _png(calrobust.plotting.reliability_grid(first)),
         _png(calrobust.plotting.shift_scatter(first).get_figure()),
@@ -76,5 +76,5 @@ def _csv(reports: Reports) -> bytes:
 
 def _png(figure: Figure) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(picture, format="png", bbox_inches="tight")
     return picture.getvalue()

@@ -126,7 +126,7 @@ class Trainer:
             for batch in torch.split(order[: len(order) // size * size], size):
                 target = self.train.target[batch]
                 template = torch.randint(0, captions.shape[1], (size,), generator=generator)
-                yield self.train.images[batch], captions[target, template], target
+                yield self.train.images[batch], captions[target, template.to(target.device)], target
                 self.progress.update()
 
 

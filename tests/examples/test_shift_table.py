@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+import csv
+import importlib.util
 import os
+import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from torch import Generator, Tensor
-from torch.testing import assert_close
-from tqdm import tqdm
-
-from shift_table import data, drawing
+from shift_table import data, drawing, results
 from shift_table.checkpoint import load_or_build, write_atomically
 from shift_table.data import CLASSES, HELD_OUT_FONTS, OOD_STYLES, Data, Split, WebData, handwriting_indices
 from shift_table.findings import COLUMNS, Figures, findings
 from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier
 from shift_table.pretraining import Pretraining, pretrained_clip
 from shift_table.rows import ROWS, FineTuning, Trainer, fine_tuned_rows
+from shift_table.sheet import contact_sheet
+from torch import Generator, Tensor
+from torch.testing import assert_close
+from tqdm import tqdm
 
 CPU = torch.device("cpu")
 TINY = Pretraining(steps=2, per_style=2)
@@ -280,15 +285,15 @@ class TestFindings:
         text = "\n".join(findings([self.WON]))
         assert "CaRot, OOD accuracy: better than ZS (+6.0), FT (+23.0), FLYP (+26.0)." in text
         assert "CaRot, OOD ECE: better than ZS (-5.0), FT (-22.0), FLYP (-28.0)." in text
-        assert "Of all rows, a CaRot row is best in: ID accuracy, OOD accuracy, OOD ECE, ID ECE + TS" in text
+        assert "Best of all rows: ID accuracy CaRot (96.0)" in text
+        assert "CaRot wins 5 of 6 (ID accuracy, OOD accuracy, OOD ECE, ID ECE + TS, OOD ECE + TS)." in text
 
     def test_a_loss_is_called_a_loss(self) -> None:
         """Where CaRot is not best, the text names who is; nothing is claimed for it."""
         text = "\n".join(findings([self.LOST]))
         assert "CaRot, OOD accuracy: worse than ZS (-24.0), FT (-7.0), FLYP (-4.0)." in text
-        assert "OOD accuracy ZS (74.0)" in text
-        assert "Of all rows, a CaRot row is best in: none" in text
-        assert "Of the fine-tuned rows, a CaRot row is best in: none" in text
+        assert "Best of all rows: ID accuracy FLYP (94.5), OOD accuracy ZS (74.0)" in text
+        assert text.count("CaRot wins 0 of 6.") == 2  # of all rows, and of the fine-tuned ones
 
     def test_less_than_a_point_is_level(self) -> None:
         """A difference that the test sets cannot resolve is no win."""
@@ -305,3 +310,75 @@ class TestFindings:
         """What temperature scaling does to each ECE is told in numbers, better or worse."""
         text = "\n".join(findings([self.WON]))
         assert "takes CaRot's ID ECE from 5.0 to 1.0 and its OOD ECE from 4.0 to 8.5." in text
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The script itself; its name is also its package's, so it is loaded from its file."""
+    path = Path(__file__).parents[2] / "examples" / "shift_table.py"
+    spec = importlib.util.spec_from_file_location("shift_table_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestScript:
+    """One run from the options to the files."""
+
+    def test_writes_every_file_for_every_seed(
+        self, script: ModuleType, drawn: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A miniature over two seeds: a mean and deviation in every cell, every figure of every seed in the CSV."""
+        monkeypatch.setattr(script, "make_data", lambda: fewer(drawn))
+        monkeypatch.setattr(script, "FAST", (TINY, TWO_STEPS))
+        monkeypatch.setattr(results, "contact_sheet", lambda _: contact_sheet(drawn))
+        options = ["--fast", "--seeds", "3", "4", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["shift_table.py", *options])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # two steps may leave nothing for a temperature to scale
+            script.main()
+        assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(results.FILES)
+        table = (tmp_path / "out" / "table.md").read_text()
+        cells = [line.split("|")[2:-1] for line in table.splitlines() if line.startswith("| ")][2:]
+        assert len(cells) == len(ROWS)
+        assert all(" ± " in cell for row in cells for cell in row)
+        assert "the numbers mean nothing" in table
+        with (tmp_path / "out" / "results.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 2 * len(ROWS) * (1 + len(OOD_STYLES))
+        assert {row["seed"] for row in rows} == {"3", "4"}
+        assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in results.FILES[2:])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--seeds", "1", "1"], "--seeds must differ from each other, got [1, 1]"),
+            (["--device", "cuda"], "--device cuda needs a CUDA GPU"),
+        ],
+    )
+    def test_wrong_options_are_named_before_any_work(
+        self,
+        script: ModuleType,
+        options: list[str],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """What cannot work is said at once, with what to do."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(sys, "argv", ["shift_table.py", *options])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert message in capsys.readouterr().err
+
+
+def fewer(drawn: Data) -> Data:
+    """The data sets with few pictures in each."""
+
+    def thinned(split: Split, step: int) -> Split:
+        return Split(split.images[::step], split.target[::step])
+
+    test = {name: thinned(split, 20) for name, split in drawn.test.items()}
+    return Data(thinned(drawn.train, 15), thinned(drawn.validation, 4), test)

@@ -163,7 +163,7 @@ def test_an_attention_mask_stays(combine: Callable[[Any, Any], State]) -> None:
 @combinations
 def test_extra_state_is_a_copy_of_the_last_models(combine: Callable[[Any, Any], State]) -> None:
     """What ``get_extra_state`` gave need not be a tensor."""
-    first, second = {"a._extra_state": {"n": 1}}, {"a._extra_state": {"n": 2}}
+    first, second = ({"a._extra_state": cast(Any, {"n": n})} for n in (1, 2))
     result = combine(first, second)
     assert result == second
     assert result["a._extra_state"] is not second["a._extra_state"]

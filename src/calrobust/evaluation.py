@@ -57,6 +57,11 @@ def collect_logits(
         for batch in _with_bar(loader) if progress else loader:
             moved = batch if device is None else _to(batch, device)
             scores, labels = _checked(forward(model, moved) if forward else _call(model, moved))
+            if logits and scores.shape[1] != logits[0].shape[1]:
+                raise ValueError(
+                    "logits must have the same number of classes in every batch, "
+                    f"got {logits[0].shape[1]} and then {scores.shape[1]}; is the loader one of a single data set?"
+                )
             logits.append(scores.detach().cpu())
             target.append(labels.detach().cpu())
     if not logits:
@@ -67,8 +72,7 @@ def collect_logits(
 def _call(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(
-            f"loader must yield (inputs, target), got {type(batch).__name__}"
-            f"{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}; "
+            f"loader must yield (inputs, target), got {_kind(batch)}; "
             "pass forward=lambda model, batch: (logits, target)"
         )
     inputs, target = batch
@@ -77,12 +81,16 @@ def _call(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 
 def _checked(pair: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, tuple) or len(pair) != 2:
-        raise TypeError(f"forward must return (logits, target), got {type(pair).__name__}")
+        raise TypeError(f"forward must return (logits, target), got {_kind(pair)}")
     logits, target = pair
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
         target = target.to(logits.device)
     check_predictions(target, logits=logits)
     return logits, target
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}"
 
 
 @contextmanager

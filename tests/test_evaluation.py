@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from calrobust import collect_logits
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Model(nn.Module):
+    """Whatever train mode would disturb; notes under which conditions it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(3, 4)
+        self.seen: list[tuple[bool, bool]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits ``[B, 4]``."""
+        self.seen.append((any(m.training for m in self.modules()), torch.is_grad_enabled()))
+        logits: Tensor = self.head(self.drop(self.norm(inputs)))
+        return logits
+
+
+def batches(*sizes: int) -> list[Batch]:
+    """Inputs ``[B, 3]`` and labels."""
+    return [(torch.randn(size, 3), torch.randint(0, 4, (size,))) for size in sizes]
+
+
+def failing(loader: list[Batch]) -> Iterator[Batch]:
+    """As a data set with a broken file."""
+    yield from loader
+    raise OSError("broken file")
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), seeds())
+def test_the_logits_are_those_of_the_whole_set(sizes: list[int], seed: int) -> None:
+    """In the loader's order, whatever the batches, on the CPU and without gradient."""
+    torch.manual_seed(seed)
+    model, loader = Model().double(), [(x.double(), y) for x, y in batches(*sizes)]
+    logits, target = collect_logits(model, loader, progress=False)
+    expected = model.eval()(torch.cat([inputs for inputs, _ in loader]))
+    assert_close(logits, expected.detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(target, torch.cat([labels for _, labels in loader]))
+    assert not logits.requires_grad
+    assert logits.device.type == target.device.type == "cpu"
+
+
+def test_a_data_loader_and_a_generator_serve() -> None:
+    """Anything that can be iterated once."""
+    model, (inputs, target) = Model(), batches(7)[0]
+    from_loader = collect_logits(model, DataLoader(TensorDataset(inputs, target), batch_size=3), progress=False)
+    from_generator = collect_logits(model, ((x[None], y[None]) for x, y in zip(inputs, target, strict=True)))
+    assert_close(from_loader, from_generator)
+    assert len(from_loader[0]) == 7
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_in_train_mode_is_evaluated_and_left_as_it_was(fails: bool) -> None:
+    """Statistics, every submodule's mode and the gradient mode, after an exception as well (trap 30)."""
+    model = Model().train()
+    model.drop.eval()  # one part frozen by hand
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if fails:
+        with pytest.raises(OSError, match="broken file"):
+            collect_logits(model, failing(batches(4, 4)), progress=False)
+    else:
+        collect_logits(model, batches(4, 4), progress=False)
+    assert model.seen == [(False, False)] * 2
+    assert [m.training for m in (model, model.norm, model.drop, model.head)] == [True, True, False, True]
+    assert torch.is_grad_enabled()
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_forward_says_how_to_run_other_batches() -> None:
+    """It is given the model, in eval mode, and the batch as the loader yields it, and its result is what counts."""
+    model = Model()
+    loader = [{"pixels": inputs, "class": target} for inputs, target in batches(2, 3)]
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Batch:
+        return 2 * model(batch["pixels"]), batch["class"]
+
+    logits, target = collect_logits(model, loader, forward=forward, progress=False)
+    expected = collect_logits(model, [(batch["pixels"], batch["class"]) for batch in loader], progress=False)
+    assert_close((logits / 2, target), expected)
+
+
+class Pair(NamedTuple):
+    """A batch with names."""
+
+    inputs: Any
+    target: Tensor
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda x: x,
+        lambda x: [x, "caption"],
+        lambda x: (x, 3),
+        lambda x: {"image": x, "text": [x]},
+        lambda x: Pair(x, x),
+    ],
+    ids=["tensor", "list", "tuple", "dict", "named tuple"],
+)
+def test_a_batch_is_moved_whole(nest: Callable[[Tensor], Any]) -> None:
+    """Every tensor inside, in a batch of the same type; what is no tensor stays."""
+    received: list[Any] = []
+
+    def forward(_: nn.Module, batch: Any) -> Batch:
+        received.append(batch)
+        return torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+
+    batch = nest(torch.zeros(1))
+    collect_logits(nn.Identity(), [batch, batch], forward=forward, device="meta", progress=False)
+
+    def devices(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.device.type
+        if isinstance(value, dict):
+            return {key: devices(inner) for key, inner in value.items()}
+        return [devices(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+    assert type(received[0]) is type(batch)
+    assert str(devices(received[0])) == str(devices(batch)).replace("cpu", "meta")
+
+
+def test_progress_is_shown_on_stderr_or_not_at_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar by default; nothing with ``progress=False``, nor where tqdm is not installed."""
+    loader = batches(2, 2)
+    expected = collect_logits(nn.Identity(), loader)
+    shown = capsys.readouterr()
+    assert "collecting logits" in shown.err
+    assert shown.out == ""
+    quiet = collect_logits(nn.Identity(), loader, progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    without = collect_logits(nn.Identity(), loader)
+    assert capsys.readouterr() == ("", "")
+    assert_close([quiet, without], [expected, expected])
+
+
+INPUTS, LABELS = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+
+
+def giving(result: Any) -> Callable[[], object]:
+    """A run whose ``forward`` returns this."""
+    return lambda: collect_logits(nn.Identity(), [0], forward=lambda model, batch: cast(Batch, result), progress=False)
+
+
+def running(*loader: Any) -> Callable[[], object]:
+    """A run over this loader, of a model that gives what it is given."""
+    return lambda: collect_logits(nn.Identity(), loader, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "message"),
+    [
+        (
+            lambda: collect_logits(cast(Any, len), []),
+            TypeError,
+            "model must be a torch.nn.Module, got builtin_function",
+        ),
+        (running(), ValueError, "loader must yield at least one batch, got none"),
+        (running(INPUTS), TypeError, r"loader must yield \(inputs, target\), got Tensor.*pass forward="),
+        (running((INPUTS, LABELS, LABELS)), TypeError, r"loader must yield \(inputs, target\), got tuple of 3"),
+        (running({"inputs": INPUTS}), TypeError, r"loader must yield \(inputs, target\), got dict.*pass forward="),
+        (running((INPUTS, [0, 1])), TypeError, "target must be a torch.Tensor, got list"),
+        (running((INPUTS, LABELS.int())), TypeError, r"target must have dtype torch.int64, got torch.int32"),
+        (running((INPUTS, LABELS[:1])), ValueError, r"target must have shape \[2\]"),
+        (running((INPUTS[0], LABELS)), ValueError, r"logits must have shape \[N, C\]"),
+        (running((INPUTS.long(), LABELS)), TypeError, "logits must be floating point"),
+        (running((INPUTS, LABELS), (INPUTS[:, :2], LABELS)), ValueError, "logits .* same number of classes.* 3 .* 2"),
+        (giving(INPUTS), TypeError, r"forward must return \(logits, target\), got Tensor"),
+        (giving((INPUTS, LABELS, 1)), TypeError, r"forward must return \(logits, target\), got tuple of 3"),
+        (giving((None, LABELS)), TypeError, "logits must be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_what_is_wrong_is_named(run: Callable[[], object], error: type[Exception], message: str) -> None:
+    """With what came and what to do."""
+    with pytest.raises(error, match=message):
+        run()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from calrobust import functional, schedules
 from calrobust.evaluation import collect_logits
 from calrobust.losses import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
+from calrobust.report import ShiftReport
 from calrobust.teacher import EMATeacher
 from calrobust.temperature import TemperatureScaler
 from calrobust.weights import average, interpolate, model_stock
@@ -19,6 +20,7 @@ __all__ = [
     "MultimodalContrastiveLoss",
     "MultimodalDistillationLoss",
     "OrthogonalityLoss",
+    "ShiftReport",
     "TemperatureScaler",
     "average",
     "collect_logits",

@@ -77,7 +77,7 @@ def test_equals_the_dense_definition_for_every_tile_size(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
-@pytest.mark.parametrize("gap", [50.0, 120.0, 1e3, 1e4])
+@pytest.mark.parametrize("gap", [50.0, 85.0, 95.0, 100.0, 120.0, 700.0, 740.0, 1e3, 1e4])
 def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     dtype: torch.dtype, budget: int, gap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,14 +140,34 @@ def largest_saved(memory_budget: int, inputs: list[Factors]) -> int:
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_no_matrix_outlives_forward_unless_it_fits_into_the_budget(teacher: bool) -> None:
-    """Beyond it O(N·D) is saved; a teacher's matrix counts; without a gradient nothing is kept (trap 9)."""
+    """Beyond it O(N·D) is saved; a teacher's matrix counts (trap 9)."""
     n, width = 64, 4
     inputs = factors(n, n, width, 0, scale=1.0, teacher=teacher)
     need = (1 + teacher) * 8 * n * n
-    assert largest_saved(need, inputs) == 0
     inputs[0][0].requires_grad_()
     assert largest_saved(need, inputs) == n * n
     assert largest_saved(need - 1, inputs) <= n * (width + 1)
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_exponentials_are_kept_only_for_a_backward_to_come(
+    needs_gradient: bool, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluating a loss, or under no_grad, costs no N×M matrix even where the budget has room for it."""
+    kept: list[bool] = []
+    original = tiled._forward
+
+    def noted(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+        kept.append(keep)
+        outputs: list[Tensor] = original(factors, tile_bytes, keep)
+        return outputs
+
+    monkeypatch.setattr(tiled, "_forward", noted)
+    ((x, y, scale),) = factors(9, 9, 3, 0, scale=1.0, teacher=False)
+    with torch.set_grad_enabled(enabled):
+        tiled.softmax_statistics((x.requires_grad_(needs_gradient), y, scale), memory_budget=KEEP)
+    assert kept == [needs_gradient and enabled]
 
 
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])

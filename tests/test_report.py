@@ -1,0 +1,546 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Predictions, classifier, predictions, seeds
+from torch import Tensor
+from torch.testing import assert_close
+
+import calrobust.report
+from calrobust.functional.calibration import bin_confidences, bootstrap_interval, calibration_error, top_label
+from calrobust.functional.temperature import fit_temperature
+from calrobust.report import ShiftReport
+
+DOMAINS = ("photo", "sketch", "clipart")
+PARTS = ("", "_low", "_high")
+
+
+def scored_set(domain: str, n: int = 300, seed: int = 0, **options: Any) -> Predictions:
+    """Overconfident predictions, others for every domain."""
+    return classifier(n, 4, seed * len(DOMAINS) + DOMAINS.index(domain), **({"sharpness": 0.5} | options))
+
+
+def validation_set(n: int = 200) -> Predictions:
+    """Shares no sample with any test set."""
+    return classifier(n, 4, 12345, sharpness=0.5)
+
+
+def make_report(*methods: str, fit: bool = True) -> ShiftReport:
+    """Every method in every domain, with different predictions."""
+    report = ShiftReport(id_domain="photo")
+    for seed, method in enumerate(methods or ("FT", "CaRot")):
+        if fit:
+            report.fit_temperature(method, *validation_set())
+        for domain in DOMAINS:
+            report.add(method, domain, *scored_set(domain, seed=seed))
+    return report
+
+
+def accuracy(p: Predictions) -> float:
+    """Share of rows whose maximum is the label."""
+    return sum(int(row.argmax() == label) for row, label in zip(p.logits, p.target, strict=True)) / len(p.target)
+
+
+def ece(p: Predictions, temperature: float = 1.0) -> float:
+    """By definition, of the float64 softmax."""
+    confidences = (p.logits.double() / temperature).softmax(1).amax(1)
+    return oracles.calibration_error(confidences, p.logits.argmax(1) == p.target, 15)
+
+
+class TestFigures:
+    """What the columns hold."""
+
+    def test_are_the_definitions(self) -> None:
+        """Accuracy, ECE and ECE at T of the ID domain, by the naive formulas."""
+        row = make_report("FT").summary()[0]
+        p, temperature = scored_set("photo"), oracles.best_temperature(*validation_set())
+        assert row["id_accuracy"] == pytest.approx(accuracy(p), abs=1e-12)
+        assert row["id_ece"] == pytest.approx(ece(p), abs=1e-6)
+        assert row["temperature"] == pytest.approx(temperature, rel=1e-6)
+        assert row["id_ece_ts"] == pytest.approx(ece(p, temperature), abs=1e-6)
+
+    def test_the_ood_mean_is_over_the_ood_domains_alone(self) -> None:
+        """The sum over OOD data sets, divided by their number, whatever their sizes; nothing else counts (trap 34)."""
+        report = ShiftReport(id_domain="photo")
+        sets = {d: scored_set(d, n) for d, n in zip(DOMAINS, (50, 500, 20), strict=True)}
+        for domain, p in sets.items():
+            report.add("FT", domain, *p)
+        row = report.summary()[0]
+        assert row["ood_accuracy"] == pytest.approx((accuracy(sets["sketch"]) + accuracy(sets["clipart"])) / 2)
+        assert row["ood_ece"] == pytest.approx((ece(sets["sketch"]) + ece(sets["clipart"])) / 2, abs=1e-6)
+
+    def test_without_a_temperature_scaled_columns_are_nan(self) -> None:
+        """Of this method only; the others keep theirs."""
+        report = make_report("CaRot")
+        for domain in DOMAINS:
+            report.add("ZS", domain, *scored_set(domain, seed=7))
+        fitted, unfitted = report.summary()
+        scaled = ["temperature", *(f"{group}_ece_ts{part}" for group in ("id", "ood") for part in PARTS)]
+        assert [name for name, value in unfitted.items() if value != value] == scaled
+        assert not any(value != value for value in fitted.values())
+
+    def test_without_ood_domains_their_columns_are_nan(self) -> None:
+        """There is no mean over nothing; the ID columns stand, and so does the table."""
+        report = ShiftReport(id_domain="photo")
+        report.add("FT", "photo", *scored_set("photo"))
+        row = report.summary()[0]
+        assert all(math.isnan(row[f"ood_{name}{part}"]) for name in ("accuracy", "ece", "ece_ts") for part in PARTS)
+        assert row["id_accuracy"] == accuracy(scored_set("photo"))
+        assert "OOD: no data." in str(report)
+
+    def test_per_domain_has_a_row_for_each_method_and_domain(self) -> None:
+        """ID first, then as added; sizes and figures are those of the domain."""
+        report = ShiftReport(id_domain="photo")
+        for method, domain in itertools.product(("B", "A"), ("clipart", "photo", "sketch")):
+            report.add(method, domain, *scored_set(domain, 40))
+        rows = report.per_domain()
+        assert [(row["method"], row["domain"]) for row in rows] == [
+            (method, domain) for method in ("B", "A") for domain in ("photo", "clipart", "sketch")
+        ]
+        assert [row["n"] for row in rows] == [40] * 6
+        assert rows[1]["ece"] == pytest.approx(ece(scored_set("clipart", 40)), abs=1e-6)
+
+    def test_methods_keep_the_order_of_first_add(self) -> None:
+        """Neither later batches nor temperatures move a row."""
+        report = ShiftReport(id_domain="photo")
+        report.fit_temperature("third", *validation_set())
+        for method in ("first", "second", "third", "first"):
+            report.add(method, "photo", *scored_set("photo"))
+        assert [row["method"] for row in report.summary()] == report.methods == ["first", "second", "third"]
+
+    def test_masked_and_half_precision_logits_are_scaled_in_float32(self) -> None:
+        """-inf stays masked, and a division by T does not round to bfloat16."""
+        p, masked = scored_set("photo", dtype=torch.bfloat16), torch.tensor([0.0, 0.0, 0.0, -math.inf])
+        p = Predictions(p.logits + masked.bfloat16(), p.target.clamp(max=2))
+        report = ShiftReport(id_domain="photo")
+        temperature = report.fit_temperature("FT", *validation_set())
+        report.add("FT", "photo", *p)
+        assert report.summary()[0]["id_ece_ts"] == pytest.approx(ece(p, temperature), abs=1e-6)
+
+
+class TestMerging:
+    """Batches, order of calls, buffers."""
+
+    @given(p=predictions(min_samples=2), cut=st.integers(1, 59))
+    def test_batches_do_not_show(self, p: Predictions, cut: int) -> None:
+        """Any split in two, in any order, gives the figures and intervals of the whole."""
+        whole, split = ShiftReport(id_domain="photo"), ShiftReport(id_domain="photo")
+        whole.add("FT", "photo", *p)
+        cut = min(cut, len(p.target) - 1)
+        split.add("FT", "photo", p.logits[cut:], p.target[cut:])
+        split.add("FT", "photo", p.logits[:cut], p.target[:cut])
+        assert values(split) == pytest.approx(values(whole), abs=1e-12, nan_ok=True)
+
+    def test_the_order_of_adds_and_fits_does_not_matter(self) -> None:
+        """T before, between or after the data; domains and methods in any order: the same numbers to the last digit."""
+        expected = {row["method"]: row for row in make_report("A", "B").summary()}
+        calls = [(seed, method, domain) for seed, method in enumerate("AB") for domain in (*DOMAINS, "fit")]
+        for order in (calls[::-1], calls[::2] + calls[1::2], sorted(calls, key=lambda call: call[2])):
+            report = ShiftReport(id_domain="photo")
+            for seed, method, domain in order:
+                if domain == "fit":
+                    report.fit_temperature(method, *validation_set())
+                else:
+                    report.add(method, domain, *scored_set(domain, seed=seed))
+            assert {row["method"]: row for row in report.summary()} == expected
+
+    def test_figures_follow_what_is_added_after_they_were_read(self) -> None:
+        """No cached number outlives new data or a new temperature."""
+        report, p = ShiftReport(id_domain="photo"), scored_set("photo")
+        report.add("FT", "photo", p.logits[:100], p.target[:100])
+        first = report.summary()[0]
+        report.add("FT", "photo", p.logits[100:], p.target[100:])
+        second = report.summary()[0]
+        report.fit_temperature("FT", *validation_set())
+        third = report.summary()[0]
+        assert first["id_accuracy"] != second["id_accuracy"] == accuracy(p)
+        assert math.isnan(second["id_ece_ts"])
+        assert third["id_ece_ts"] == pytest.approx(ece(p, third["temperature"]), abs=1e-6)
+
+    def test_the_caller_may_fill_the_same_buffers_again(self) -> None:
+        """What was added is the report's own, and holds no graph."""
+        report, p = ShiftReport(id_domain="photo"), scored_set("photo")
+        logits, target = p.logits.clone().requires_grad_(), p.target.clone()
+        report.add("FT", "photo", logits, target)
+        with torch.no_grad():
+            logits.zero_()
+        target.zero_()
+        temperature = report.fit_temperature("FT", *validation_set())
+        row = report.summary()[0]
+        assert (row["id_accuracy"], row["id_ece"]) == (accuracy(p), pytest.approx(ece(p), abs=1e-6))
+        assert row["id_ece_ts"] == pytest.approx(ece(p, temperature), abs=1e-6)
+
+    def test_logits_are_kept_only_until_there_is_a_temperature(self) -> None:
+        """As documented: some twenty bytes a sample afterwards, whatever the number of classes."""
+        report, p = ShiftReport(id_domain="photo"), classifier(100, 1000, 0)
+        report.add("FT", "photo", *p)
+        assert held_bytes(report) > 4 * p.logits.numel()
+        report.fit_temperature("FT", *classifier(10, 1000, 1))
+        report.add("FT", "photo", *classifier(100, 1000, 2))
+        assert held_bytes(report) <= 200 * 20 + 10 * 8
+
+
+def values(report: ShiftReport) -> list[float]:
+    """Every number of the summary."""
+    return [value for row in report.summary() for name, value in row.items() if name != "method"]
+
+
+def held_bytes(report: ShiftReport) -> int:
+    """Of all tensors a report holds."""
+    samples = [s for own in report._samples.values() for s in own.values()]
+    tensors = [t for s in samples for kept in vars(s).values() for t in kept]
+    return sum(t.untyped_storage().nbytes() for t in [*tensors, *(fit.fingerprints for fit in report._fits.values())])
+
+
+class TestIntervals:
+    """95 % bootstrap intervals of everything estimated."""
+
+    def test_every_figure_of_the_table_has_one_that_holds_it(self) -> None:
+        """Also the OOD means, also with temperature scaling; and the printed table shows them (trap 26)."""
+        report = make_report()
+        for row in report.summary():
+            for group, name in itertools.product(("id", "ood"), ("accuracy", "ece", "ece_ts")):
+                value, low, high = (row[f"{group}_{name}{part}"] for part in PARTS)
+                assert 0 <= low <= value <= high <= 1
+                assert low < high
+                assert f"{100 * value:.1f} ({100 * low:.1f}\N{EN DASH}{100 * high:.1f})" in str(report)
+
+    def test_agree_with_bootstrap_interval(self) -> None:
+        """The same law by other draws: ends differ by their sampling error, a fraction of the width."""
+        p = scored_set("photo", 1000)
+        report = ShiftReport(id_domain="photo")
+        report.add("FT", "photo", *p)
+        row = report.summary()[0]
+        generator = torch.Generator().manual_seed(1)
+        low, high = map(float, bootstrap_interval(*top_label(*p), n_resamples=4000, generator=generator))
+        assert_close(row["id_ece_low"], low, atol=0.1 * (high - low), rtol=0)
+        assert_close(row["id_ece_high"], high, atol=0.1 * (high - low), rtol=0)
+
+    def test_of_the_accuracy_has_the_width_of_the_binomial(self) -> None:
+        """2 * 1.96 standard errors, up to the sampling error of the quantiles."""
+        p = scored_set("photo", 2000)
+        report = ShiftReport(id_domain="photo")
+        report.add("FT", "photo", *p)
+        row, share = report.summary()[0], accuracy(p)
+        expected = 2 * 1.96 * math.sqrt(share * (1 - share) / 2000)
+        assert row["id_accuracy_high"] - row["id_accuracy_low"] == pytest.approx(expected, rel=0.1)
+
+    def test_domains_are_resampled_independently(self) -> None:
+        """Two OOD domains of one size and content do not share draws: their mean varies by 1/√2 of what one does."""
+        report, p = ShiftReport(id_domain="photo"), scored_set("photo", 1000)
+        for domain in DOMAINS:
+            report.add("FT", domain, *p)
+        row = report.summary()[0]
+        one, two = (row[f"{group}_accuracy_high"] - row[f"{group}_accuracy_low"] for group in ("id", "ood"))
+        assert two / one == pytest.approx(1 / math.sqrt(2), rel=0.12)
+
+    def test_are_reproducible_and_leave_the_global_generator_alone(self) -> None:
+        """The same data give the same digits whatever the global seed, and nobody's random numbers change."""
+        torch.manual_seed(1)
+        first = make_report().summary()
+        state = torch.get_rng_state()
+        torch.manual_seed(2)
+        assert make_report().summary() == first
+        torch.set_rng_state(state)
+        make_report().summary()
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_blocks_of_resamples_do_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A small block, the last one uneven, gives the same interval: draws come row by row."""
+        expected = values(make_report("A"))
+        monkeypatch.setattr(calrobust.report, "BOOTSTRAP_BLOCK", 300 * 7)
+        assert values(make_report("A")) == pytest.approx(expected, abs=1e-12)
+
+
+def shuffled(p: Predictions) -> Predictions:
+    """The same rows in another order."""
+    order = torch.randperm(len(p.target), generator=torch.Generator().manual_seed(3))
+    return Predictions(p.logits[order], p.target[order])
+
+
+class TestHeldOut:
+    """T is never chosen on data that is scored."""
+
+    LEAKS = (
+        lambda p: p,
+        shuffled,
+        lambda p: Predictions(p.logits[::3], p.target[::3]),
+        lambda p: Predictions(p.logits[-1:].repeat(2, 1), p.target[-1:].repeat(2)),
+        lambda p: Predictions(p.logits.double(), p.target),
+        lambda p: Predictions(*(torch.cat(pair) for pair in zip(validation_set(), p, strict=True))),
+    )
+
+    @pytest.mark.parametrize("leak", LEAKS, ids=["same", "shuffled", "part", "one", "float64", "mixed"])
+    @pytest.mark.parametrize("domain", DOMAINS)
+    @pytest.mark.filterwarnings("ignore:the data do not determine:UserWarning")  # the single sample
+    def test_a_temperature_fitted_on_scored_data_is_refused(self, leak: Any, domain: str) -> None:
+        """By content, in any order, in part or whole, in any domain, whichever call comes first (trap 32)."""
+        added, fitted = ShiftReport(id_domain="photo"), ShiftReport(id_domain="photo")
+        p = scored_set(domain)
+        added.add("FT", domain, *p)
+        with pytest.raises(ValueError, match=f"does not score.*domain '{domain}'.*validation split"):
+            added.fit_temperature("FT", *leak(p))
+        fitted.fit_temperature("FT", *leak(p))
+        with pytest.raises(ValueError, match=f"does not score.*domain '{domain}'.*validation split"):
+            fitted.add("FT", domain, *p)
+
+    def test_batches_hide_nothing(self) -> None:
+        """A leak in a later batch is found."""
+        report, p = ShiftReport(id_domain="photo"), scored_set("photo")
+        report.fit_temperature("FT", p.logits[250:], p.target[250:])
+        report.add("FT", "photo", p.logits[:250], p.target[:250])
+        with pytest.raises(ValueError, match="got 50 sample"):
+            report.add("FT", "photo", p.logits[250:], p.target[250:])
+
+    def test_a_refused_call_changes_nothing(self) -> None:
+        """Neither the data nor the temperature of a call that raised are kept."""
+        report = make_report("FT", fit=False)
+        before = report.to_dict()
+        with pytest.raises(ValueError, match="does not score"):
+            report.fit_temperature("FT", *scored_set("photo"))
+        assert report.to_dict() == before
+        report.fit_temperature("FT", *validation_set())
+        with pytest.raises(ValueError, match="does not score"):
+            report.add("FT", "photo", *validation_set())
+        assert report.to_dict() == make_report("FT").to_dict()
+
+    @given(seed=seeds())
+    def test_equal_logits_of_another_label_or_method_are_other_data(self, seed: int) -> None:
+        """A sample is its logits and its label; methods do not share temperatures."""
+        p = classifier(60, 3, seed)
+        report = ShiftReport(id_domain="photo")
+        report.add("A", "photo", *p)
+        report.fit_temperature("B", *p)
+        relabelled = (p.target + 1) % 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # wrong labels are anti-correlated
+            report.fit_temperature("A", p.logits, relabelled)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_one_bit_of_one_logit_makes_another_sample(self, dtype: torch.dtype) -> None:
+        """The smallest change is seen in any column; but -0.0 is 0.0."""
+        logits, target = classifier(40, 4, 0, sharpness=0.5, dtype=dtype)
+        logits[:, 3] = 0
+        for column in range(3):
+            report, other = ShiftReport(id_domain="photo"), logits.clone()
+            other[:, column] = torch.nextafter(other[:, column], torch.full_like(other[:, column], 99))
+            report.add("FT", "photo", logits, target)
+            report.fit_temperature("FT", other, target)
+        negative = logits.clone()
+        negative[:, 3] = -0.0
+        report = ShiftReport(id_domain="photo")
+        report.add("FT", "photo", logits, target)
+        with pytest.raises(ValueError, match="got 40 sample"):
+            report.fit_temperature("FT", negative, target)
+
+
+class TestTables:
+    """What is printed and written."""
+
+    def test_print_is_the_markdown_table_in_per_cent(self) -> None:
+        """A header, a rule and a row a method of one width; NaN is an en dash."""
+        report = make_report("FT", fit=False)
+        table, caption = str(report).split("\n\n")
+        header, rule, row = table.splitlines()
+        assert len(header) == len(rule) == len(row)
+        assert header.split(" | ")[1].strip() == "ID accuracy"
+        assert f"{100 * accuracy(scored_set('photo')):.1f} (" in row
+        assert row.count(" \N{EN DASH} |") == 3  # T and two ECEs
+        assert caption.startswith("Accuracy and ECE (15 bins) in per cent, with 95 % bootstrap intervals. ID: photo.")
+        assert "OOD: plain mean over sketch, clipart." in caption
+
+    def test_intervals_can_be_left_out(self) -> None:
+        """Then neither cells nor caption speak of them."""
+        for text in (make_report().to_markdown(intervals=False), make_report().to_latex(intervals=False)):
+            assert "(" not in text.replace("(15 bins)", "")
+            assert "interval" not in text
+
+    def test_names_are_escaped(self) -> None:
+        """A method's name is text, not markup, in Markdown and in LaTeX."""
+        report = make_report("a|b & 50% of_{x} #1 $~^\\")
+        assert r"| a\|b & 50%" in report.to_markdown()
+        assert r"a|b \& 50\% of\_\{x\} \#1 \$\textasciitilde{}\textasciicircum{}\textbackslash{} &" in report.to_latex()
+
+    def test_latex_has_a_row_for_each_method(self) -> None:
+        """Eight columns in every row, booktabs' rules around them."""
+        lines = make_report().to_latex().splitlines()
+        assert lines[1] == r"\begin{tabular}{lrrrrrrr}"
+        rows = [line for line in lines if line.endswith(r"\\")]
+        assert [row.count(" & ") for row in rows] == [7, 7, 7]
+        assert rows[1].startswith("FT & ")
+
+    @pytest.mark.parametrize("per_domain", [False, True])
+    def test_csv_round_trips_in_full_precision(self, tmp_path: Path, per_domain: bool) -> None:
+        """Fractions to the last digit, NaN as an empty field."""
+        report, path = make_report("FT, the first", fit=False), tmp_path / "results.csv"
+        report.to_csv(path, per_domain=per_domain)
+        rows = report.per_domain() if per_domain else report.summary()
+        with path.open(encoding="utf-8", newline="") as file:
+            read = list(csv.DictReader(file))
+        for row, fields in zip(rows, read, strict=True):
+            assert list(fields) == list(row)
+            assert fields == {n: "" if isinstance(v, float) and v != v else str(v) for n, v in row.items()}
+
+    def test_csv_replaces_a_file_at_once_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """When writing fails midway, the old file stands and nothing else is left in the folder."""
+        path = tmp_path / "results.csv"
+        path.write_text("old")
+
+        def fail(*_: object) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as context:
+            context.setattr(csv.DictWriter, "writerows", fail)
+            with pytest.raises(OSError, match="disk full"):
+                make_report().to_csv(path)
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.csv", "old")]
+        make_report().to_csv(str(path))
+        assert path.read_text().startswith("method,id_accuracy,id_accuracy_low,")
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_to_dict_is_json(self) -> None:
+        """Strictly: no NaN; figures by method, and by method and domain."""
+        report = make_report("FT", fit=False)
+        everything = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+        assert everything["id_domain"] == "photo"
+        assert everything["summary"]["FT"]["id_ece"] == report.summary()[0]["id_ece"]
+        assert everything["summary"]["FT"]["temperature"] is None
+        assert everything["per_domain"]["FT"]["sketch"]["n"] == 300
+
+    def test_to_pandas_has_the_rows(self) -> None:
+        """Both forms."""
+        report = make_report()
+        assert report.to_pandas()["method"].tolist() == ["FT", "CaRot"]
+        assert report.to_pandas(per_domain=True).shape == (6, 13)
+
+    def test_without_pandas_the_error_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And says how to get it."""
+        monkeypatch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(ImportError, match="pip install pandas"):
+            make_report().to_pandas()
+
+    def test_bins_add_up_and_scale(self) -> None:
+        """Those of a domain are bin_confidences', at T = 1 or at the method's T."""
+        report, p = make_report("FT"), scored_set("sketch")
+        for scaled, t in ((False, torch.tensor(1.0)), (True, fit_temperature(*validation_set()))):
+            confidences, correct = top_label(p.logits / t, p.target)
+            for found, expected in zip(
+                report.bins("FT", "sketch", scaled=scaled), bin_confidences(confidences, correct), strict=True
+            ):
+                assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    def test_repr_is_short_and_never_fails(self) -> None:
+        """Also for a report with no data."""
+        assert repr(ShiftReport(id_domain="photo")) == "ShiftReport(id_domain='photo', n_bins=15): 0 methods, 0 domains"
+        assert repr(make_report()).endswith("2 methods, 3 domains")
+
+    def test_n_bins_is_that_of_the_ece(self) -> None:
+        """Another number gives another ECE: calibration_error's."""
+        report, p = ShiftReport(id_domain="photo", n_bins=3), scored_set("photo")
+        report.add("FT", "photo", *p)
+        assert report.summary()[0]["id_ece"] == pytest.approx(float(calibration_error(*p, n_bins=3)), abs=1e-12)
+        assert "ECE (3 bins)" in str(report)
+
+
+LOGITS, TARGET = torch.eye(3), torch.tensor([0, 1, 2])
+
+
+class TestErrors:
+    """Each names the argument, the rule, what came and the fix."""
+
+    @pytest.mark.parametrize("call", ["summary", "per_domain", "to_markdown", "to_latex", "to_dict", "__str__"])
+    def test_a_report_without_data_says_so(self, call: str) -> None:
+        """And what to call."""
+        with pytest.raises(ValueError, match=r"must hold data, got none; call add\("):
+            getattr(ShiftReport(id_domain="photo"), call)()
+
+    def test_a_method_that_lacks_a_domain_is_not_averaged(self) -> None:
+        """A mean over other data sets than the other rows' would be silently wrong; per_domain still works."""
+        report = make_report("FT", "CaRot")
+        report.add("ZS", "photo", *scored_set("photo", seed=9))
+        with pytest.raises(ValueError, match=r"'ZS' lacks 'sketch', 'clipart'; add them, or see per_domain\(\)"):
+            report.summary()
+        assert len(report.per_domain()) == 7
+
+    def test_a_fitted_method_without_data_is_a_typing_error(self) -> None:
+        """It would be missing in the table."""
+        report = make_report("FT w/ LS", fit=False)
+        report.fit_temperature("FT w LS", *validation_set())
+        with pytest.raises(ValueError, match="'FT w LS' lacks 'photo'"):
+            report.summary()
+
+    def test_an_id_domain_without_data_is_named(self) -> None:
+        """With the names that were used."""
+        report = ShiftReport(id_domain="Photo")
+        report.add("FT", "photo", LOGITS, TARGET)
+        with pytest.raises(ValueError, match="id_domain must be one of the domains added, got 'Photo' and 'photo'"):
+            report.summary()
+
+    def test_a_second_temperature_is_refused(self) -> None:
+        """T of a part of the validation data, silently, is what a second call would mean."""
+        with pytest.raises(ValueError, match=r"'FT' must be fitted once.*concatenate the batches"):
+            make_report("FT").fit_temperature("FT", *classifier(20, 4, 99))
+
+    def test_bins_of_what_is_not_there(self) -> None:
+        """Unknown names, or no T to scale by."""
+        report = make_report("FT", fit=False)
+        with pytest.raises(ValueError, match="method must be one of 'FT', got 'ft'"):
+            report.bins("ft", "photo")
+        with pytest.raises(ValueError, match="domain must be one of 'photo', 'sketch', 'clipart', got 'Photo'"):
+            report.bins("FT", "Photo")
+        with pytest.raises(ValueError, match="'FT' must have a temperature to be scaled, got none; call fit_temp"):
+            report.bins("FT", "photo", scaled=True)
+
+    @pytest.mark.parametrize(
+        ("logits", "target", "error", "message"),
+        [
+            (LOGITS, TARGET + 1, ValueError, r"target must be in \[0, 3\)"),
+            (LOGITS, TARGET.float(), TypeError, r"target must have dtype torch.int64"),
+            (LOGITS, TARGET[:2], ValueError, r"target must have shape \[3\]"),
+            (LOGITS[0], TARGET, ValueError, r"logits must have shape \[N, C\]"),
+            (LOGITS.long(), TARGET, TypeError, "logits must be floating point"),
+            (LOGITS * math.nan, TARGET, ValueError, "got NaN in row 0"),
+            (LOGITS / 0, TARGET, ValueError, r"logits must be finite"),
+            (LOGITS[:0], TARGET[:0], ValueError, "logits must hold at least one sample"),
+        ],
+        ids=["label", "label dtype", "label shape", "vector", "integers", "nan", "inf", "empty"],
+    )
+    def test_bad_predictions_are_refused(self, logits: Tensor, target: Tensor, error: Any, message: str) -> None:
+        """By add and by fit_temperature alike."""
+        report = ShiftReport(id_domain="photo")
+        with pytest.raises(error, match=message):
+            report.add("FT", "photo", logits, target)
+        with pytest.raises(error, match=message):
+            report.fit_temperature("FT", logits, target)
+        assert report.methods == []
+
+    @pytest.mark.parametrize(("name", "error"), [(3, TypeError), ("  ", ValueError)])
+    def test_names_are_words(self, name: Any, error: Any) -> None:
+        """Of methods, domains and the ID domain."""
+        report = ShiftReport(id_domain="photo")
+        with pytest.raises(error, match="id_domain must"):
+            ShiftReport(id_domain=name)
+        with pytest.raises(error, match="method must"):
+            report.add(name, "photo", LOGITS, TARGET)
+        with pytest.raises(error, match="domain must"):
+            report.add("FT", name, LOGITS, TARGET)
+        with pytest.raises(error, match="method must"):
+            report.fit_temperature(name, LOGITS, TARGET)
+
+    @pytest.mark.parametrize(("n_bins", "error"), [(0, ValueError), (1.5, TypeError)])
+    def test_n_bins_is_a_count(self, n_bins: Any, error: Any) -> None:
+        """One of 1, 2, 3, and so on."""
+        with pytest.raises(error, match="n_bins must be"):
+            ShiftReport(id_domain="photo", n_bins=n_bins)

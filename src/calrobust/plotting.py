@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from matplotlib.transforms import Bbox
 
     from calrobust.report import ShiftReport
 
@@ -253,42 +252,45 @@ class _Point(NamedTuple):
 
 def _label(ax: Axes, points: Sequence[_Point]) -> None:
     """Writes each label near its point, where it hides least of the markers, intervals and labels that are there."""
-    from matplotlib.transforms import Bbox
-
     figure = ax.figure.figure  # the whole one, also of axes in a subfigure
     figure.draw_without_rendering()  # the layout, hence where points are, is decided only now
     unit = figure.dpi / 72  # pixels a point
-    frame = ax.get_window_extent()
-    to_pixels = ax.transData.transform
-    intervals = [Bbox(to_pixels(ends)).padded(unit) for point in points for ends in (point.across, point.along)]
-    markers = [Bbox(to_pixels([point.place] * 2)).padded(4 * unit) for point in points]
-    labels: list[Bbox] = []
+    frame = _Box(*ax.get_window_extent().extents)
+
+    def box_around(ends: Sequence[tuple[float, float]], margin: float) -> _Box:
+        (x0, y0), (x1, y1) = ax.transData.transform(ends).tolist()
+        return _Box(x0 - margin * unit, y0 - margin * unit, x1 + margin * unit, y1 + margin * unit)
+
+    intervals = [box_around(ends, 1) for point in points for ends in (point.across, point.along)]
+    markers = [box_around([point.place] * 2, 4) for point in points]
+    labels: list[_Box] = []
     for i, point in enumerate(points):
         text = ax.annotate(
             point.label, point.place, (0, 0), textcoords="offset points", fontsize=FONT - 0.5, va="center"
         )
-        size = text.get_window_extent()
-        x, y = to_pixels(point.place)
+        width, height = text.get_window_extent().size
+        x, y = ax.transData.transform(point.place).tolist()
         others = markers[:i] + markers[i + 1 :] + labels
         boxes = {}
         for distance in DISTANCES:
             for angle in range(0, 360, 15):
                 right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
                 # It is the nearest edge of the text that keeps this distance, not its centre.
-                left = x + distance * unit * right + size.width * (right - 1) / 2
-                bottom = y + distance * unit * up + size.height * (up - 1) / 2
-                box = Bbox.from_bounds(left, bottom, size.width, size.height)
-                hidden = size.width * size.height - _overlap(box, frame)
+                left = x + distance * unit * right + width * (right - 1) / 2
+                bottom = y + distance * unit * up + height * (up - 1) / 2
+                box = _Box(left, bottom, left + width, bottom + height)
+                hidden = width * height - _overlap(box, frame)
                 hidden += sum(_overlap(box, other) for other in [*others, markers[i]])
                 hidden += sum(_overlap(box, interval) for interval in intervals) / 2  # thin lines: less of a loss
                 if distance > FAR:
                     end_x, end_y = _nearest(box, x, y)
                     for share in (0.2, 0.4, 0.6, 0.8):
-                        dot = Bbox.from_bounds(x + share * (end_x - x), y + share * (end_y - y), 1, 1).padded(unit)
+                        dot_x, dot_y = x + share * (end_x - x), y + share * (end_y - y)
+                        dot = _Box(dot_x - unit, dot_y - unit, dot_x + unit, dot_y + unit)
                         hidden += 4 * sum(_overlap(dot, other) for other in others)
                 boxes[hidden + distance * unit, -right] = box, distance  # to the right, if nothing else matters
         box, distance = boxes[min(boxes)]
-        labels.append(box.padded(unit))
+        labels.append(_Box(box.x0 - unit, box.y0 - unit, box.x1 + unit, box.y1 + unit))
         text.set_position(((box.x0 - x) / unit, ((box.y0 + box.y1) / 2 - y) / unit))
         if distance > FAR:
             end_x, end_y = _nearest(box, x, y)
@@ -297,12 +299,21 @@ def _label(ax: Axes, points: Sequence[_Point]) -> None:
             ax.annotate("", point.place, offset, textcoords="offset points", arrowprops=line)
 
 
-def _nearest(box: Bbox, x: float, y: float) -> tuple[float, float]:
+class _Box(NamedTuple):
+    """In pixels; matplotlib's own boxes are too slow to try hundreds of places."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+def _nearest(box: _Box, x: float, y: float) -> tuple[float, float]:
     """The point of ``box`` nearest to another."""
     return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
 
 
-def _overlap(a: Bbox, b: Bbox) -> float:
+def _overlap(a: _Box, b: _Box) -> float:
     """Area in common."""
     width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(0.0, float(width)) * max(0.0, float(height))
+    return max(0.0, width) * max(0.0, height)

@@ -1,0 +1,209 @@
+"""Losses: time and memory against open_clip and torch's chunked ``linear_cross_entropy``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from benchmarks.measure import Call, Row, Table, in_turn, missing, peak_memory, peer, share, slope, value
+from torch import Tensor
+from torch.nn import functional as F
+
+from calrobust.functional import carot_loss, multimodal_contrastive_loss
+
+SIZES = (2048, 4096, 8192)
+LARGEST = 16384  # for what does not need minutes there
+LINEAR_SIZE = 4096  # where torch's linear_cross_entropy, smoothing and half precision are measured
+WIDTH = 512
+SCALE = 50.0
+REPEATS = 3
+KEEP = 2**40  # a memory_budget that everything fits into
+
+PLAIN = ("ClipLoss", "kept", "tiled")
+TAUGHT = ("DistillClipLoss", "kept + teacher", "tiled + teacher")
+BEYOND = ("ClipLoss", "tiled")  # at LARGEST
+TIME_LIMITS = {  # (ours, B): share of the peer's time
+    ("kept", 4096): 0.48,
+    ("kept", 8192): 0.48,
+    ("tiled", 4096): 0.62,
+    ("tiled", 8192): 0.60,
+    ("tiled", 16384): 0.60,
+    ("kept + teacher", 8192): 0.43,
+    ("tiled + teacher", 8192): 0.60,
+}
+MEMORY_LIMITS = {
+    ("tiled", 4096): 0.16,
+    ("tiled", 8192): 0.085,
+    ("tiled", 16384): 0.045,
+    ("tiled + teacher", 8192): 0.040,
+}
+
+
+def tables() -> list[Table]:
+    """Time, memory and precision."""
+    torch.set_num_threads(1)
+    return [_time(), _memory(), _variants()]
+
+
+def build(candidate: str, size: int, dtype: torch.dtype = torch.float32) -> Call:
+    """Forward and backward of a candidate on features made once."""
+    inputs = _inputs(size, dtype)
+    return lambda: _gradients(candidate, inputs)
+
+
+def _inputs(size: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    common = 0.5 * torch.randn(1, WIDTH, generator=generator)  # features share a direction, as those of CLIP do
+    rows = (torch.randn(size, WIDTH, generator=generator) + common for _ in range(4))
+    image, text, teacher_image, teacher_text = (F.normalize(features, dim=1).to(dtype) for features in rows)
+    return [image.requires_grad_(), text.requires_grad_(), teacher_image, teacher_text]
+
+
+def _gradients(candidate: str, inputs: list[Tensor]) -> list[Tensor]:
+    image, text, *teacher = inputs
+    scale = torch.tensor(SCALE, dtype=torch.promote_types(image.dtype, torch.float32), requires_grad=True)
+    return list(torch.autograd.grad(_loss(candidate, image, text, scale, teacher), (image, text, scale)))
+
+
+def _loss(candidate: str, image: Tensor, text: Tensor, scale: Tensor, teacher: list[Tensor]) -> Tensor:
+    own = torch.arange(len(image))
+    options: dict[str, Any] = {"memory_budget": KEEP if "kept" in candidate else 0}
+    teachers = (*teacher, scale.detach())
+    match candidate:
+        case "kept" | "tiled":
+            return multimodal_contrastive_loss(image, text, scale, **options)
+        case "kept, labels and smoothing" | "tiled, labels and smoothing":
+            labels = own // 4
+            return multimodal_contrastive_loss(image, text, scale, labels=labels, label_smoothing=0.1, **options)
+        case "kept + teacher" | "tiled + teacher":
+            return carot_loss(image, text, scale, *teachers, label_smoothing=0.0, distillation_weight=1.0, **options)
+        case "ClipLoss":
+            loss: Tensor = peer("open_clip.loss").ClipLoss()(image, text, scale)
+            return loss
+        case "DistillClipLoss":
+            contrastive, distillation = peer("open_clip.loss").DistillClipLoss()(image, text, scale, *teachers)
+            total: Tensor = (
+                contrastive + 2 * distillation
+            )  # its distillation is the mean of both directions, ours the sum
+            return total
+        case "ClipLoss, autocast" | "DistillClipLoss, autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return _loss(candidate.split(",")[0], image, text, scale, teacher)
+        case "linear_cross_entropy":
+            chunked = torch.nn.LinearCrossEntropyOptions()
+            rows = F.linear_cross_entropy(scale * image, text, own, options=chunked)
+            return (rows + F.linear_cross_entropy(scale * text, image, own, options=chunked)) / 2
+    raise ValueError(f"no candidate {candidate!r}")
+
+
+def _present(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the peers that are not installed."""
+    return tuple(name for name in names if "Loss" not in name or peer("open_clip.loss") is not None)
+
+
+def _against(name: str) -> str:
+    return "DistillClipLoss" if "teacher" in name else "ClipLoss"
+
+
+def _compared(curves: dict[str, dict[int, float]], limits: dict[tuple[str, int], float], unit: str) -> list[Row]:
+    rows = []
+    for name in ("kept", "tiled", "kept + teacher", "tiled + teacher"):
+        for size, ours in curves[name].items():
+            theirs = curves.get(_against(name), {}).get(size)
+            label = f"B = {size}, {name} / {_against(name)}"
+            rows.append(share(label, ours, theirs, limits.get((name, size)), unit, missing("open_clip.loss")))
+    return rows
+
+
+def _time() -> Table:
+    table = Table(
+        "Losses: time",
+        f"D = {WIDTH}, float32, forward + backward; {torch.get_num_threads()} thread, CPU seconds, medians of "
+        f'{REPEATS}. "kept": within `memory_budget`, "tiled": beyond it.',
+    )
+    curves: dict[str, dict[int, float]] = {name: {} for name in _present(PLAIN + TAUGHT)}
+    for size in (*SIZES, LARGEST):
+        names = _present(BEYOND if size == LARGEST else PLAIN + TAUGHT)
+        for name, seconds in in_turn({name: build(name, size) for name in names}, REPEATS, time.process_time).items():
+            curves[name][size] = seconds
+    table.rows = _compared(curves, TIME_LIMITS, "s")
+    table.rows += [value(f"log-log slope of time, {name}", slope(curves[name]), 2.1) for name in ("kept", "tiled")]
+    table.rows += _linear()
+    table.curves = {"CPU seconds": curves}
+    return table
+
+
+def _linear() -> list[Row]:
+    """Against torch's own chunked loss, once a direction."""
+    if not hasattr(F, "linear_cross_entropy"):
+        note = f"torch {torch.__version__} has no linear_cross_entropy"
+        return [Row("kept, tiled / linear_cross_entropy", "-", "-", None, note=note)]
+    names = ("kept", "tiled", "linear_cross_entropy")
+    seconds = in_turn({name: build(name, LINEAR_SIZE) for name in names}, REPEATS, time.process_time)
+    return [
+        share(f"B = {LINEAR_SIZE}, {name} / linear_cross_entropy, chunked", seconds[name], seconds[names[2]], limit)
+        for name, limit in (("kept", 0.60), ("tiled", 0.75))
+    ]
+
+
+def _memory() -> Table:
+    table = Table(
+        "Losses: extra memory",
+        f"D = {WIDTH}, float32, forward + backward; peak resident set above inputs and libraries, each candidate in a "
+        f"process of its own, {torch.get_num_threads()} thread.",
+    )
+    curves: dict[str, dict[int, float]] = {name: {} for name in _present(PLAIN + TAUGHT)}
+    for size in (*SIZES, LARGEST):
+        for name in _present(BEYOND if size == LARGEST else PLAIN + TAUGHT):
+            curves[name][size] = peak_memory(build, name, size, warm_up=(name, 64))
+    table.rows = _compared(curves, MEMORY_LIMITS, "MiB")
+    table.rows.append(value("log-log slope of extra memory, tiled", slope(curves["tiled"]), 1.1))
+    table.curves = {"extra memory, MiB": curves}
+    return table
+
+
+def _variants() -> Table:
+    """Labels and smoothing, and bfloat16 features."""
+    table = Table(
+        "Losses: labels, smoothing and bfloat16",
+        f"B = {LINEAR_SIZE}, D = {WIDTH}; {torch.get_num_threads()} thread, CPU seconds, medians of {REPEATS}. "
+        "Gradient error: relative, in the Frobenius norm, against float64 on the same bfloat16 features.",
+    )
+    names = ("kept", "kept, labels and smoothing", "tiled", "tiled, labels and smoothing")
+    seconds = in_turn({name: build(name, LINEAR_SIZE) for name in names}, REPEATS, time.process_time)
+    for name in ("kept", "tiled"):
+        both = f"{name}, labels and smoothing"
+        table.rows.append(share(f"{both} / {name}", seconds[both], seconds[name], 1.03))
+
+    half = torch.bfloat16
+    autocast = _present(("ClipLoss, autocast", "DistillClipLoss, autocast"))
+    halves = {name: build(name, LINEAR_SIZE, half) for name in ("kept", "tiled", "kept + teacher", "tiled + teacher")}
+    halves |= {name: build(name, LINEAR_SIZE, half) for name in autocast}
+    halves |= {f"{name}, float32": build(name, LINEAR_SIZE) for name in _present(("ClipLoss", "DistillClipLoss"))}
+    seconds = in_turn(halves, REPEATS, time.process_time)
+    for name in ("kept", "tiled", "kept + teacher", "tiled + teacher"):
+        limit = 0.58 if "teacher" in name else 0.65
+        for other, bound in (("autocast", limit), ("float32", None)):
+            against = f"{_against(name)}, {other}"
+            note = missing("open_clip.loss")
+            table.rows.append(
+                share(f"bfloat16, {name} / {against}", seconds[name], seconds.get(against), bound, note=note)
+            )
+    inputs = _inputs(LINEAR_SIZE, half)
+    exact = [features.detach().double() for features in inputs]
+    exact[:2] = [features.requires_grad_() for features in exact[:2]]
+    for name in ("tiled", "tiled + teacher"):
+        reference = _gradients(name, exact)
+        error = _relative_error(_gradients(name, inputs), reference)
+        other = f"{_against(name)}, autocast"
+        theirs = missing("open_clip.loss")
+        if other in autocast:
+            theirs = f"{_relative_error(_gradients(other, inputs), reference):.2g}"
+        table.rows.append(value(f"bfloat16, gradient error, {name} ({other})", error, 2e-3, peer=theirs))
+    return table
+
+
+def _relative_error(gradients: list[Tensor], reference: list[Tensor]) -> float:
+    """Of the features' gradients."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(gradients[:2], reference[:2], strict=True))

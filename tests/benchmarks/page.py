@@ -1,0 +1,85 @@
+"""Prints the tables, and writes them with their plots for the documentation."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks.measure import Table, header, slope
+
+MODULES = {"losses": "losses", "ema": "ema", "metrics": "metrics", "temperature": "temperature", "import": "weight"}
+DOCS = Path(__file__).parents[2] / "docs"
+INTRODUCTION = """# Benchmarks
+
+*How fast and how lean is it, beside what you use now?* One command measures everything on your machine:
+
+```bash
+pip install 'calrobust[bench]'
+python tests/benchmarks/run.py                # --only losses|ema|metrics|temperature|import
+```
+
+Each figure is a ratio to a peer in the same run: candidates take turns in one process and medians are compared, so that
+a busy or a slow machine changes both sides alike. Targets are the project's own; a missed one is printed as such."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time and memory of calrobust beside its peers.")
+    parser.add_argument("--only", choices=MODULES, help="one group of tables")
+    parser.add_argument("--write", action="store_true", help="refresh docs/benchmarks.md and its plots")
+    options = parser.parse_args(arguments)
+    if options.write and options.only:
+        parser.error("--write refreshes the whole page; leave out --only")
+    _say(header())
+    tables = []
+    for name in [options.only] if options.only else MODULES:
+        for table in importlib.import_module(f"benchmarks.{MODULES[name]}").tables():
+            _say(f"\n{table.text()}")
+            tables.append(table)
+    if options.write:
+        write(tables, DOCS)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # the next table may take minutes
+
+
+def write(tables: list[Table], folder: Path) -> None:
+    """``benchmarks.md`` in ``folder``, and its plots in ``folder/benchmarks``."""
+    sections = [INTRODUCTION, "The page was made on:", f"```text\n{header()}\n```"]
+    curves = {label: lines for table in tables for label, lines in table.curves.items()}
+    for table in tables:
+        sections.append(table.markdown())
+    if curves:
+        (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
+        draw(curves, folder / "benchmarks" / "losses.svg")
+        sections += [
+            "## Losses over the batch size",
+            "![Time and extra memory of the losses over the batch size, both axes logarithmic](benchmarks/losses.svg)",
+            "In brackets the slope on logarithmic axes: 1 is linear in B, 2 quadratic.",
+        ]
+    (folder / "benchmarks.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def draw(curves: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
+    """One panel for each axis label, one line for each candidate."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "calrobust", "font.size": 9}):  # the same bytes for the same figures
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        for axes, (label, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+            for name, line in lines.items():
+                ours = "Loss" not in name
+                shown = f"{'calrobust, ' if ours else 'open_clip '}{name} ({slope(line):.2f})"
+                axes.loglog(list(line), list(line.values()), "o-" if ours else "s--", label=shown, markersize=4)
+            sizes = sorted({size for line in lines.values() for size in line})
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.minorticks_off()
+            axes.set(xlabel="B, pairs", ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,172 @@
+"""The benchmarks run at tiny sizes. Nothing here is about speed."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import ema, losses, measure, metrics, page, temperature, weight
+from benchmarks.measure import MIB, Row, Table
+
+TINY: dict[Any, dict[str, Any]] = {
+    losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "WIDTH": 4, "REPEATS": 1},
+    ema: {"VOCABULARY": 8, "DEPTH": 1, "REPEATS": 1},
+    metrics: {
+        "ROWS": 60,
+        "CLASSES": 5,
+        "BATCH": 20,
+        "REPEATS": 1,
+        "DRIFT_SAMPLES": 50,
+        "DRIFT_CHUNK": 30,
+        "RESAMPLES": 9,
+    },
+    temperature: {"ROWS": 200, "CLASSES": 5, "REPEATS": 1},
+    weight: {
+        "REPEATS": 1,
+        "IMPORT_REPEATS": 1,
+        "IMPORTS": ("math", "json"),
+        "BATCH": 3,
+        "TOKENS": 2,
+        "WIDTH": 12,
+        "LAYERS": 1,
+    },
+}
+GROUPS = list(TINY)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for module, constants in TINY.items():
+        for name, number in constants.items():
+            monkeypatch.setattr(module, name, number)
+    monkeypatch.setattr(weight, "PROJECT", tmp_path)  # nothing to build: a wheel would take a network
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory in this process: a process for each candidate would load torch each time."""
+
+    def peak(build: Callable[..., Any], *args: Any, warm_up: Any) -> float:
+        return measure._peak(build, args, tuple(warm_up), torch.get_num_threads())
+
+    for module in (losses, ema, metrics, temperature):
+        monkeypatch.setattr(module, "peak_memory", peak)
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.filterwarnings("ignore")  # of the peers, on import and on data this small
+@pytest.mark.parametrize("module", GROUPS, ids=lambda module: module.__name__.split(".")[-1])
+def test_every_table_has_a_figure_or_a_reason_in_every_row(module: Any) -> None:
+    """And says what it was measured on."""
+    for table in module.tables():
+        assert table.rows
+        assert "thread" in table.conditions or "float64" in table.conditions
+        for row in table.rows:
+            assert row.figure is not None or row.note
+            assert len(row.cells()) == 6
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", [losses, ema, metrics, temperature], ids=["losses", "ema", "metrics", "temperature"])
+def test_a_missing_peer_is_named(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it; never left out."""
+    monkeypatch.setattr(module, "peer", lambda name: None)
+    text = "\n".join(table.text() for table in module.tables())
+    peers = {
+        losses: ["open_clip_torch"],
+        ema: ["timm"],
+        metrics: ["netcal", "torch-uncertainty[cpu]", "uncertainty-calibration"],
+        temperature: ["scikit-learn", "netcal", "torch-uncertainty[cpu]"],
+    }
+    for name in peers[module]:
+        assert f"not installed: pip install '{name}'" in text
+
+
+def test_a_peer_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that cannot be imported, for whatever reason, does not end the run."""
+    monkeypatch.setitem(sys.modules, "timm.utils", None)
+    measure.peer.cache_clear()
+    assert measure.peer("timm.utils") is None
+    measure.peer.cache_clear()
+
+
+def _hold(size: int) -> Callable[[], object]:
+    return lambda: torch.ones(size * MIB // 4)
+
+
+def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
+    """64 MiB of ones are 64 MiB."""
+    assert measure.peak_memory(_hold, 64, warm_up=(1,)) == pytest.approx(64, abs=1)
+
+
+def test_candidates_take_turns_after_an_untimed_round() -> None:
+    """So that a change of the machine's load meets all of them."""
+    calls: list[str] = []
+    clock = iter(range(100))
+    seconds = measure.in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2, lambda: next(clock))  # type: ignore[misc]  # a default binds the name
+    assert calls == list("ababab")
+    assert seconds == {"a": 1, "b": 1}
+
+
+def test_a_slow_candidate_runs_once() -> None:
+    """Its first run counts."""
+    calls: list[str] = []
+    times = iter([0.0, 11.0])
+    assert measure.in_turn({"slow": lambda: calls.append("slow")}, 3, lambda: next(times)) == {"slow": 11.0}
+    assert calls == ["slow"]
+
+
+def test_a_figure_beyond_its_target_is_called_missed() -> None:
+    """As is one that is not a number."""
+    assert Row("", "", "", 1.0, "≤", 1.0).cells()[-1] == Row("", "", "", 5.0, "≥", 5.0).cells()[-1] == "met"
+    for figure, relation in ((1.1, "≤"), (0.9, "≥"), (float("nan"), "≤")):
+        assert "missed" in Row("", "", "", figure, relation, 1.0).cells()[-1]
+
+
+def test_slope_is_the_exponent() -> None:
+    """Of a power of B."""
+    assert measure.slope({size: 3.0 * size**2 for size in (10, 20, 80)}) == pytest.approx(2.0)
+
+
+def test_passes_count_reads_not_views() -> None:
+    """Two reads of one block in a row are one, of the whole matrix two."""
+    logits = torch.ones(6, 2)
+    with temperature.Passes(logits) as passes:
+        for block in logits.split(2):
+            block.amax(1)
+            block.sum(1)
+        logits[:3].exp()
+    assert passes.count() == 1.5
+
+
+def test_the_page_holds_every_table_and_its_plot(tmp_path: Path) -> None:
+    """The plot has the same bytes for the same figures."""
+    table = Table("A title", "one thread", [Row("a / b", "1 s", "2 s", 0.5, "≤", 0.6)])
+    table.curves = {"CPU seconds": {"tiled": {1024: 1.0, 2048: 2.0}, "ClipLoss": {1024: 1.0, 2048: 4.0}}}
+    page.write([table], tmp_path)
+    first = (tmp_path / "benchmarks" / "losses.svg").read_bytes()
+    page.write([table], tmp_path)
+    assert (tmp_path / "benchmarks" / "losses.svg").read_bytes() == first
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert "| a / b | 1 s | 2 s | 0.5 | ≤ 0.6 | met |" in text
+    assert "(benchmarks/losses.svg)" in text
+
+
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    """It finds its modules, and says which tables there are."""
+    script = Path(measure.__file__).with_name("run.py")
+    result = subprocess.run(
+        [sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert all(name in result.stdout for name in page.MODULES)
+    assert all(importlib.import_module(f"benchmarks.{name}") in TINY for name in page.MODULES.values())

@@ -76,5 +76,5 @@ def _csv(reports: Reports) -> bytes:
 
 def _png(figure: Figure) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight")
+    figure.savefig(picture, format="png")
     return picture.getvalue()

@@ -14,7 +14,7 @@ def contact_sheet(data: Data) -> Figure:
     """One line per data set; in the OOD sets the last four digits are in fonts that no model was trained on."""
     lines = [("fine-tuning (ID)", data.train), ("test, ID", data.test[ID_DOMAIN])]
     lines += [(f"test, OOD: {style}", data.test[style]) for style in OOD_STYLES]
-    figure = Figure(figsize=(9.2, 6.4), dpi=130, layout="compressed")
+    figure = Figure(figsize=(9.2, 5.9), dpi=130, layout="compressed")
     grid = figure.subplots(len(lines), len(DIGIT_WORDS))
     for axes, (title, split) in zip(grid, lines, strict=True):
         for ax, image in zip(axes, _one_of_each_digit(split), strict=True):

@@ -8,7 +8,7 @@ import calrobust as cr
 
 
 class TwoTowers(nn.Module):
-    """Stands in for CLIP: returns image features, text features and the exponentiated logit scale, as open_clip does."""
+    """Stands in for CLIP: image features, text features and exponentiated logit scale, as open_clip returns them."""
 
     def __init__(self) -> None:
         """Two linear maps into one space."""

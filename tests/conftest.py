@@ -1,7 +1,5 @@
 """What every test shares: one torch thread, a fixed seed, and a Hypothesis profile without deadlines."""
 
-from collections.abc import Iterator
-
 import hypothesis
 import pytest
 import torch
@@ -12,7 +10,6 @@ hypothesis.settings.load_profile("calrobust")
 
 
 @pytest.fixture(autouse=True)
-def _reproducible() -> Iterator[None]:
+def _reproducible() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield

@@ -87,14 +87,14 @@ def test_import_arrows_go_up_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=dotted)
 def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
-    """torchmetrics in metrics.py alone; plots, tables and progress bars inside the functions that need them."""
+    """In metrics.py alone torchmetrics; plots, tables and progress bars inside the functions that need them."""
     top = {name.split(".")[0] for name in imports(path, top_level_only=True)}
     allowed = {"torch", "calrobust", *sys.stdlib_module_names}
     assert top <= allowed | ({"torchmetrics"} if dotted(path) == "metrics" else set())
 
 
 def test_importing_the_package_loads_torch_and_nothing_else() -> None:
-    """torchmetrics comes with calrobust.metrics on first use; nothing is printed."""
+    """Only the metrics bring torchmetrics, on first use; nothing is printed."""
     program = (
         "import sys, torch; before = set(sys.modules); import calrobust;"
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"

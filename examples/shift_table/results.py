@@ -30,11 +30,13 @@ def summarize(reports: Reports, provenance: str) -> str:
 def write_results(out: Path, summary: str, reports: Reports, data: Data) -> None:
     """Writes ``FILES`` into ``out``; the pictures of results are of the first seed."""
     first = next(iter(reports.values()))
+    scatter = Figure(figsize=(5.2, 3.8), dpi=200, layout="constrained")
+    calrobust.plotting.shift_scatter(first, ax=scatter.add_subplot())
     content = (
         f"{summary}\n".encode(),
         _csv(reports),
         _png(calrobust.plotting.reliability_grid(first)),
-        _png(calrobust.plotting.shift_scatter(first).get_figure()),
+        _png(scatter),
         _png(contact_sheet(data)),
     )
     for name, written in zip(FILES, content, strict=True):

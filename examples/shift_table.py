@@ -74,6 +74,8 @@ def main() -> None:
         f"`shift_table.py`, seed {', '.join(map(str, options.seeds))}: {pretraining.steps} steps of pre-training, "
         f"{fine_tuning.steps(data.train)} of fine-tuning for each row."
     )
+    if len(reports) > 1:
+        provenance += f" The diagrams and the scatter plot are of seed {options.seeds[0]}."
     if options.fast:
         provenance += " With --fast, everything runs and the numbers mean nothing."
     summary = summarize(reports, provenance)

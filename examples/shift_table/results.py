@@ -53,11 +53,8 @@ def _in_percent(report: calrobust.ShiftReport) -> Figures:
 def _table_over_seeds(seeds: Sequence[Figures]) -> str:
     def cell(row: str, column: str) -> str:
         values = [figures[row][column] for figures in seeds]
-        return (
-            f"{mean(values):.2f} ± {stdev(values):.2f}"
-            if column == "T"
-            else f"{mean(values):.1f} ± {stdev(values):.1f}"
-        )
+        digits = 2 if column == "T" else 1
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
     columns = [*COLUMNS.values(), "T"]
     lines = [["Method", *columns], ["---", *["---:"] * len(columns)]]

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -251,6 +252,35 @@ class TestRows:
         torch.manual_seed(9)
         assert_close(carot(0), first, rtol=0, atol=0)
         assert (carot(1) != first).any()
+
+    def test_carot_without_distillation_is_flyp_with_smoothing(self, sixteen: Split) -> None:
+        """The teacher enters by the distillation term alone."""
+        undistilled = replace(TWO_STEPS, distillation_weight=0.0)
+        carot, distilled = (
+            Trainer(new_clip(0).eval(), sixteen, recipe, 0, tqdm(disable=True)).carot().weight.detach()
+            for recipe in (undistilled, TWO_STEPS)
+        )
+        flyp = Trainer(new_clip(0).eval(), sixteen, TWO_STEPS, 0, tqdm(disable=True))
+        assert_close(carot, flyp.flyp(label_smoothing=TWO_STEPS.label_smoothing).weight.detach())
+        assert (distilled - carot).abs().max() > 1e-6
+
+    def test_teacher_follows_the_student(self, sixteen: Split) -> None:
+        """After one step the teacher is no longer the pre-trained model, so the second step differs."""
+        following, fixed = (
+            Trainer(new_clip(0).eval(), sixteen, replace(TWO_STEPS, teacher_decay=decay), 0, tqdm(disable=True))
+            .carot()
+            .weight.detach()
+            for decay in (0.1, 1.0)
+        )
+        assert (following - fixed).abs().max() > 1e-6
+
+    def test_wise_ft_is_halfway(self, sixteen: Split) -> None:
+        """Every weight of the averaged classifier is the mean of the two it lies between."""
+        trainer = Trainer(new_clip(0).eval(), sixteen, TWO_STEPS, 0, tqdm(disable=True))
+        fine_tuned = trainer.ft()
+        middle = dict(trainer.wise_ft(fine_tuned).named_parameters())
+        for (name, start), end in zip(trainer.zero_shot.named_parameters(), fine_tuned.parameters(), strict=True):
+            assert_close(middle[name], (start + end) / 2)
 
     def test_zero_shot_head_has_the_logit_scale_for_norm(self) -> None:
         """A class weight is a unit-norm caption mean times the logit scale, so its logits are CLIP's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ MEMORY_LIMITS = {
 }
 
 
-def tables() -> list[Table]:
-    """Time, memory and precision."""
+def tables() -> Iterator[Table]:
+    """Time, memory and precision, one after the other."""
     torch.set_num_threads(1)
-    return [_time(), _memory(), _variants()]
+    yield _time()
+    yield _memory()
+    yield _variants()
 
 
 def build(candidate: str, size: int, dtype: torch.dtype = torch.float32) -> Call:

@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -162,8 +163,8 @@ def peak_memory(build: Build, *args: Any, warm_up: Sequence[Any]) -> float:
 
     ``build(*warm_up)()``, something small, runs first, so that what is loaded once is not counted.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (build, args, tuple(warm_up), torch.get_num_threads()))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, build, args, tuple(warm_up), torch.get_num_threads()).result()
 
 
 def _peak(build: Build, args: tuple[Any, ...], warm_up: tuple[Any, ...], threads: int) -> float:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ IMPORTS = "torch", "calrobust"
 READ_CLOCK = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
 
 
-def tables() -> list[Table]:
+def tables() -> Iterator[Table]:
     """Import, wheel and step."""
     torch.set_num_threads(1)
     table = Table(
@@ -46,7 +47,7 @@ def tables() -> list[Table]:
         )
     )
     table.rows += [_wheel(), _step()]
-    return [table]
+    yield table
 
 
 def _imports() -> tuple[float, float]:

@@ -64,7 +64,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
         >>> from calrobust.plotting import reliability_diagram
         >>> bins = bin_confidences(torch.tensor([0.6, 0.7, 0.9]), torch.tensor([True, False, True]), n_bins=2)
         >>> ax = reliability_diagram(bins)
-        >>> [round(bar.get_height(), 4) for bar in ax.containers[0]]  # 2 of 3 correct, all of them in [0.5, 1]
+        >>> [round(float(bar.get_height()), 4) for bar in ax.containers[0]]  # 2 of 3 correct, all of them in [0.5, 1]
         [0.6667]
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, figure 1.

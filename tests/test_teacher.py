@@ -308,8 +308,11 @@ def test_the_teacher_follows_its_parent_to_another_dtype_and_device() -> None:
     assert teacher.module.get_parameter("layer.weight").dtype == torch.float64
     assert teacher.masters is None
     parent.bfloat16()
-    parent.to("meta")
     assert teacher.masters is not None
+    teacher.masters.get_parameter("layer.bias").fill_(1 + 2**-20)
+    parent.half().bfloat16()
+    assert torch.all(teacher.masters.get_parameter("layer.bias") == 1 + 2**-20)
+    parent.to("meta")
     for module, dtype in ((teacher.module, torch.bfloat16), (teacher.masters, torch.float32)):
         assert {(p.dtype, p.device.type) for p in module.parameters()} == {(dtype, "meta")}
 

@@ -2,5 +2,6 @@
 
 ``drawing`` turns ink into pictures, ``data`` makes the data sets, ``model`` is the small CLIP, ``pretraining`` gives it
 its zero-shot skill, ``rows`` fine-tunes it in every way that the table compares (this is where calrobust comes in), and
-``results`` and ``sheet`` show what came out. ``training`` and ``checkpoint`` are what the two trainings stand on.
+``results``, ``findings`` and ``sheet`` show what came out. ``training`` and ``checkpoint`` are what both trainings
+stand on.
 """

@@ -1,7 +1,7 @@
 """Files that are whole or not there: an atomic write, and a checkpoint that knows which recipe it came from.
 
 A checkpoint is three parts: a line of JSON that names the recipe, a line with the SHA-256 of the other two, and what
-``torch.save`` wrote. Nothing is unpickled before the sum is right, and nothing is used that another recipe made.
+``torch.save`` wrote. Nothing is unpickled before the sum agrees, and nothing is used that another recipe made.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def load_or_build(
         return _load(path, recipe)
     except FileNotFoundError:
         pass
+    except OSError as error:
+        print(f"{path} cannot be read ({error.strerror}); building it anew.")
     except UnusableCheckpointError as problem:
         print(f"{path} {problem}; building it anew.")
     weights = build()
@@ -51,15 +53,9 @@ class UnusableCheckpointError(Exception):
 
 
 def _load(path: Path, recipe: Mapping[str, object]) -> dict[str, Tensor]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UnusableCheckpointError(f"cannot be read ({error.strerror})") from error
-    head, _, rest = content.partition(b"\n")
-    sum_, _, payload = rest.partition(b"\n")
-    if sum_ != _sum(head, payload):
+    head, _, rest = path.read_bytes().partition(b"\n")
+    checksum, _, payload = rest.partition(b"\n")
+    if checksum != _checksum(head, payload):
         raise UnusableCheckpointError("is damaged, or no checkpoint of this example")
     if head != _head(recipe):
         raise UnusableCheckpointError("was made by another recipe, version or machine setting")
@@ -71,12 +67,12 @@ def _save(path: Path, recipe: Mapping[str, object], weights: dict[str, Tensor]) 
     payload = io.BytesIO()
     torch.save(weights, payload)
     head = _head(recipe)
-    write_atomically(path, b"\n".join([head, _sum(head, payload.getvalue()), payload.getvalue()]))
+    write_atomically(path, b"\n".join([head, _checksum(head, payload.getvalue()), payload.getvalue()]))
 
 
 def _head(recipe: Mapping[str, object]) -> bytes:
     return json.dumps(recipe, sort_keys=True).encode()
 
 
-def _sum(head: bytes, payload: bytes) -> bytes:
+def _checksum(head: bytes, payload: bytes) -> bytes:
     return hashlib.sha256(head + payload).hexdigest().encode()

@@ -149,17 +149,20 @@ def test_passes_count_reads_not_views() -> None:
     assert passes.count() == 1.5
 
 
-def test_the_page_holds_every_table_and_its_plot(tmp_path: Path) -> None:
-    """The plot has the same bytes for the same figures."""
-    table = Table("A title", "one thread", [Row("a / b", "1 s", "2 s", 0.5, "≤", 0.6)])
-    table.curves = {"CPU seconds": {"tiled": {1024: 1.0, 2048: 2.0}, "ClipLoss": {1024: 1.0, 2048: 4.0}}}
-    page.write([table], tmp_path)
-    first = (tmp_path / "benchmarks" / "losses.svg").read_bytes()
-    page.write([table], tmp_path)
-    assert (tmp_path / "benchmarks" / "losses.svg").read_bytes() == first
+def test_the_page_holds_the_last_tables_of_each_group_and_their_plot(tmp_path: Path) -> None:
+    """In the order of the command line; the plot has the same bytes for the same figures."""
+    old, new = (Table(title, "one thread", [Row("a / b", "1 s", "2 s", 0.5, "≤", 0.6)]) for title in ("Old", "New"))
+    new.curves = {"CPU seconds": {"tiled": {1024: 1.0, 2048: 2.0}, "ClipLoss": {1024: 1.0, 2048: 4.0}}}
+    page.write("losses", [old], tmp_path)
+    page.write("ema", [Table("Teacher", "one thread")], tmp_path)
+    page.write("losses", [new], tmp_path)
+    first = [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))]
+    page.write("losses", [new], tmp_path)
+    assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))] == first
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
-    assert "| a / b | 1 s | 2 s | 0.5 | ≤ 0.6 | met |" in text
-    assert "(benchmarks/losses.svg)" in text
+    assert "## Old" not in text
+    assert text.count("| a / b | 1 s | 2 s | 0.5 | ≤ 0.6 | met |") == text.count("(benchmarks/losses.svg)") == 1
+    assert text.index("## New") < text.index("## Teacher")
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:

@@ -55,10 +55,10 @@ def tables() -> Iterator[Table]:
             table.rows.append(share(f"for comparison: {name} / copy_", seconds[name], seconds["copy_"], None))
     student_size = 4 * size / MIB
     table.rows.append(
-        share("memory of a teacher / student", peak_memory(build_teacher, warm_up=()), student_size, 1.005, "MiB")
+        share("memory of a teacher / student", peak_memory(build_teacher, warm_up=()), student_size, 1.0, "MiB")
     )
     table.rows.append(
-        share("extra memory of an update / student", peak_memory(build, warm_up=()), student_size, 0.005, "MiB")
+        share("extra memory of an update / student", peak_memory(build, warm_up=()), student_size, 0.01, "MiB")
     )
     yield table
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from pathlib import Path
 
 from benchmarks.measure import Table, header, slope
 
 MODULES = {"losses": "losses", "ema": "ema", "metrics": "metrics", "temperature": "temperature", "import": "weight"}
+PART = re.compile(r"<!-- (\w+) -->\n\n(.*?)\n\n<!-- end \1 -->", re.DOTALL)
 DOCS = Path(__file__).parents[2] / "docs"
 INTRODUCTION = """# Benchmarks
 
@@ -21,7 +23,8 @@ python tests/benchmarks/run.py                # --only losses|ema|metrics|temper
 ```
 
 Each figure is a ratio to a peer in the same run: candidates take turns in one process and medians are compared, so that
-a busy or a slow machine changes both sides alike. Targets are the project's own; a missed one is printed as such."""
+a busy or a slow machine changes both sides alike. "≤" is ours over theirs, "≥" theirs over ours. Targets are the
+project's own; a missed one is printed as such. `--write` refreshes this page, or the group that `--only` names."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,16 +33,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=MODULES, help="one group of tables")
     parser.add_argument("--write", action="store_true", help="refresh docs/benchmarks.md and its plots")
     options = parser.parse_args(arguments)
-    if options.write and options.only:
-        parser.error("--write refreshes the whole page; leave out --only")
     _say(header())
-    tables = []
     for name in [options.only] if options.only else MODULES:
+        tables = []
         for table in importlib.import_module(f"benchmarks.{MODULES[name]}").tables():
             _say(f"\n{table.text()}")
             tables.append(table)
-    if options.write:
-        write(tables, DOCS)
+        if options.write:
+            write(name, tables, DOCS)
 
 
 def _say(text: str) -> None:
@@ -47,21 +48,22 @@ def _say(text: str) -> None:
     sys.stdout.flush()  # the next table may take minutes
 
 
-def write(tables: list[Table], folder: Path) -> None:
-    """``benchmarks.md`` in ``folder``, and its plots in ``folder/benchmarks``."""
-    sections = [INTRODUCTION, "The page was made on:", f"```text\n{header()}\n```"]
+def write(group: str, tables: list[Table], folder: Path) -> None:
+    """Replaces the group's part of ``benchmarks.md`` in ``folder``, and its plot in ``folder/benchmarks``."""
+    page = folder / "benchmarks.md"
+    parts = dict(PART.findall(page.read_text(encoding="utf-8"))) if page.exists() else {}
+    sections = [table.markdown() for table in tables]
     curves = {label: lines for table in tables for label, lines in table.curves.items()}
-    for table in tables:
-        sections.append(table.markdown())
     if curves:
         (folder / "benchmarks").mkdir(parents=True, exist_ok=True)
-        draw(curves, folder / "benchmarks" / "losses.svg")
+        draw(curves, folder / "benchmarks" / f"{group}.svg")
         sections += [
-            "## Losses over the batch size",
-            "![Time and extra memory of the losses over the batch size, both axes logarithmic](benchmarks/losses.svg)",
+            f"![Time and extra memory over the batch size, both axes logarithmic](benchmarks/{group}.svg)",
             "In brackets the slope on logarithmic axes: 1 is linear in B, 2 quadratic.",
         ]
-    (folder / "benchmarks.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    parts[group] = "\n\n".join([*sections, f"```text\n{header()}\n```"])
+    written = (f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- end {name} -->" for name in MODULES if name in parts)
+    page.write_text("\n\n".join([INTRODUCTION, *written]) + "\n", encoding="utf-8")
 
 
 def draw(curves: dict[str, dict[str, dict[int, float]]], path: Path) -> None:

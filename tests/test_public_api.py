@@ -70,7 +70,7 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "temperature": {"_checks", "functional"},
     "weights": {"_checks"},
     "evaluation": {"_checks"},
-    "report": {"_checks", "functional", "temperature"},
+    "report": {"_checks", "functional", "report"},
     "plotting": {"_checks", "functional", "report"},
 }
 

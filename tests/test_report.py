@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import calrobust.report
-from calrobust.functional.calibration import bin_confidences, bootstrap_interval, calibration_error, top_label
+from calrobust.functional.bootstrap import bootstrap_interval
+from calrobust.functional.calibration import bin_confidences, calibration_error, top_label
 from calrobust.functional.temperature import fit_temperature
 from calrobust.report import ShiftReport
 
@@ -189,7 +190,7 @@ class TestMerging:
         assert held_bytes(report) > 4 * p.logits.numel()
         report.fit_temperature("FT", *classifier(10, 1000, 1))
         report.add("FT", "photo", *classifier(100, 1000, 2))
-        assert held_bytes(report) <= 200 * 20 + 10 * 8
+        assert held_bytes(report) <= 200 * 20 + 10 * (8 + 10)
 
 
 def values(report: ShiftReport) -> list[float]:
@@ -200,7 +201,7 @@ def values(report: ShiftReport) -> list[float]:
 def held_bytes(report: ShiftReport) -> int:
     """Of all tensors a report holds."""
     samples = [s for own in report._samples.values() for s in own.values()]
-    tensors = [t for s in samples for kept in vars(s).values() for t in kept]
+    tensors = [t for s in samples for kept in vars(s).values() if kept is not None for t in kept]
     return sum(t.untyped_storage().nbytes() for t in [*tensors, *(fit.fingerprints for fit in report._fits.values())])
 
 
@@ -260,7 +261,7 @@ class TestIntervals:
     def test_blocks_of_resamples_do_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A small block, the last one uneven, gives the same interval: draws come row by row."""
         expected = values(make_report("A"))
-        monkeypatch.setattr(calrobust.report, "BOOTSTRAP_BLOCK", 300 * 7)
+        monkeypatch.setattr(calrobust.functional.bootstrap, "BLOCK_DRAWS", 300 * 7)
         assert values(make_report("A")) == pytest.approx(expected, abs=1e-12)
 
 
@@ -297,12 +298,28 @@ class TestHeldOut:
             fitted.add("FT", domain, *p)
 
     def test_batches_hide_nothing(self) -> None:
-        """A leak in a later batch is found."""
+        """A leak in a later batch is found, and one that is below the threshold in every batch."""
         report, p = ShiftReport(id_domain="photo"), scored_set("photo")
-        report.fit_temperature("FT", p.logits[250:], p.target[250:])
-        report.add("FT", "photo", p.logits[:250], p.target[:250])
-        with pytest.raises(ValueError, match="got 50 sample"):
-            report.add("FT", "photo", p.logits[250:], p.target[250:])
+        report.fit_temperature("FT", p.logits[50:], p.target[50:])
+        for i in range(52):  # the first 50 are others, two are 0.8 % of 250
+            report.add("FT", "photo", p.logits[i : i + 1], p.target[i : i + 1])
+        with pytest.raises(ValueError, match="got 3 of its 250 samples"):
+            report.add("FT", "photo", p.logits[52:53], p.target[52:53])
+
+    def test_a_stray_duplicate_is_no_leak(self) -> None:
+        """One sample in a hundred may be in both, as data sets with duplicates have it; two may not."""
+        p, v = scored_set("photo", n=100), validation_set(98)
+        for shared, refused in ((1, False), (2, True)):
+            logits = torch.cat([v.logits, p.logits[:2]])[: 99 + (shared > 1)]
+            target = torch.cat([v.target, p.target[:2]])[: len(logits)]
+            logits, target = torch.cat([logits, v.logits[:1] + 1])[:100], torch.cat([target, v.target[:1]])[:100]
+            report = ShiftReport(id_domain="photo")
+            report.add("FT", "photo", *p)
+            if refused:
+                with pytest.raises(ValueError, match="got 2 of its 100 samples"):
+                    report.fit_temperature("FT", logits, target)
+            else:
+                report.fit_temperature("FT", logits, target)
 
     def test_a_refused_call_changes_nothing(self) -> None:
         """Neither the data nor the temperature of a call that raised are kept."""
@@ -328,6 +345,14 @@ class TestHeldOut:
             warnings.simplefilter("ignore", UserWarning)  # wrong labels are anti-correlated
             report.fit_temperature("A", p.logits, relabelled)
 
+    def test_coarse_logits_do_not_collide(self) -> None:
+        """bfloat16 has few bits to tell rows apart, and all of them count: no two of 8,000 different rows agree."""
+        p = classifier(8000, 10, 0, dtype=torch.bfloat16)
+        assert len({tuple(row) for row in p.logits.tolist()}) == 8000
+        report = ShiftReport(id_domain="photo")
+        report.add("FT", "photo", p.logits[:4000], p.target[:4000])
+        report.fit_temperature("FT", p.logits[4000:], p.target[4000:])
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_one_bit_of_one_logit_makes_another_sample(self, dtype: torch.dtype) -> None:
         """The smallest change is seen in any column; but -0.0 is 0.0."""
@@ -342,7 +367,7 @@ class TestHeldOut:
         negative[:, 3] = -0.0
         report = ShiftReport(id_domain="photo")
         report.add("FT", "photo", logits, target)
-        with pytest.raises(ValueError, match="got 40 sample"):
+        with pytest.raises(ValueError, match="got 40 of its 40 samples"):
             report.fit_temperature("FT", negative, target)
 
 

@@ -23,7 +23,6 @@ from calrobust.functional.calibration import (
     bin_confidences,
     bin_edges,
     binned_error,
-    bootstrap_interval,
     calibration_error,
     classwise_calibration_error,
     equal_mass_bins,
@@ -387,77 +386,3 @@ def test_wrong_options_are_named() -> None:
         bin_confidences(torch.rand(2), target)
     with pytest.raises(ValueError, match=r"same shape \[N\], got \[3\] and \[2\]"):
         bin_confidences(torch.rand(3), target.bool())
-
-
-def resampled(samples: Samples, n: int, seed: int) -> Tensor:
-    """Errors of resamples, drawn and binned one by one."""
-    generator = torch.Generator().manual_seed(seed)
-    confidences, correct = samples
-    errors = []
-    for _ in range(n):
-        draw = torch.randint(len(correct), (len(correct),), generator=generator)
-        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw])))
-    return torch.stack(errors)
-
-
-@pytest.mark.parametrize("sharpness", [0.3, 1.0])
-def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float) -> None:
-    """The ends are reflected quantiles of the naive loop, within the noise of the quantiles."""
-    samples = top_label(*classifier(400, 10, 0, sharpness=sharpness))
-    value = binned_error(bin_confidences(*samples))
-    errors = resampled(samples, 3000, seed=1)
-    low, high = bootstrap_interval(*samples, n_resamples=3000, generator=torch.Generator().manual_seed(2))
-    noise = 4 * errors.std() / 3000**0.5 * 3  # a quantile at 2.5 % is about three times as noisy as a mean
-    assert (low - (2 * value - errors.quantile(0.975)).clamp(min=0)).abs() < noise
-    assert (high - torch.maximum(value, 2 * value - errors.quantile(0.025))).abs() < noise
-
-
-@given(confidences_and_correct(), st.sampled_from(NORMS))
-def test_bootstrap_interval_holds_the_value(samples: Samples, norm: Norm) -> None:
-    """For any data, within [0, 1]."""
-    value = binned_error(bin_confidences(*samples), norm)
-    low, high = bootstrap_interval(*samples, norm=norm, n_resamples=20)
-    assert 0 <= low <= value + 1e-12
-    assert value - 1e-12 <= high <= 1
-
-
-def test_bootstrap_interval_tells_noise_from_miscalibration() -> None:
-    """Most calibrated models of 1,000 samples get an interval from about 0 up, overconfident ones none (trap 26)."""
-    lows: dict[float, list[float]] = {1.0: [], 0.3: []}
-    for sharpness, values in lows.items():
-        for seed in range(20):
-            samples = top_label(*classifier(1000, 10, seed, sharpness=sharpness))
-            values.append(bootstrap_interval(*samples, n_resamples=200).low.item())
-    assert sorted(lows[1.0])[10] < 0.01
-    assert min(lows[0.3]) > 0.2
-
-
-def test_bootstrap_interval_covers_the_true_error() -> None:
-    """With miscalibration above the noise, about as often as its level says."""
-    held = 0
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        confidences = 0.5 + 0.5 * torch.rand(1000, generator=generator, dtype=torch.float64)
-        correct = torch.rand(1000, generator=generator, dtype=torch.float64) < confidences - 0.1
-        low, high = bootstrap_interval(confidences, correct, n_resamples=200, generator=generator)
-        held += int(low <= 0.1 <= high)
-    assert held >= 48  # 57 expected; fewer than 48 has a chance of 1e-4
-
-
-def test_bootstrap_repeats_with_its_generator() -> None:
-    """And leaves torch's own generator alone."""
-    samples = top_label(*classifier(300, 5, 0))
-    state = torch.get_rng_state()
-    first, second = (bootstrap_interval(*samples, generator=torch.Generator().manual_seed(7)) for _ in range(2))
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_bootstrap_names_wrong_arguments_and_gives_nan_without_samples() -> None:
-    """Level and resamples are checked."""
-    confidences, correct = torch.rand(5), torch.ones(5, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"level must be in .*got 95"):
-        bootstrap_interval(confidences, correct, level=95)
-    with pytest.raises(ValueError, match="n_resamples must be > 0"):
-        bootstrap_interval(confidences, correct, n_resamples=0)
-    assert all(end.isnan() for end in bootstrap_interval(confidences[:0], correct[:0]))

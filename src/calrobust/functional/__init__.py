@@ -1,12 +1,11 @@
 """The maths: pure functions of tensors."""
 
+from calrobust.functional.bootstrap import Interval, bootstrap_interval
 from calrobust.functional.calibration import (
     Bins,
-    Interval,
     adaptive_calibration_error,
     bin_confidences,
     binned_error,
-    bootstrap_interval,
     calibration_error,
     classwise_calibration_error,
     top_label,

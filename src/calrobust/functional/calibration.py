@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_choice, check_confidences, check_fraction, check_positive_integer, check_predictions
+from calrobust._checks import check_choice, check_confidences, check_positive_integer, check_predictions
 from calrobust.functional._rows import probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
@@ -17,7 +17,16 @@ CONFIDENCE_ROUNDING = 1e-6  # how far rounding may carry a confidence out of [0,
 
 
 class Bins(NamedTuple):
-    """Sums over the samples of each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both."""
+    """Sums over the samples of each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import bin_confidences
+        >>> first = bin_confidences(torch.tensor([0.25]), torch.tensor([True]), n_bins=2)
+        >>> second = bin_confidences(torch.tensor([0.375, 0.75]), torch.tensor([True, False]), n_bins=2)
+        >>> (first + second).counts
+        tensor([2., 1.], dtype=torch.float64)
+    """
 
     counts: Tensor
     """Number of samples."""
@@ -112,7 +121,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> B
     """
     check_confidences(confidences, correct)
     check_positive_integer(n_bins=n_bins)
-    confidences = _within_range(confidences)
+    confidences = valid_confidences(confidences)
     return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
 
 
@@ -125,13 +134,13 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> B
     """
     check_confidences(confidences, correct)
     check_positive_integer(n_bins=n_bins)
-    confidences, order = _within_range(confidences).sort()
+    confidences, order = valid_confidences(confidences).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
     index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
     return _sum_by_bin(index, confidences, correct[order], n_bins)
 
 
-def _within_range(confidences: Tensor) -> Tensor:
+def valid_confidences(confidences: Tensor) -> Tensor:
     """In float64, NaN for what is no probability: a finite wrong value would be worse."""
     confidences = confidences.detach().double()
     return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
@@ -376,97 +385,3 @@ def classwise_calibration_error(
     """
     check_norm(norm)
     return classwise_error(bin_classes(preds, target, n_bins, from_logits=from_logits, ignore_index=ignore_index), norm)
-
-
-class Interval(NamedTuple):
-    """Two float64 scalars."""
-
-    low: Tensor
-    high: Tensor
-
-
-BOOTSTRAP_BLOCK = 2**18  # draws at a time: their table of counts stays in cache
-
-
-def bootstrap_interval(
-    confidences: Tensor,
-    correct: Tensor,
-    *,
-    n_bins: int = 15,
-    norm: Norm = "l1",
-    level: float = 0.95,
-    n_resamples: int = 1000,
-    generator: torch.Generator | None = None,
-) -> Interval:
-    r"""Bootstrap interval for a calibration error, by reflected percentiles.
-
-    Samples are drawn anew, N out of N with replacement, and :math:`q_\alpha` is the α-quantile of the errors
-    :math:`\hat e^*` of the resamples. With :math:`\hat e` the error of the samples themselves and
-    :math:`\alpha = (1 - \mathrm{level}) / 2`,
-
-    .. math::
-        \Bigl[\max(0,\; 2 \hat e - q_{1 - \alpha}),\; \min\bigl(1,\; \max(\hat e,\; 2 \hat e - q_\alpha)\bigr)\Bigr]
-
-    The noise of each bin's accuracy raises :math:`\hat e`, and resampling raises :math:`\hat e^*` once more. The plain
-    percentiles :math:`[q_\alpha, q_{1-\alpha}]` would carry that bias twice, reflected ones take it off: for samples
-    whose noise outweighs their miscalibration they hold the true value far more often, though at a true value near 0
-    still less often than ``level``. The upper end never falls below :math:`\hat e`, so that the interval can stand next
-    to the value it belongs to. An interval that reaches 0 says that the value may be noise alone: at N = 1,000 a
-    perfectly calibrated model has an ECE of about 0.03 over 15 bins.
-
-    Args:
-        confidences: shape ``[N]``, floating, in [0, 1].
-        correct: shape ``[N]``, bool.
-        n_bins: number of bins of equal width.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        level: nominal share of data sets whose interval holds the true value, in (0, 1).
-        n_resamples: number of resamples.
-        generator: source of the draws, on the device of ``confidences``; None is torch's own.
-
-    Returns:
-        ``Interval(low, high)``, two float64 scalars; NaN without samples.
-
-    Raises:
-        TypeError: ``confidences`` is not floating or ``correct`` is not bool.
-        ValueError: the two differ in shape or device, or a number is out of range.
-
-    Example:
-        >>> import torch
-        >>> from calrobust.functional import bootstrap_interval
-        >>> confidences, correct = torch.full((100,), 0.5), torch.ones(100, dtype=torch.bool)
-        >>> low, high = bootstrap_interval(confidences, correct)  # every resample misses by 1 - 0.5
-        >>> low, high
-        (tensor(0.5000, dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
-
-    Reference: Davison and Hinkley, 1997, *Bootstrap Methods and their Application*, equation 5.6 (basic interval).
-    """
-    check_confidences(confidences, correct)
-    check_positive_integer(n_bins=n_bins, n_resamples=n_resamples)
-    check_norm(norm)
-    check_fraction(closed=False, level=level)
-    confidences, n = _within_range(confidences), len(confidences)
-    # Sorted by bin, so that a bin's sum is a difference of two running sums.
-    index, order = bin_index(confidences, n_bins).sort()
-    ends = torch.searchsorted(index, torch.arange(n_bins, device=index.device), right=True)
-    gaps = (confidences - correct.to(confidences.dtype))[order]
-
-    def error(weights: Tensor) -> Tensor:
-        """Of samples that count as often as the rows of ``weights`` say, ``[r, N]``."""
-        running = torch.stack((weights, weights * gaps)).cumsum(-1)
-        running = torch.nn.functional.pad(running, (1, 0))[..., ends]
-        counts, gap_sums = running.diff(dim=-1, prepend=torch.zeros_like(running[..., :1]))
-        return binned_error(Bins(counts, gap_sums, torch.zeros_like(gap_sums)), norm)
-
-    value = error(confidences.new_ones(1, n))[0]
-    if n == 0:
-        return Interval(value, value.clone())
-    errors = []
-    step = max(1, BOOTSTRAP_BLOCK // n)
-    for start in range(0, n_resamples, step):
-        rows = min(step, n_resamples - start)
-        draws = torch.randint(n, (rows, n), generator=generator, device=confidences.device)
-        draws += n * torch.arange(rows, device=draws.device)[:, None]
-        errors.append(error(torch.bincount(draws.flatten(), minlength=rows * n).view(rows, n).double()))
-    tails = value.new_tensor([(1 - level) / 2, (1 + level) / 2])
-    low, high = torch.quantile(torch.cat(errors), tails)
-    return Interval((2 * value - high).clamp(min=0), torch.maximum(value, 2 * value - low).clamp(max=1))

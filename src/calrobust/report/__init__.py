@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-import re
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,68 +18,29 @@ from calrobust._checks import (
     check_fitted,
     check_has_data,
     check_held_out,
-    check_label_values,
-    check_not_empty,
     check_positive_integer,
-    check_predictions,
-    check_softmax_exists,
     check_text,
     check_unfitted,
 )
-from calrobust.functional.calibration import (
-    BOOTSTRAP_BLOCK,
-    Bins,
-    bin_confidences,
-    bin_index,
-    binned_error,
-    top_label,
-)
+from calrobust.functional.bootstrap import reflected_interval
+from calrobust.functional.calibration import Bins, bin_confidences, top_label
 from calrobust.functional.temperature import fit_temperature
+from calrobust.report import tables
+from calrobust.report.samples import (
+    ESTIMATED,
+    Estimates,
+    Fit,
+    Samples,
+    estimate,
+    fingerprints_of,
+    on_cpu,
+    scaled_confidences,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LEVEL = 0.95  # of every interval
-N_RESAMPLES = 1000
-
-ESTIMATED = ("accuracy", "ece", "ece_ts")
-HEADINGS = {  # column of the summary -> of the printed tables
-    "id_accuracy": "ID accuracy",
-    "ood_accuracy": "OOD accuracy",
-    "id_ece": "ID ECE",
-    "ood_ece": "OOD ECE",
-    "temperature": "T",
-    "id_ece_ts": "ID ECE + TS",
-    "ood_ece_ts": "OOD ECE + TS",
-}
-MISSING = "\N{EN DASH}"
-
-HASH_ROWS = 4096  # rows at a time, so that their float64 copies stay small
-
-
-@dataclass
-class _Samples:
-    """One method in one domain, batch by batch."""
-
-    fingerprints: list[Tensor] = field(default_factory=list)
-    correct: list[Tensor] = field(default_factory=list)
-    confidences: list[Tensor] = field(default_factory=list)
-    scaled: list[Tensor] = field(default_factory=list)  # confidences of logits / T; empty until there is T
-    logits: list[Tensor] = field(default_factory=list)  # empty once there is T
-
-
-class _Fit(NamedTuple):
-    """A method's T, and what it was fitted on."""
-
-    temperature: float
-    fingerprints: Tensor
-
-
-class _Estimates(NamedTuple):
-    """Of ``ESTIMATED``: ``[3]``, and ``[N_RESAMPLES, 3]`` of resampled data."""
-
-    values: Tensor
-    resampled: Tensor
 
 
 class ShiftReport:
@@ -128,9 +86,9 @@ class ShiftReport:
         check_positive_integer(n_bins=n_bins)
         self.id_domain = id_domain
         self.n_bins = n_bins
-        self._samples: dict[str, dict[str, _Samples]] = {}
-        self._fits: dict[str, _Fit] = {}
-        self._estimates: dict[tuple[str, str], _Estimates] = {}  # the resampling is worth keeping
+        self._samples: dict[str, dict[str, Samples]] = {}
+        self._fits: dict[str, Fit] = {}
+        self._estimates: dict[tuple[str, str], Estimates] = {}  # the resampling is worth keeping
 
     @property
     def methods(self) -> list[str]:
@@ -155,24 +113,28 @@ class ShiftReport:
         Raises:
             TypeError: a name is not a string, ``logits`` is not floating or ``target`` is not int64.
             ValueError: shapes or devices do not fit, there are no samples, a logit is NaN or +inf, a label is outside
-                [0, C), or a sample (its logits and label) is one of those that the method's temperature was fitted on.
-                The report is left as it was.
+                [0, C), or more than 1 % of the samples that the method's temperature was fitted on are scored in this
+                domain. The report is left as it was.
         """
         check_text(method=method, domain=domain)
-        logits, target = _on_cpu(logits, target)
-        fingerprints = _fingerprints(logits, target)
+        logits, target = on_cpu(logits, target)
+        fingerprints = fingerprints_of(logits, target)
         fit = self._fits.get(method)
+        samples = self._samples.get(method, {}).get(domain) or Samples()
         if fit is not None:
-            check_held_out(method, domain, _n_shared(fingerprints, fit.fingerprints))
+            seen = torch.isin(fit.fingerprints, fingerprints)
+            fitted = seen if samples.fitted is None else samples.fitted | seen
+            check_held_out(method, domain, fitted)
+            samples.fitted = fitted
         confidences, correct = top_label(logits, target)
-        samples = self._samples.setdefault(method, {}).setdefault(domain, _Samples())
+        self._samples.setdefault(method, {})[domain] = samples
         samples.fingerprints.append(fingerprints)
         samples.correct.append(correct)
         samples.confidences.append(confidences)
         if fit is None:
             samples.logits.append(logits.clone())  # the caller may fill the same buffer again
         else:
-            samples.scaled.append(_scaled_confidences(logits, fit.temperature))
+            samples.scaled.append(scaled_confidences(logits, fit.temperature))
         self._estimates.pop((method, domain), None)
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
@@ -188,21 +150,24 @@ class ShiftReport:
 
         Raises:
             TypeError: ``method`` is not a string, ``logits`` is not floating or ``target`` is not int64.
-            ValueError: as :func:`~calrobust.functional.fit_temperature`; the method has a temperature already; or a
-                sample (its logits and label) is also scored: a T chosen on the test set flatters its ECE. Samples are
-                compared by content, in any order and however they are split into batches.
+            ValueError: as :func:`~calrobust.functional.fit_temperature`; the method has a temperature already; or more
+                than 1 % of the samples are also scored in a domain: a T chosen on the test set flatters its ECE.
+                Samples are compared by logits and label, in any order and however they are split into batches; the
+                1 % leaves room for duplicates in the data.
         """
         check_text(method=method)
         check_unfitted(method, self._temperature(method))
-        logits, target = _on_cpu(logits, target)
-        fingerprints = _fingerprints(logits, target)
+        logits, target = on_cpu(logits, target)
+        fingerprints = fingerprints_of(logits, target)
         own = self._samples.get(method, {})
-        for domain, samples in own.items():
-            check_held_out(method, domain, _n_shared(torch.cat(samples.fingerprints), fingerprints))
+        fitted = {domain: torch.isin(fingerprints, torch.cat(s.fingerprints)) for domain, s in own.items()}
+        for domain in own:
+            check_held_out(method, domain, fitted[domain])
         temperature = float(fit_temperature(logits, target))
-        self._fits[method] = _Fit(temperature, fingerprints)
+        self._fits[method] = Fit(temperature, fingerprints)
         for domain, samples in own.items():
-            samples.scaled = [_scaled_confidences(batch, temperature) for batch in samples.logits]
+            samples.fitted = fitted[domain]
+            samples.scaled = [scaled_confidences(batch, temperature) for batch in samples.logits]
             samples.logits = []
             self._estimates.pop((method, domain), None)
         return temperature
@@ -251,7 +216,7 @@ class ShiftReport:
                 for name, value in self._figures(method, domains).items()
             }
             row: dict[str, Any] = {"method": method}
-            for column in HEADINGS:
+            for column in tables.HEADINGS:
                 if column == "temperature":
                     row[column] = self._temperature(method) or math.nan
                 else:
@@ -293,14 +258,7 @@ class ShiftReport:
         Raises:
             ValueError: as :meth:`summary`.
         """
-        table = self._table(intervals, escape=lambda text: text.replace("|", r"\|"))
-        widths = [max(3 if i == 0 else 0, *map(len, column)) for i, column in enumerate(zip(*table, strict=True))]
-        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines = [
-            "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-            for row in (table[0], rule, *table[1:])
-        ]
-        return "\n".join([*lines, "", self._caption(intervals)])
+        return tables.markdown(self.summary(), self._caption(intervals), intervals)
 
     def to_latex(self, *, intervals: bool = True) -> str:
         r"""The summary as a LaTeX ``tabular`` in per cent, for ``\usepackage{booktabs}``.
@@ -311,19 +269,7 @@ class ShiftReport:
         Raises:
             ValueError: as :meth:`summary`.
         """
-        head, *body = (" & ".join(row) + r" \\" for row in self._table(intervals, escape=_escape_latex))
-        return "\n".join(
-            [
-                "% " + self._caption(intervals),
-                rf"\begin{{tabular}}{{l{'r' * len(HEADINGS)}}}",
-                r"\toprule",
-                head,
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-            ]
-        )
+        return tables.latex(self.summary(), self._caption(intervals), intervals)
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes the summary in full precision, as fractions; a NaN is an empty field.
@@ -338,17 +284,7 @@ class ShiftReport:
             ValueError: as :meth:`summary`.
             OSError: the file cannot be written.
         """
-        rows = self._rows(per_domain)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic within a folder
-        try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({name: "" if _is_nan(value) else value for name, value in row.items()} for row in rows)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tables.write_csv(Path(path), self._rows(per_domain))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, ready for JSON: NaN is None.
@@ -361,10 +297,10 @@ class ShiftReport:
             ValueError: as :meth:`summary`.
         """
         summary: dict[str, Any] = {}
-        for row in map(_without_nan, self.summary()):
+        for row in map(tables.without_nan, self.summary()):
             summary[row.pop("method")] = row
         per_domain: dict[str, Any] = {}
-        for row in map(_without_nan, self.per_domain()):
+        for row in map(tables.without_nan, self.per_domain()):
             per_domain.setdefault(row.pop("method"), {})[row.pop("domain")] = row
         return {"id_domain": self.id_domain, "n_bins": self.n_bins, "summary": summary, "per_domain": per_domain}
 
@@ -404,40 +340,19 @@ class ShiftReport:
         estimates = [self._estimate(method, domain) for domain in domains]
         if not estimates:
             nothing = torch.full((3,), math.nan, dtype=torch.float64)
-            estimates = [_Estimates(nothing, nothing[None])]
+            estimates = [Estimates(nothing, nothing[None])]
         values, resampled = (torch.stack(each).mean(0) for each in zip(*estimates, strict=True))
-        tails = values.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        low, high = torch.quantile(resampled, tails, dim=0)
-        lows = torch.minimum(values, 2 * values - high).clamp(min=0).tolist()
-        highs = torch.maximum(values, 2 * values - low).clamp(max=1).tolist()
+        interval = torch.stack(reflected_interval(values, resampled, LEVEL)).T
         figures: dict[str, float] = {}
-        for name, value, *ends in zip(ESTIMATED, values.tolist(), lows, highs, strict=True):
-            figures |= {name: value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+        for name, value, (low, high) in zip(ESTIMATED, values.tolist(), interval.tolist(), strict=True):
+            figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
         return figures
 
-    def _estimate(self, method: str, domain: str) -> _Estimates:
+    def _estimate(self, method: str, domain: str) -> Estimates:
         key = method, domain
         if key not in self._estimates:
-            self._estimates[key] = _estimate(self._samples[method][domain], self.n_bins, zlib.crc32(domain.encode()))
+            self._estimates[key] = estimate(self._samples[method][domain], self.n_bins, zlib.crc32(domain.encode()))
         return self._estimates[key]
-
-    def _table(self, intervals: bool, escape: Callable[[str], str]) -> list[list[str]]:
-        table = [["Method", *HEADINGS.values()]]
-        for row in self.summary():
-            cells = [" ".join(row["method"].split())]
-            for column in HEADINGS:
-                value = row[column]
-                if _is_nan(value):
-                    cells.append(MISSING)
-                elif column == "temperature":
-                    cells.append(f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}")
-                elif intervals:
-                    low, high = row[f"{column}_low"], row[f"{column}_high"]
-                    cells.append(f"{100 * value:.1f} ({100 * low:.1f}{MISSING}{100 * high:.1f})")
-                else:
-                    cells.append(f"{100 * value:.1f}")
-            table.append([escape(cell) for cell in cells])
-        return table
 
     def _caption(self, intervals: bool) -> str:
         with_intervals = f", with {100 * LEVEL:g} % bootstrap intervals" if intervals else ""
@@ -448,85 +363,3 @@ class ShiftReport:
             "+ TS: logits divided by T, which was fitted on held-out data."
         )
         return " ".join(caption.split())
-
-
-def _on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    check_predictions(target, logits=logits)
-    check_not_empty(logits=logits)
-    logits, target = logits.detach().cpu(), target.cpu()
-    check_label_values(target, logits.shape[1])
-    check_softmax_exists(target, logits=logits)
-    return logits, target
-
-
-def _scaled_confidences(logits: Tensor, temperature: float) -> Tensor:
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return top_label(scaled, torch.zeros(len(scaled), dtype=torch.int64))[0]
-
-
-def _fingerprints(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes of each row's values and label; equal values give equal hashes in any dtype that holds them.
-
-    The bits of each float64 are mixed, multiplied by a random odd number for their column and summed modulo 2^64, so
-    that two different rows agree with a probability near 2^-64.
-    """
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (logits.shape[1] + 1,), generator=generator) * 2 + 1
-    hashes = []
-    for scores, labels in zip(logits.split(HASH_ROWS), target.split(HASH_ROWS), strict=True):
-        values = scores.double() + 0.0  # -0.0 becomes 0.0
-        bits = torch.cat((values.contiguous().view(torch.int64), labels[:, None]), 1) * odd[-1]
-        bits ^= bits >> 32  # the low bits of a float32's float64 are all zero
-        hashes.append((bits * odd).sum(1))
-    return torch.cat(hashes)
-
-
-def _n_shared(fingerprints: Tensor, others: Tensor) -> int:
-    return int(torch.isin(fingerprints, others).sum())
-
-
-def _estimate(samples: _Samples, n_bins: int, seed: int) -> _Estimates:
-    """Accuracy, ECE and ECE at T, and the same of N samples drawn from the N with replacement."""
-    order = torch.cat(samples.fingerprints).argsort()  # by content, so that no draw depends on the order of batches
-    correct = torch.cat(samples.correct)[order]
-    kinds = [torch.cat(kind)[order].double() for kind in (samples.confidences, samples.scaled) if kind]
-    bins = [bin_confidences(confidences, correct, n_bins) for confidences in kinds]
-    missing = [torch.tensor(math.nan, dtype=torch.float64)] * (2 - len(kinds))
-    values = torch.stack([correct.double().mean(), *map(binned_error, bins), *missing])
-
-    # Everything resampled is linear in how often each sample is drawn, up to the absolute value of a bin's gap.
-    n = len(correct)
-    hits = correct.double()[:, None]
-    gaps = [
-        torch.zeros(n, n_bins, dtype=torch.float64).scatter_(1, bin_index(c, n_bins)[:, None], c[:, None] - hits)
-        for c in kinds
-    ]
-    summands = torch.cat([hits, *gaps], 1)
-    generator = torch.Generator().manual_seed(seed)
-    resampled = torch.full((N_RESAMPLES, 3), math.nan, dtype=torch.float64)
-    step = max(1, BOOTSTRAP_BLOCK // n)
-    for start in range(0, N_RESAMPLES, step):
-        rows = min(step, N_RESAMPLES - start)
-        draws = torch.randint(n, (rows, n), generator=generator) + n * torch.arange(rows)[:, None]
-        counts = torch.bincount(draws.flatten(), minlength=rows * n).view(rows, n).double()
-        hit_sums, *gap_sums = (counts @ summands).split([1, *[n_bins] * len(kinds)], dim=1)
-        block = resampled[start : start + rows]
-        block[:, 0] = hit_sums[:, 0] / n
-        for column, (sums, whole) in enumerate(zip(gap_sums, bins, strict=True), start=1):
-            block[:, column] = binned_error(Bins(whole.counts, sums, torch.zeros_like(sums)))  # counts: their total
-    return _Estimates(values, resampled)
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if _is_nan(value) else value for name, value in row.items()}
-
-
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}
-
-
-def _escape_latex(text: str) -> str:
-    return re.sub(rf"[\\~^{MISSING}&%$#_{{}}]", lambda match: LATEX.get(match[0], "\\" + match[0]), text)

@@ -1,5 +1,7 @@
 """Sphinx configuration: ``python -m sphinx -n -W --keep-going docs docs/_build/html``."""
 
+import doctest
+
 import calrobust
 
 project = "calrobust"
@@ -25,6 +27,7 @@ extlinks = {"arxiv": ("https://arxiv.org/abs/%s", "arXiv:%s")}
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 
+doctest_default_flags = doctest.NORMALIZE_WHITESPACE  # as pytest runs them
 autosummary_generate = True
 autosummary_ignore_module_all = False
 autodoc_typehints = "description"

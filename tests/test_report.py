@@ -346,12 +346,12 @@ class TestHeldOut:
             report.fit_temperature("A", p.logits, relabelled)
 
     def test_coarse_logits_do_not_collide(self) -> None:
-        """bfloat16 has few bits to tell rows apart, and all of them count: no two of 8,000 different rows agree."""
-        p = classifier(8000, 10, 0, dtype=torch.bfloat16)
-        assert len({tuple(row) for row in p.logits.tolist()}) == 8000
+        """bfloat16 has few bits to tell rows apart, and all of them count: no two of 40,000 different rows agree."""
+        p = classifier(40000, 10, 0, dtype=torch.bfloat16)
+        assert len({tuple(row) for row in p.logits.tolist()}) == 40000
         report = ShiftReport(id_domain="photo")
-        report.add("FT", "photo", p.logits[:4000], p.target[:4000])
-        report.fit_temperature("FT", p.logits[4000:], p.target[4000:])
+        report.add("FT", "photo", p.logits[:20000], p.target[:20000])
+        report.fit_temperature("FT", p.logits[20000:], p.target[20000:])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_one_bit_of_one_logit_makes_another_sample(self, dtype: torch.dtype) -> None:

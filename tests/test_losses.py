@@ -192,7 +192,11 @@ contrastive_loss: Any = MultimodalContrastiveLoss
         (lambda: contrastive_loss(memory_budget=-5), ValueError, "memory_budget must be >= 0"),
         (lambda: MultimodalDistillationLoss(temperature=-1.0), ValueError, "temperature must be > 0"),
         (lambda: CaRotLoss(label_smoothing=0.1, distillation_weight=math.nan), ValueError, "must be finite, got nan"),
-        (lambda: MCL + MultimodalDistillationLoss(reduction="sum"), ValueError, "must agree in reduction"),
+        (
+            lambda: MCL + MultimodalDistillationLoss(reduction="sum"),
+            ValueError,
+            "must agree in all options but their own",
+        ),
         (lambda: math.inf * MCL, ValueError, "weight must be finite, got inf"),
         (lambda: MCL * "2", TypeError, "weight must be a real number, got str"),
         (lambda: MCL + 1.0, TypeError, "unsupported operand"),

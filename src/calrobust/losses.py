@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
@@ -14,6 +14,9 @@ from calrobust.functional.contrastive import contrastive_terms, multimodal_contr
 from calrobust.functional.distillation import distillation_terms, multimodal_distillation_loss
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.kernels import IMPLS, MEMORY_BUDGET, Impl, PairStatistics, Teacher, pair_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "CaRotLoss",
@@ -63,12 +66,16 @@ class _Term(PairLoss):
     needs_teacher: ClassVar[bool]
     temperature: float = 1.0
 
-    def __init__(self, reduction: Reduction, impl: Impl, memory_budget: int) -> None:
+    def __init__(
+        self, reduction: Reduction, gather: bool, group: ProcessGroup | None, impl: Impl, memory_budget: int
+    ) -> None:
         super().__init__()
         check_choice(REDUCTIONS, reduction=reduction)
         check_choice(IMPLS, impl=impl)
         check_nonnegative_integer(memory_budget=memory_budget)
         self.reduction: Reduction = reduction
+        self.gather = gather
+        self.group = group
         self.impl: Impl = impl
         self.memory_budget = memory_budget
 
@@ -76,10 +83,14 @@ class _Term(PairLoss):
     def values(self, statistics: PairStatistics) -> Tensor:
         """The loss of each pair, shape ``[N]``."""
 
+    def reduced(self, statistics: PairStatistics) -> Tensor:
+        """The loss, as ``reduction`` asks."""
+        return reduce(self.values(statistics), self.reduction, statistics.ranks)
+
     @property
     def options(self) -> dict[str, Any]:
         """What all terms of a sum agree in."""
-        return {"reduction": self.reduction, "impl": self.impl, "memory_budget": self.memory_budget}
+        return {name: getattr(self, name) for name in ("reduction", "gather", "group", "impl", "memory_budget")}
 
     def extra_repr(self) -> str:
         """The arguments that are not at their defaults."""
@@ -101,6 +112,8 @@ class MultimodalContrastiveLoss(_Term):
     Args:
         label_smoothing: ε in [0, 1), torch's.
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
+        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
+        group: the process group of ``gather``; None is the world.
         impl: ``"auto"``, ``"dense"`` or ``"tiled"``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
@@ -123,10 +136,12 @@ class MultimodalContrastiveLoss(_Term):
         *,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
+        gather: bool = False,
+        group: ProcessGroup | None = None,
         impl: Impl = "auto",
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
-        super().__init__(reduction, impl, memory_budget)
+        super().__init__(reduction, gather, group, impl, memory_budget)
         check_fraction(closed=False, label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
@@ -161,6 +176,8 @@ class MultimodalDistillationLoss(_Term):
     Args:
         temperature: τ > 0, which softens both maps; the value is multiplied by τ².
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
+        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
+        group: the process group of ``gather``; None is the world.
         impl: ``"auto"``, ``"dense"`` or ``"tiled"``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
@@ -186,10 +203,12 @@ class MultimodalDistillationLoss(_Term):
         *,
         temperature: float = 1.0,
         reduction: Reduction = "mean",
+        gather: bool = False,
+        group: ProcessGroup | None = None,
         impl: Impl = "auto",
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
-        super().__init__(reduction, impl, memory_budget)
+        super().__init__(reduction, gather, group, impl, memory_budget)
         check_positive(temperature=temperature)
         self.temperature = temperature
 
@@ -228,7 +247,7 @@ class LossSum(PairLoss):
         weighted: pairs of a weight and a loss.
 
     Raises:
-        ValueError: the losses differ in ``reduction``, ``impl`` or ``memory_budget``.
+        ValueError: the losses differ in ``reduction``, ``gather``, ``group``, ``impl`` or ``memory_budget``.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -243,7 +262,7 @@ class LossSum(PairLoss):
         for _, other in others:
             if other.options != first.options:
                 raise ValueError(
-                    f"losses that add must agree in reduction, impl and memory_budget, got {first!r} and {other!r}; "
+                    f"losses that add must agree in all options but their own, got {first!r} and {other!r}; "
                     "pass the same keyword arguments to both"
                 )
 
@@ -303,12 +322,14 @@ class LossSum(PairLoss):
                     teacher=teacher if any(other.needs_teacher for other in alike) else None,
                     labels=labels,
                     temperature=loss.temperature,
+                    gather=loss.gather,
+                    group=loss.group,
                     impl=loss.impl,
                     memory_budget=loss.memory_budget,
                 )
             count = sum(name.split("_")[0] == loss.name for name in terms)
             name = f"{loss.name}_{count + 1}" if count else loss.name
-            terms[name] = weight * reduce(loss.values(statistics[loss.temperature]), loss.reduction)
+            terms[name] = weight * loss.reduced(statistics[loss.temperature])
         return terms
 
     def _teacher(self, image: Tensor | None, text: Tensor | None, scale: Tensor | float | None) -> Teacher | None:
@@ -340,6 +361,8 @@ class CaRotLoss(LossSum):
         label_smoothing: ε in [0, 1), of MCL.
         distillation_weight: λ, finite; 1.5 in the paper.
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
+        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
+        group: the process group of ``gather``; None is the world.
         impl: ``"auto"``, ``"dense"`` or ``"tiled"``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
@@ -361,11 +384,19 @@ class CaRotLoss(LossSum):
         label_smoothing: float,
         distillation_weight: float,
         reduction: Reduction = "mean",
+        gather: bool = False,
+        group: ProcessGroup | None = None,
         impl: Impl = "auto",
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         check_number(distillation_weight=distillation_weight)
-        options: dict[str, Any] = {"reduction": reduction, "impl": impl, "memory_budget": memory_budget}
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "gather": gather,
+            "group": group,
+            "impl": impl,
+            "memory_budget": memory_budget,
+        }
         super().__init__(
             (1.0, MultimodalContrastiveLoss(label_smoothing=label_smoothing, **options)),
             (distillation_weight, MultimodalDistillationLoss(**options)),
@@ -373,6 +404,8 @@ class CaRotLoss(LossSum):
         self.label_smoothing = label_smoothing
         self.distillation_weight = distillation_weight
         self.reduction: Reduction = reduction
+        self.gather = gather
+        self.group = group
         self.impl: Impl = impl
         self.memory_budget = memory_budget
 

@@ -184,10 +184,9 @@ def test_a_nan_feature_gives_nan_statistics(impl: Any) -> None:
 def test_layout_of_the_features_does_not_matter(impl: Any) -> None:
     """Transposed and strided features give the statistics of their contiguous copies."""
     x, y = unit_rows(8, 12, 0)[:, ::2], unit_rows(6, 8, 1).T
-    for ours, theirs in zip(
-        pair_statistics(x, y, 3.0, impl=impl), pair_statistics(x.clone(), y.contiguous(), 3.0, impl=impl), strict=True
-    ):
-        assert_close(ours, theirs)
+    strided = pair_statistics(x, y, 3.0, impl=impl)
+    contiguous = pair_statistics(x.clone(), y.contiguous(), 3.0, impl=impl)
+    assert_close((*strided.rows, *strided.columns), (*contiguous.rows, *contiguous.columns))
 
 
 def test_class_means_need_no_sorted_labels() -> None:

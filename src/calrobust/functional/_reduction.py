@@ -6,10 +6,15 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from calrobust.distributed import Ranks
+
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 
-def reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    """The mean or the sum over pairs, or the values themselves."""
-    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
+def reduce(values: Tensor, reduction: Reduction, ranks: Ranks) -> Tensor:
+    """The mean or the sum over the pairs of all ranks, or the values of this one's."""
+    if reduction == "none":
+        return values
+    total = ranks.sum(values.sum())
+    return total / ranks.total if reduction == "mean" else total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_fraction, check_number
@@ -9,6 +11,9 @@ from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.functional.contrastive import contrastive_terms
 from calrobust.functional.distillation import distillation_terms
 from calrobust.kernels import MEMORY_BUDGET, Impl, pair_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def carot_loss(
@@ -23,6 +28,8 @@ def carot_loss(
     distillation_weight: float,
     labels: Tensor | None = None,
     reduction: Reduction = "mean",
+    gather: bool = False,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
@@ -41,6 +48,8 @@ def carot_loss(
         distillation_weight: :math:`\lambda`, finite; 1.5 in the paper, for MKD summed over its two directions.
         labels: shape ``[N]``, ``int64``: positives of MCL.
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
+        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
+        group: the process group of ``gather``; None is the world.
         impl: as in MCL.
         memory_budget: as in MCL.
 
@@ -70,8 +79,10 @@ def carot_loss(
         logit_scale,
         teacher=(teacher_image_features, teacher_text_features, teacher_logit_scale),
         labels=labels,
+        gather=gather,
+        group=group,
         impl=impl,
         memory_budget=memory_budget,
     )
     contrastive = contrastive_terms(statistics, label_smoothing)
-    return reduce(contrastive + distillation_weight * distillation_terms(statistics, 1.0), reduction)
+    return reduce(contrastive + distillation_weight * distillation_terms(statistics, 1.0), reduction, statistics.ranks)

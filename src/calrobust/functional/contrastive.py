@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_fraction
 from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.kernels import MEMORY_BUDGET, Direction, Impl, PairStatistics, pair_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def multimodal_contrastive_loss(
@@ -17,6 +22,8 @@ def multimodal_contrastive_loss(
     labels: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
+    gather: bool = False,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
@@ -36,6 +43,8 @@ def multimodal_contrastive_loss(
         labels: shape ``[N]``, ``int64``: pairs with equal labels are positives of each other. Costs O(N·D), no mask.
         label_smoothing: :math:`\varepsilon` in [0, 1), torch's: :math:`\varepsilon / M` of the target on every one.
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
+        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
+        group: the process group of ``gather``; None is the world.
         impl: ``"dense"`` holds the N×N matrix and can be differentiated twice; ``"tiled"`` needs O(N·D) memory and
             recomputes; ``"auto"`` is tiled and keeps the matrix for backward where it fits into ``memory_budget``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
@@ -60,15 +69,22 @@ def multimodal_contrastive_loss(
     check_fraction(closed=False, label_smoothing=label_smoothing)
     check_choice(REDUCTIONS, reduction=reduction)
     statistics = pair_statistics(
-        image_features, text_features, logit_scale, labels=labels, impl=impl, memory_budget=memory_budget
+        image_features,
+        text_features,
+        logit_scale,
+        labels=labels,
+        gather=gather,
+        group=group,
+        impl=impl,
+        memory_budget=memory_budget,
     )
-    return reduce(contrastive_terms(statistics, label_smoothing), reduction)
+    return reduce(contrastive_terms(statistics, label_smoothing), reduction, statistics.ranks)
 
 
 def contrastive_terms(statistics: PairStatistics, label_smoothing: float) -> Tensor:
     """MCL of each pair, shape ``[N]``."""
-    rows, columns = (_smoothed_cross_entropy(direction, label_smoothing) for direction in statistics)
-    return (rows + columns) / 2
+    rows = _smoothed_cross_entropy(statistics.rows, label_smoothing)
+    return (rows + _smoothed_cross_entropy(statistics.columns, label_smoothing)) / 2
 
 
 def _smoothed_cross_entropy(direction: Direction, label_smoothing: float) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_positive
 from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.kernels import MEMORY_BUDGET, Impl, PairStatistics, pair_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def multimodal_distillation_loss(
@@ -19,6 +24,8 @@ def multimodal_distillation_loss(
     *,
     temperature: float = 1.0,
     reduction: Reduction = "mean",
+    gather: bool = False,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
@@ -40,6 +47,8 @@ def multimodal_distillation_loss(
         teacher_logit_scale: the teacher's own.
         temperature: :math:`\tau` > 0, which softens both maps.
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
+        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
+        group: the process group of ``gather``; None is the world.
         impl: as in :func:`~calrobust.functional.multimodal_contrastive_loss`.
         memory_budget: likewise.
 
@@ -70,10 +79,12 @@ def multimodal_distillation_loss(
         logit_scale,
         teacher=(teacher_image_features, teacher_text_features, teacher_logit_scale),
         temperature=temperature,
+        gather=gather,
+        group=group,
         impl=impl,
         memory_budget=memory_budget,
     )
-    return reduce(distillation_terms(statistics, temperature), reduction)
+    return reduce(distillation_terms(statistics, temperature), reduction, statistics.ranks)
 
 
 def distillation_terms(statistics: PairStatistics, temperature: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from calrobust._checks import (
     check_nonnegative_integer,
     check_teacher,
 )
+from calrobust.distributed import REFUSED, Ranks, agree
 from calrobust.kernels import dense, tiled
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["IMPLS", "MEMORY_BUDGET", "Direction", "Impl", "PairStatistics", "Teacher", "pair_statistics"]
 
@@ -35,10 +39,11 @@ class Direction(NamedTuple):
 
 
 class PairStatistics(NamedTuple):
-    """Rows are images against all texts, columns are texts against all images."""
+    """Rows are this rank's images against all texts, columns are its texts against all images."""
 
     rows: Direction
     columns: Direction
+    ranks: Ranks  # that share out the batch
 
 
 def pair_statistics(
@@ -49,6 +54,8 @@ def pair_statistics(
     teacher: Teacher | None = None,
     labels: Tensor | None = None,
     temperature: float = 1.0,
+    gather: bool = False,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
     memory_budget: int = MEMORY_BUDGET,
 ) -> PairStatistics:
@@ -56,56 +63,102 @@ def pair_statistics(
 
     Softmax arithmetic runs in float32, or in float64 if an argument is float64. What is linear in ``S`` is a product of
     feature sums, O(N·D), and has autograd's own gradient; the softmax part is that of `dense` or of `tiled`.
+
+    With ``gather``, texts cross ranks once, and ``S`` is the strip of this rank's images against all of them. The
+    statistics of columns are vectors that add up over strips; the gradients of texts come back by one reduce-scatter.
     """
-    check_features(image_features=image_features, text_features=text_features)
-    check_logit_scale(logit_scale=logit_scale)
-    if labels is not None:
-        check_labels(len(image_features), image_features.device, labels=labels)
-    if teacher is not None:
-        check_teacher(image_features, teacher)
-    check_choice(IMPLS, impl=impl)
-    check_nonnegative_integer(memory_budget=memory_budget)
+    try:
+        check_features(image_features=image_features, text_features=text_features)
+        check_logit_scale(logit_scale=logit_scale)
+        if labels is not None:
+            check_labels(len(image_features), image_features.device, labels=labels)
+        if teacher is not None:
+            check_teacher(image_features, teacher)
+        check_choice(IMPLS, impl=impl)
+        check_nonnegative_integer(memory_budget=memory_budget)
+    except (TypeError, ValueError):
+        if gather:
+            agree(REFUSED, group, **_facts(None, None, None))  # the other ranks must not wait for this one
+        raise
+    n = len(image_features)
+    ranks = agree(n, group, **_facts(image_features, teacher, labels)) if gather else Ranks([n])
     with torch.autocast(image_features.device.type, enabled=False):
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         if teacher is not None:
             dtype = torch.promote_types(dtype, teacher[0].dtype)
-        x, y, scale = _factors(image_features, text_features, logit_scale, temperature, dtype)
+        x, scale = image_features.to(dtype), _scale(logit_scale, temperature, image_features.device, dtype)
+        y = ranks.gather(text_features, dtype)
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
+        columns = scale * (y @ (x.sum(0) / ranks.total))
         if labels is None:
-            row_positive = column_positive = scale * torch.linalg.vecdot(x, y)
+            row_positive = column_positive = scale * torch.linalg.vecdot(x, y[ranks.own])
+            column_mean = ranks.scatter_sum(columns)
         else:
-            row_positive = scale * torch.linalg.vecdot(x, _class_means(y, labels))
-            column_positive = scale * torch.linalg.vecdot(_class_means(x, labels), y)
-        row_mean, column_mean = scale * (x @ y.mean(0)), scale * (y @ x.mean(0))
-        frozen = None
+            classes, counts = _classes(ranks.gather(labels, labels.dtype), dtype)
+            own = classes[ranks.own]
+            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, ranks.total)[own]) / counts[ranks.own]
+            texts = scale * torch.linalg.vecdot(y, _class_sums(x, own, ranks.total)[classes]) / counts
+            column_mean, column_positive = ranks.scatter_sum(torch.stack([columns, texts], 1)).T
+        row_mean = scale * (x @ y.mean(0))
+        student, frozen = (x, y, scale), None
         if teacher is not None:
-            tx, ty, teacher_scale = _factors(*teacher, temperature, dtype)
-            frozen = tx.detach(), ty.detach(), teacher_scale.detach()
+            with torch.no_grad():
+                tx, ty = teacher[0].to(dtype), ranks.gather(teacher[1], dtype)
+                frozen = tx.detach(), ty.detach(), _scale(teacher[2], temperature, tx.device, dtype)
         if impl == "dense":
-            softmaxes = dense.softmax_statistics((x, y, scale), frozen)
+            strip = dense.softmax_statistics(student, frozen)
         else:
-            budget = memory_budget if impl == "auto" else 0
-            softmaxes = tiled.softmax_statistics((x, y, scale), frozen, memory_budget=budget)
+            strip = tiled.softmax_statistics(student, frozen, memory_budget=memory_budget if impl == "auto" else 0)
+        column_lse, column_divergence = _merge_columns(strip, ranks)
         return PairStatistics(
-            Direction(softmaxes.row_lse, row_positive, row_mean, softmaxes.row_divergence),
-            Direction(softmaxes.column_lse, column_positive, column_mean, softmaxes.column_divergence),
+            Direction(strip.row_lse, row_positive, row_mean, strip.row_divergence),
+            Direction(column_lse, column_positive, column_mean, column_divergence),
+            ranks,
         )
 
 
-def _factors(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, temperature: float, dtype: torch.dtype
-) -> dense.Factors:
-    x, y = image_features.to(dtype), text_features.to(dtype)
-    scale = logit_scale.reshape(()).to(x) if isinstance(logit_scale, Tensor) else x.new_full((), logit_scale)
-    return x, y, scale / temperature
+def _merge_columns(strip: dense.SoftmaxStatistics, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Column lse and divergence of this rank's own texts against the images of all ranks."""
+    if len(ranks.sizes) == 1:
+        return strip.column_lse, strip.column_divergence
+    part, teacher_part = strip.column_lse, strip.teacher_column_lse
+    parts = part[:, None] if not len(teacher_part) else torch.stack([part, teacher_part], 1)
+    top = ranks.maximum(parts)
+    share = (parts - top).exp()
+    if len(teacher_part):  # Σ q̃ (t − s) over the strip, weighted by the strip's share in the teacher's softmax
+        gap = strip.column_divergence - part + teacher_part
+        share = torch.cat([share, share[:, 1:] * gap[:, None]], 1)
+    sums = ranks.scatter_sum(share)
+    lse = sums[:, : parts.shape[1]].log() + top[ranks.own]
+    if not len(teacher_part):
+        return lse[:, 0], strip.column_divergence
+    return lse[:, 0], sums[:, 2] / sums[:, 1] + lse[:, 0] - lse[:, 1]
 
 
-def _class_means(features: Tensor, labels: Tensor) -> Tensor:
-    """For each row the mean of the rows with its label; no shape depends on values, so nothing waits for a device."""
+def _facts(image_features: Tensor | None, teacher: Teacher | None, labels: Tensor | None) -> dict[str, int]:
+    """What ranks must have in common, for their collectives to fit."""
+    return {
+        "the width of the features": 0 if image_features is None else image_features.shape[1],
+        "the width of the teacher's features": 0 if teacher is None else teacher[0].shape[1],
+        "whether labels are given": int(labels is not None),
+    }
+
+
+def _scale(logit_scale: Tensor | float, temperature: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not isinstance(logit_scale, Tensor):
+        return torch.full((), logit_scale / temperature, dtype=dtype, device=device)
+    return logit_scale.reshape(()).to(device, dtype) / temperature
+
+
+def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Class indices from 0, and each row's class size; no shape depends on values, so nothing waits for a device."""
     ordered, order = labels.sort()
     first = torch.ones_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]
     classes = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
-    sums = torch.zeros_like(features).index_add(0, classes, features)
-    counts = torch.zeros_like(features[:, 0]).index_add(0, classes, torch.ones_like(features[:, 0]))
-    return (sums / counts.clamp(min=1)[:, None])[classes]
+    ones = torch.ones_like(labels, dtype=dtype)
+    return classes, torch.zeros_like(ones).index_add(0, classes, ones)[classes]
+
+
+def _class_sums(features: Tensor, classes: Tensor, n_classes: int) -> Tensor:
+    return features.new_zeros(n_classes, features.shape[1]).index_add(0, classes, features)

@@ -41,7 +41,10 @@ def softmax_statistics(
     differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
     kept_bytes = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size()
     factors = [*student, *(teacher or ())]
-    return SoftmaxStatistics(*_forward(factors, TILE_BYTES, differentiated and kept_bytes <= memory_budget)[:4])
+    outputs = _forward(factors, TILE_BYTES, differentiated and kept_bytes <= memory_budget)
+    row_lse, column_lse, row_divergence, column_divergence = outputs[:4]
+    teacher_column_lse = x.new_empty(0) if teacher is None else outputs[-2].detach()
+    return SoftmaxStatistics(row_lse, column_lse, row_divergence, column_divergence, teacher_column_lse)
 
 
 class _Matrix:

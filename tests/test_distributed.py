@@ -1,0 +1,256 @@
+"""Losses over several processes against one process on the whole batch, with gloo and a file store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from strategies import class_labels, unit_rows
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from calrobust import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss
+
+SIZES = {2: [5, 3], 3: [4, 1, 6]}  # uneven, one of them a single pair
+
+
+class TwoTowers(nn.Module):
+    """Two linear maps into one space, and a trained logit scale."""
+
+    def __init__(self, seed: int) -> None:
+        """Weights that are the same on every rank."""
+        super().__init__()
+        self.image = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+        self.text = nn.Linear(5, 4, bias=False, dtype=torch.float64)
+        self.log_scale = nn.Parameter(torch.tensor(2.0 + seed / 10, dtype=torch.float64))
+        generator = torch.Generator().manual_seed(seed)
+        for weight in (self.image.weight, self.text.weight):
+            nn.init.normal_(weight, generator=generator)
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit-norm features and the exponentiated scale."""
+        image, text = (nn.functional.normalize(f, dim=1) for f in (self.image(images), self.text(texts)))
+        return image, text, self.log_scale.exp()
+
+
+def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, texts and labels of which some repeat, within and across ranks."""
+    return unit_rows(n, 6, 0), unit_rows(n, 5, 1), class_labels(n, 2) % 3
+
+
+def own_rows(world: int, rank: int) -> slice:
+    """Those of this rank in the whole batch."""
+    start = sum(SIZES[world][:rank])
+    return slice(start, start + SIZES[world][rank])
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Of all parameters; zeros where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def averaged(model: nn.Module) -> list[Tensor]:
+    """As DDP and FSDP average them."""
+    found = gradients(model)
+    for gradient in found:
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return found
+
+
+def criteria(**options: Any) -> list[tuple[Any, bool]]:
+    """Losses, and whether they take labels."""
+    contrastive = MultimodalContrastiveLoss(label_smoothing=0.1, **options)
+    distillation = MultimodalDistillationLoss(**options)
+    return [
+        (MultimodalContrastiveLoss(**options), False),
+        (contrastive, True),
+        (distillation, False),
+        (contrastive + 1.5 * distillation, True),
+        (contrastive + 0.5 * MultimodalDistillationLoss(temperature=2.0, **options), False),
+        (CaRotLoss(label_smoothing=0.2, distillation_weight=0.7, **options), True),
+    ]
+
+
+def arguments(criterion: Any, model: nn.Module, rows: slice, n: int) -> tuple[Any, ...]:
+    """What the criterion is called with."""
+    images, texts, _ = batch(n)
+    student = model(images[rows], texts[rows])
+    if isinstance(criterion, MultimodalContrastiveLoss):
+        return tuple(student)
+    with torch.no_grad():
+        return (*student, *TwoTowers(seed=1)(images[rows], texts[rows]))
+
+
+def check_losses(rank: int, world: int) -> None:
+    """Value on every rank and averaged gradients, for every loss, implementation and reduction."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    for impl, reduction in itertools.product(("auto", "dense", "tiled"), ("mean", "sum")):
+        together = criteria(impl=impl, reduction=reduction, gather=True)
+        alone = criteria(impl=impl, reduction=reduction)
+        for (ours, labelled), (theirs, _) in zip(together, alone, strict=True):
+            labels = batch(n)[2]
+            model, whole = TwoTowers(seed=0), TwoTowers(seed=0)
+            loss = ours(*arguments(ours, model, rows, n), **({"labels": labels[rows]} if labelled else {}))
+            expected = theirs(*arguments(theirs, whole, slice(None), n), **({"labels": labels} if labelled else {}))
+            assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+            (3 * loss).backward()
+            (3 * expected).backward()
+            for a, b in zip(averaged(model), gradients(whole), strict=True):
+                assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def check_values_of_pairs(rank: int, world: int) -> None:
+    """reduction="none": each rank its own pairs; the mean of what each rank makes of them is differentiated exactly."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    weights = unit_rows(1, n, 3)[0]
+    for (ours, _), (theirs, _) in zip(criteria(reduction="none", gather=True), criteria(reduction="none"), strict=True):
+        model, whole = TwoTowers(seed=0), TwoTowers(seed=0)
+        values = ours(*arguments(ours, model, rows, n))
+        expected = theirs(*arguments(theirs, whole, slice(None), n))
+        assert_close(values, expected[rows], rtol=1e-10, atol=1e-12)
+        (weights[rows] @ values).backward()
+        (weights @ expected / world).backward()
+        for a, b in zip(averaged(model), gradients(whole), strict=True):
+            assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def check_ddp(rank: int, world: int) -> None:
+    """The real wrapper, with two optimiser steps: weights and logit scale stay those of one process."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    model, whole = TwoTowers(seed=0), TwoTowers(seed=0)
+    wrapped = DistributedDataParallel(model)
+    criterion = MultimodalContrastiveLoss(gather=True) + 1.5 * MultimodalDistillationLoss(gather=True)
+    reference = MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, whole)]
+    for _ in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        criterion(*arguments(criterion, wrapped, rows, n)).backward()
+        reference(*arguments(reference, whole, slice(None), n)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def check_low_precision(rank: int, world: int) -> None:
+    """bfloat16 features cross as they are, and their gradients are summed in float32 (trap 7's exactness, at 2e-3)."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    image, text = (unit_rows(n, 8, seed, torch.bfloat16) for seed in (0, 1))
+    mine = [f[rows].clone().requires_grad_() for f in (image, text)]
+    whole = [f.double().requires_grad_() for f in (image, text)]
+    MultimodalContrastiveLoss(gather=True)(*mine, 20.0).backward()
+    MultimodalContrastiveLoss()(*whole, 20.0).backward()
+    for a, b in zip(mine, whole, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        expected = world * b.grad[rows]
+        assert (a.grad.double() - expected).norm() <= 4e-3 * expected.norm()
+
+
+def check_subgroup(rank: int, world: int) -> None:
+    """A group of some ranks contrasts among themselves; a group of one rank is no group."""
+    groups: list[Any] = [dist.new_group([0, 1]), dist.new_group([2])]
+    group, members = (groups[0], [0, 1]) if rank < 2 else (groups[1], [2])
+    n = sum(SIZES[world])
+    images, texts, _ = batch(n)
+    model = TwoTowers(seed=0)
+    student = model(images[own_rows(world, rank)], texts[own_rows(world, rank)])
+    loss = MultimodalContrastiveLoss(gather=True, group=group)(*student)
+    rows = torch.cat([torch.arange(n)[own_rows(world, member)] for member in members])
+    assert_close(loss, MultimodalContrastiveLoss()(*model(images[rows], texts[rows])), rtol=1e-10, atol=1e-12)
+
+
+def check_bytes(rank: int, world: int) -> None:
+    """Texts cross once, their gradients come back once, all else is vectors: half of gathering both modalities."""
+    n, width = 64, 256
+    image, text = (unit_rows(n, width, 10 * rank + seed).requires_grad_() for seed in (0, 1))
+    sent: dict[str, int] = {}
+
+    def counting(name: str, argument: Callable[..., Any]) -> Callable[..., Any]:
+        original = getattr(dist, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensors = argument(*args)
+            sent[name] = sent.get(name, 0) + sum(t.numel() * t.element_size() for t in tensors)
+            return original(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", counting("all_gather", lambda received, *_: received))
+        patch.setattr(dist, "reduce_scatter", counting("reduce_scatter", lambda _, parts: parts))
+        patch.setattr(dist, "all_reduce", counting("all_reduce", lambda tensor, *_: [tensor]))
+        MultimodalContrastiveLoss(label_smoothing=0.1, gather=True)(image, text, 10.0).backward()
+    features = 8 * world * n * width
+    vectors = 8 * world * n
+    assert features <= sent["all_gather"] <= features + 4 * vectors
+    assert features <= sent["reduce_scatter"] <= features + 4 * vectors
+    assert sent["all_reduce"] <= 2 * vectors
+
+
+def check_refusals(rank: int, world: int) -> None:
+    """What is wrong on one rank is an error on every rank, not a hang, and the next batch is fine."""
+    good = (unit_rows(3, 4, 0), unit_rows(3, 4, 1), 5.0)
+    empty = (good[0][:0], good[1][:0], 5.0)
+    narrow = (unit_rows(3, 2, 0), unit_rows(3, 2, 1), 5.0)
+    criterion: Any = MultimodalContrastiveLoss(gather=True)
+    labels = torch.arange(3)
+    last = world - 1
+    for wrong, options, own, others in (
+        (empty, {}, "at least one pair", rf"rank \[{last}\] did not; its own error"),
+        ((*good[:2], -1.0), {}, "logit_scale must be > 0", rf"rank \[{last}\] did not"),
+        (narrow, {}, "the width of the features must be the same", "the width of the features must be the same"),
+        (good, {"labels": labels}, "whether labels are given must be the same", "whether labels are given must"),
+    ):
+        arguments_here = wrong if rank == last else good
+        with pytest.raises(ValueError, match=own if rank == last else others):
+            criterion(*arguments_here, **(options if rank == last else {}))
+        assert criterion(*good).isfinite()
+
+
+CHECKS = {
+    2: [check_losses, check_values_of_pairs, check_ddp, check_low_precision, check_bytes, check_refusals],
+    3: [check_losses, check_values_of_pairs, check_ddp, check_subgroup, check_refusals],
+}
+
+
+def on_rank(rank: int, world: int, store: str) -> None:
+    """Every check of this world size, in one process group: starting processes takes longer than checking."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        for check in CHECKS[world]:
+            try:
+                check(rank, world)
+            except BaseException as error:
+                raise AssertionError(f"{check.__name__} on rank {rank}: {error}") from error
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
+    """Losses, gradients under averaging, sub-groups, bytes and errors: the checks above (trap 7)."""
+    spawn(on_rank, (world, str(tmp_path / "store")), nprocs=world)
+
+
+def test_outside_a_process_group_gathering_is_the_identity() -> None:
+    """A script runs unchanged in one process."""
+    student = unit_rows(5, 4, 0), unit_rows(5, 4, 1), 9.0
+    labels = class_labels(5, 0)
+    for reduction in ("mean", "sum", "none"):
+        options: Any = {"reduction": reduction, "label_smoothing": 0.1}
+        assert_close(
+            MultimodalContrastiveLoss(gather=True, **options)(*student, labels=labels),
+            MultimodalContrastiveLoss(**options)(*student, labels=labels),
+        )

@@ -64,7 +64,7 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "distributed": set(),
     "kernels": {"_checks", "distributed", "kernels"},
     "functional": {"_checks", "distributed", "kernels", "functional"},
-    "losses": {"_checks", "kernels", "functional"},
+    "losses": {"_checks", "distributed", "kernels", "functional"},
     "metrics": {"_checks", "functional", "plotting"},
     "teacher": {"_checks"},
     "schedules": {"_checks"},

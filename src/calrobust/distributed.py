@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed import ProcessGroup
+else:  # a torch built without it has no such name, and no group to pass
+    ProcessGroup = Any
+
+__all__ = ["REFUSED", "ProcessGroup", "Ranks", "agree"]
 
 REFUSED = -1  # in the place of a number of rows: this rank has found its batch wrong
 
@@ -18,7 +25,7 @@ class Ranks:
     Every method is collective: all ranks of the group call it, in the same order.
     """
 
-    def __init__(self, sizes: list[int], rank: int = 0, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, sizes: list[int], rank: int = 0, group: ProcessGroup | None = None) -> None:
         self.sizes = sizes
         self.rank = rank
         self.group = group
@@ -56,7 +63,7 @@ class Ranks:
         return values
 
 
-def agree(n: int, group: dist.ProcessGroup | None, **facts: int) -> Ranks:
+def agree(n: int, group: ProcessGroup | None, **facts: int) -> Ranks:
     """Tells all ranks of the group the number of rows here, and facts that must be the same on all.
 
     Raises:

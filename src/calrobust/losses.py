@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
 from calrobust._checks import check_choice, check_fraction, check_nonnegative_integer, check_number, check_positive
+from calrobust.distributed import ProcessGroup
 from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.functional.contrastive import contrastive_terms, multimodal_contrastive_loss
 from calrobust.functional.distillation import distillation_terms, multimodal_distillation_loss
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.kernels import IMPLS, MEMORY_BUDGET, Impl, PairStatistics, Teacher, pair_statistics
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = [
     "CaRotLoss",

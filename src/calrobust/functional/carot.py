@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_fraction, check_number
+from calrobust.distributed import ProcessGroup
 from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.functional.contrastive import contrastive_terms
 from calrobust.functional.distillation import distillation_terms
 from calrobust.kernels import MEMORY_BUDGET, Impl, pair_statistics
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def carot_loss(

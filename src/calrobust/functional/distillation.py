@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_positive
+from calrobust.distributed import ProcessGroup
 from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.kernels import MEMORY_BUDGET, Impl, PairStatistics, pair_statistics
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def multimodal_distillation_loss(

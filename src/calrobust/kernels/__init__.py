@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,11 +15,8 @@ from calrobust._checks import (
     check_nonnegative_integer,
     check_teacher,
 )
-from calrobust.distributed import REFUSED, Ranks, agree
+from calrobust.distributed import REFUSED, ProcessGroup, Ranks, agree
 from calrobust.kernels import dense, tiled
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["IMPLS", "MEMORY_BUDGET", "Direction", "Impl", "PairStatistics", "Teacher", "pair_statistics"]
 

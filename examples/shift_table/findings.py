@@ -25,8 +25,9 @@ def findings(seeds: Sequence[Figures]) -> list[str]:
     scope = (
         f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed: another one moves OOD figures by some points"
     )
+    level = f"less than {LEVEL:g} apart" + (", or seeds that disagree," if len(seeds) > 1 else "")
     return [
-        f"In points of percent; {scope}; less than {LEVEL:g} apart is called level.",
+        f"In points of percent; {scope}; {level} is called level.",
         "Best of all rows: " + _best(seeds, rows),
         "Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned),
         _against(seeds, "FT", "ZS"),
@@ -65,14 +66,14 @@ def _against(seeds: Sequence[Figures], row: str, other: str) -> str:
 
 
 def _comparison(seeds: Sequence[Figures], row: str, column: str) -> str:
-    """Which rows ``row`` beats in ``column``, which it is level with and which beat it."""
+    """Which rows ``row`` beats in ``column``, in every seed, which it is level with and which beat it."""
     groups: dict[str, list[str]] = {"better than": [], "level with": [], "worse than": []}
     for other in seeds[0]:
         if other != row:
-            gain = _mean(seeds, row, column) - _mean(seeds, other, column)
-            if not column.endswith("accuracy"):
-                gain = -gain
-            group = "level with" if abs(gain) < LEVEL else "better than" if gain > 0 else "worse than"
+            sign = 1 if column.endswith("accuracy") else -1
+            gains = [sign * (figures[row][column] - figures[other][column]) for figures in seeds]
+            level = abs(mean(gains)) < LEVEL or min(gains) < 0 < max(gains)
+            group = "level with" if level else "better than" if gains[0] > 0 else "worse than"
             groups[group].append(f"{other} ({_difference(seeds, row, other, column)})")
     return (
         f"{row}, {column}: " + "; ".join(f"{group} {', '.join(them)}" for group, them in groups.items() if them) + "."

@@ -23,7 +23,13 @@ Reports = Mapping[int, calrobust.ShiftReport]  # by seed
 def summarize(reports: Reports, provenance: str) -> str:
     """The table, what it says and where it comes from; with intervals for one seed, as mean ± std for several."""
     seeds = [_in_percent(report) for report in reports.values()]
-    table = next(iter(reports.values())).to_markdown() if len(seeds) == 1 else _table_over_seeds(seeds)
+    first = next(iter(reports.values()))
+    if len(seeds) == 1:
+        table = first.to_markdown()
+    else:
+        caption = first.to_markdown(intervals=False).splitlines()[-1]
+        spread = f"Mean ± standard deviation over {len(seeds)} seeds, each with its own pre-training."
+        table = f"{_table_over_seeds(seeds)}\n\n{caption} {spread}"
     return "\n".join([table, "", *(f"- {sentence}" for sentence in findings(seeds)), "", provenance])
 
 
@@ -59,8 +65,7 @@ def _table_over_seeds(seeds: Sequence[Figures]) -> str:
     columns = [*COLUMNS.values(), "T"]
     lines = [["Method", *columns], ["---", *["---:"] * len(columns)]]
     lines += [[row, *(cell(row, column) for column in columns)] for row in seeds[0]]
-    caption = f"In per cent, mean ± standard deviation over {len(seeds)} seeds; a seed has its own pre-training."
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _csv(reports: Reports) -> bytes:

@@ -331,10 +331,21 @@ class TestFindings:
         assert "CaRot, OOD ECE + TS: better than FT (-11.5), FLYP (-15.5); level with ZS (-0.5)." in text
 
     def test_seeds_are_compared_pairwise_and_averaged(self) -> None:
-        """Over seeds a difference is the mean of the differences within a seed, with their range."""
-        text = "\n".join(findings([self.WON, self.LOST]))
+        """Over seeds a difference is the mean of the differences within a seed; if they disagree, it is no win."""
+        better = figures(
+            ZS=(75, 74, 5, 9, 5, 9),
+            FT=(94, 57, 3, 26, 2, 20),
+            FLYP=(94.5, 54, 3, 32, 2, 24),
+            CaRot=(96, 67, 5, 4, 1, 8.5),
+        )
+        text = "\n".join(findings([self.WON, better]))
         assert "means of 2 seeds" in text
-        assert "CaRot, OOD accuracy: better than FT (+8.0, -7.0 to +23.0), FLYP (+11.0, -4.0 to +26.0);" in text
+        expected = (
+            "CaRot, OOD accuracy: better than FT (+16.5, +10.0 to +23.0), FLYP (+19.5, +13.0 to +26.0); level with ZS"
+        )
+        assert expected in text
+        disagreeing = "\n".join(findings([self.WON, self.LOST]))
+        assert "CaRot, OOD accuracy: level with ZS (-9.0, -24.0 to +6.0), FT (+8.0, -7.0 to +23.0)" in disagreeing
 
     def test_scaling_is_reported_as_it_went(self) -> None:
         """What temperature scaling does to each ECE is told in numbers, better or worse."""

@@ -46,11 +46,11 @@ def _winner(seeds: Sequence[Figures], rows: Iterable[str], column: str) -> str:
 
 
 def _best(seeds: Sequence[Figures], rows: Sequence[str]) -> str:
-    """The best row in every column, and how many of these a CaRot row is."""
+    """The best row in every column, and in how many of them that is a CaRot row."""
     winners = {column: _winner(seeds, rows, column) for column in COLUMNS.values()}
     named = (f"{column} {row} ({_mean(seeds, row, column):.1f})" for column, row in winners.items())
     carot = [column for column, row in winners.items() if row.startswith("CaRot")]
-    wins = f"CaRot wins {len(carot)} of {len(winners)}" + (f" ({', '.join(carot)})" if carot else "")
+    wins = f"CaRot is first in {len(carot)} of {len(winners)}" + (f" ({', '.join(carot)})" if carot else "")
     return f"{', '.join(named)}. {wins}."
 
 

@@ -316,14 +316,14 @@ class TestFindings:
         assert "CaRot, OOD accuracy: better than ZS (+6.0), FT (+23.0), FLYP (+26.0)." in text
         assert "CaRot, OOD ECE: better than ZS (-5.0), FT (-22.0), FLYP (-28.0)." in text
         assert "Best of all rows: ID accuracy CaRot (96.0)" in text
-        assert "CaRot wins 5 of 6 (ID accuracy, OOD accuracy, OOD ECE, ID ECE + TS, OOD ECE + TS)." in text
+        assert "CaRot is first in 5 of 6 (ID accuracy, OOD accuracy, OOD ECE, ID ECE + TS, OOD ECE + TS)." in text
 
     def test_a_loss_is_called_a_loss(self) -> None:
         """Where CaRot is not best, the text names who is; nothing is claimed for it."""
         text = "\n".join(findings([self.LOST]))
         assert "CaRot, OOD accuracy: worse than ZS (-24.0), FT (-7.0), FLYP (-4.0)." in text
         assert "Best of all rows: ID accuracy FLYP (94.5), OOD accuracy ZS (74.0)" in text
-        assert text.count("CaRot wins 0 of 6.") == 2  # of all rows, and of the fine-tuned ones
+        assert text.count("CaRot is first in 0 of 6.") == 2  # of all rows, and of the fine-tuned ones
 
     def test_less_than_a_point_is_level(self) -> None:
         """A difference that the test sets cannot resolve is no win."""

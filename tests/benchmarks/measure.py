@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import math
@@ -172,6 +173,8 @@ def _peak(build: Build, args: tuple[Any, ...], warm_up: tuple[Any, ...], threads
     build(*warm_up)()
     call = build(*args)
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # else the call may fill what an earlier one freed, and seem to take nothing
     before = _reset_peak()
     call()
     return (_high_water_mark() - before) / MIB

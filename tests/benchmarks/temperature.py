@@ -80,10 +80,10 @@ class Passes(TorchDispatchMode):
         self.elements, self.last = 0, (-1, -1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator and counts what it reads; a view reads nothing."""
+        """Runs the operator and counts what it reads; a view or a factory reads nothing."""
         result = func(*args, **(kwargs or {}))
         results = result if isinstance(result, (list, tuple)) else [result]
-        if not any(self._is_ours(tensor) for tensor in results):
+        if not (any(self._is_ours(tensor) for tensor in results) or func.name().startswith("aten::new_")):
             for tensor in filter(self._is_ours, args):
                 block = tensor.storage_offset(), tensor.numel()
                 if block != self.last or tensor.numel() == self.numel:

@@ -18,7 +18,6 @@ from strategies import Predictions, classifier, predictions, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
-import calrobust.report
 from calrobust.functional.bootstrap import bootstrap_interval
 from calrobust.functional.calibration import bin_confidences, calibration_error, top_label
 from calrobust.functional.temperature import fit_temperature
@@ -258,12 +257,6 @@ class TestIntervals:
         torch.set_rng_state(state)
         make_report().summary()
         assert torch.equal(torch.get_rng_state(), state)
-
-    def test_blocks_of_resamples_do_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A small block, the last one uneven, gives the same interval: draws come row by row."""
-        expected = values(make_report("A"))
-        monkeypatch.setattr(calrobust.functional.bootstrap, "BLOCK_DRAWS", 300 * 7)
-        assert values(make_report("A")) == pytest.approx(expected, abs=1e-12)
 
 
 def shuffled(p: Predictions) -> Predictions:

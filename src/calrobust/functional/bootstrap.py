@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from calrobust._checks import check_confidences, check_fraction, check_positive_integer
-from calrobust.functional.calibration import Bins, Norm, bin_index, binned_error, check_norm, valid_confidences
-
-BLOCK_DRAWS = 2**18  # at a time: their table of counts stays in cache
+from calrobust.functional.calibration import (
+    Bins,
+    Norm,
+    bin_confidences,
+    bin_index,
+    binned_error,
+    check_norm,
+    valid_confidences,
+)
 
 
 class Interval(NamedTuple):
@@ -56,6 +61,10 @@ def bootstrap_interval(
     belongs to. An interval that reaches 0 says that the value may be noise alone: at N = 1,000 a
     perfectly calibrated model has an ECE of about 0.03 over 15 bins.
 
+    How many right and wrong predictions each bin gets is drawn from its exact distribution, a multinomial one; the sum
+    of their confidences, which differ by less than a bin's width, is drawn as a normal number of its exact mean and
+    variance. So a thousand resamples take milliseconds, whatever N.
+
     Args:
         confidences: shape ``[N]``, floating, in [0, 1].
         correct: shape ``[N]``, bool.
@@ -86,36 +95,42 @@ def bootstrap_interval(
     check_positive_integer(n_bins=n_bins, n_resamples=n_resamples)
     check_norm(norm)
     check_fraction(closed=False, level=level)
-    confidences = valid_confidences(confidences)
-    # Sorted by bin, so that a bin's sum is a difference of two running sums.
-    index, order = bin_index(confidences, n_bins).sort()
-    ends = torch.searchsorted(index, torch.arange(n_bins, device=index.device), right=True)
-    gaps = (confidences - correct.to(confidences.dtype))[order]
-
-    def error(weights: Tensor) -> Tensor:
-        """Of samples that count as often as the rows of ``weights`` say, ``[r, N]``."""
-        running = torch.stack((weights, weights * gaps)).cumsum(-1)
-        running = torch.nn.functional.pad(running, (1, 0))[..., ends]
-        counts, gap_sums = running.diff(dim=-1, prepend=torch.zeros_like(running[..., :1]))
-        return binned_error(Bins(counts, gap_sums, torch.zeros_like(gap_sums)), norm)
-
-    value = error(torch.ones_like(confidences)[None])[0]
+    value = binned_error(bin_confidences(confidences, correct, n_bins), norm)
     if len(confidences) == 0:
         return Interval(value, value.clone())
-    counts = resample_counts(len(confidences), n_resamples, generator, confidences.device)
-    return reflected_interval(value, torch.cat([error(block) for block in counts]), level)
+    resampled = resampled_bins(confidences, correct, n_bins, n_resamples, generator)
+    return reflected_interval(value, binned_error(resampled, norm), level)
 
 
-def resample_counts(
-    n: int, n_resamples: int, generator: torch.Generator | None, device: torch.device
-) -> Iterator[Tensor]:
-    """How often each of n samples is drawn, n out of n with replacement: float64 blocks ``[r, n]`` of all resamples."""
-    step = max(1, BLOCK_DRAWS // n)
-    for start in range(0, n_resamples, step):
-        rows = min(step, n_resamples - start)
-        draws = torch.randint(n, (rows, n), generator=generator, device=device)
-        draws += n * torch.arange(rows, device=device)[:, None]
-        yield torch.bincount(draws.flatten(), minlength=rows * n).view(rows, n).double()
+def resampled_bins(
+    confidences: Tensor, correct: Tensor, n_bins: int, n_resamples: int, generator: torch.Generator | None
+) -> Bins:
+    """Sums ``[n_resamples, n_bins]`` of N samples drawn from the N ≥ 1 with replacement; arguments as above."""
+    confidences = valid_confidences(confidences)
+    # What differs within a cell, right or wrong predictions of one bin, is at most a bin's width of confidence.
+    cell = 2 * bin_index(confidences, n_bins) + correct.long()
+    moments = torch.stack((torch.ones_like(confidences), confidences))
+    counts, sums = moments.new_zeros(2, 2 * n_bins).index_add(1, cell, moments)
+    means = sums / counts.clamp(min=1)
+    deviations = (confidences - means[cell]).square()
+    variances = torch.zeros_like(counts).index_add(0, cell, deviations) / counts.clamp(min=1)
+    drawn = _multinomial(counts, n_resamples, generator)
+    noise = torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device)
+    drawn_sums = drawn * means + (drawn * variances).sqrt() * noise
+    pairs = drawn.unflatten(1, (n_bins, 2))
+    return Bins(pairs.sum(2), drawn_sums.unflatten(1, (n_bins, 2)).sum(2), pairs[..., 1])
+
+
+def _multinomial(counts: Tensor, n_resamples: int, generator: torch.Generator | None) -> Tensor:
+    """``[n_resamples, K]``: how many of N draws with replacement from N samples fall into each of K cells."""
+    left = counts.sum().expand(n_resamples)
+    below = counts.flip(0).cumsum(0).flip(0)  # samples in this cell and those after it
+    drawn = []
+    for count, rest in zip(counts, below, strict=True):
+        share = (count / rest.clamp(min=1)).expand(n_resamples)
+        drawn.append(torch.binomial(left, share, generator=generator))
+        left = left - drawn[-1]
+    return torch.stack(drawn, 1)
 
 
 def reflected_interval(value: Tensor, resampled: Tensor, level: float) -> Interval:

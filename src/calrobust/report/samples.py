@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_label_values, check_not_empty, check_predictions, check_softmax_exists
-from calrobust.functional.bootstrap import resample_counts
-from calrobust.functional.calibration import Bins, bin_confidences, bin_index, binned_error, top_label
+from calrobust.functional.bootstrap import resampled_bins
+from calrobust.functional.calibration import bin_confidences, binned_error, top_label
 
 N_RESAMPLES = 1000
 ESTIMATED = ("accuracy", "ece", "ece_ts")
@@ -86,20 +86,8 @@ def estimate(samples: Samples, n_bins: int, seed: int) -> Estimates:
     missing = [torch.tensor(math.nan, dtype=torch.float64)] * (2 - len(kinds))
     values = torch.stack([correct.double().mean(), *map(binned_error, bins), *missing])
 
-    # Everything resampled is linear in how often each sample is drawn, up to the absolute value of a bin's gap.
-    n = len(correct)
-    hits = correct.double()[:, None]
-    gaps = [
-        torch.zeros(n, n_bins, dtype=torch.float64).scatter_(1, bin_index(c, n_bins)[:, None], c[:, None] - hits)
-        for c in kinds
-    ]
-    summands = torch.cat([hits, *gaps], 1)
     generator = torch.Generator().manual_seed(seed)
-    blocks = resample_counts(n, N_RESAMPLES, generator, correct.device)
-    sums = torch.cat([counts @ summands for counts in blocks])
-    hit_sums, *gap_sums = sums.split([1, *[n_bins] * len(kinds)], dim=1)
-    errors = [  # of the counts only their total matters, which is n in every resample
-        binned_error(Bins(whole.counts, gap, torch.zeros_like(gap))) for gap, whole in zip(gap_sums, bins, strict=True)
-    ]
-    nothing = [torch.full((N_RESAMPLES,), math.nan, dtype=torch.float64)] * (2 - len(kinds))
-    return Estimates(values, torch.stack([hit_sums[:, 0] / n, *errors, *nothing], 1))
+    drawn = [resampled_bins(confidences, correct, n_bins, N_RESAMPLES, generator) for confidences in kinds]
+    accuracies = drawn[0].correct_sums.sum(-1) / len(correct)
+    nothing = [torch.full_like(accuracies, math.nan)] * (2 - len(kinds))
+    return Estimates(values, torch.stack([accuracies, *map(binned_error, drawn), *nothing], 1))

@@ -60,8 +60,9 @@ class EMATeacher(nn.Module):
         >>> teacher(torch.ones(1, 1))
         tensor([[2.]])
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, Section 3.3. Buffers: ``torch.optim.swa_utils.AveragedModel``
-    leaves them unless told, and takes the student as it is at the first update; here both follow the formula.
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the teacher of its self-distillation. Buffers:
+    ``torch.optim.swa_utils.AveragedModel`` leaves them unless told, and takes the student as it is at the first update;
+    here both follow the formula.
     """
 
     module: nn.Module

@@ -63,7 +63,7 @@ def carot_loss(
         >>> carot_loss(image, text, 1.0, image, text, 1.0, label_smoothing=0.0, distillation_weight=1.5)
         tensor(0.3133)
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, section 4.2, without the orthogonality term, which is on weights
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, its objective without the orthogonality term, which is on weights
     (:func:`~calrobust.functional.orthogonality_loss`).
     """
     check_fraction(closed=False, label_smoothing=label_smoothing)

@@ -65,7 +65,7 @@ def multimodal_distillation_loss(
         >>> multimodal_distillation_loss(image, text, 0.001, image, text, 100.0)  # 2 log 2: certain against uniform
         tensor(1.3853)
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, section 4.2 (self-distillation).
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the self-distillation term of its objective.
     """
     check_positive(temperature=temperature)
     check_choice(REDUCTIONS, reduction=reduction)

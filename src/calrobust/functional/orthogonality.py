@@ -31,7 +31,7 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
         >>> orthogonality_loss(2 * torch.eye(3))  # three diagonal entries of 4 - 1
         tensor(27.)
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, section 4.1 (orthogonality constraint).
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the orthogonality constraint of its contrastive loss.
     """
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
     check_floating(weight=matrix)

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from strategies import class_labels, unit_rows
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -141,6 +144,25 @@ def check_ddp(rank: int, world: int) -> None:
         assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def check_fsdp(rank: int, world: int) -> None:
+    """Sharded weights, uneven batches: the gathered gradients are those of one process."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    model, whole = TwoTowers(seed=0), TwoTowers(seed=0)
+    model.log_scale = nn.Parameter(model.log_scale.detach()[None])  # FSDP2 shards no scalar
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    for reduction in ("mean", "sum"):
+        model.zero_grad()
+        whole.zero_grad()
+        ours, _ = criteria(reduction=reduction, gather=True)[3]
+        theirs, _ = criteria(reduction=reduction)[3]
+        ours(*arguments(ours, model, rows, n)).backward()
+        theirs(*arguments(theirs, whole, slice(None), n)).backward()
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+            assert isinstance(a.grad, DTensor)
+            assert b.grad is not None
+            assert_close(a.grad.full_tensor(), b.grad.view(a.grad.shape), rtol=1e-10, atol=1e-12)
+
+
 def check_low_precision(rank: int, world: int) -> None:
     """bfloat16 features cross as they are, and their gradients are summed in float32 (trap 7's exactness, at 2e-3)."""
     rows, n = own_rows(world, rank), sum(SIZES[world])
@@ -218,7 +240,7 @@ def check_refusals(rank: int, world: int) -> None:
 
 
 CHECKS = {
-    2: [check_losses, check_values_of_pairs, check_ddp, check_low_precision, check_bytes, check_refusals],
+    2: [check_losses, check_values_of_pairs, check_ddp, check_fsdp, check_low_precision, check_bytes, check_refusals],
     3: [check_losses, check_values_of_pairs, check_ddp, check_subgroup, check_refusals],
 }
 

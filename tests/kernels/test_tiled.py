@@ -71,7 +71,7 @@ def test_equals_the_dense_definition_for_every_tile_size(
 ) -> None:
     """Value and gradients for any shape, tile and upstream gradient, with kept and with recomputed exponentials."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "TILE_BYTES", 8 * m * rows)
+        patch.setattr(tiled, "_tile_rows", lambda *_: min(n, rows))
         assert_like_dense(factors(n, m, width, seed, scale=scale, teacher=teacher), budget, 1e-12)
 
 
@@ -82,7 +82,7 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     dtype: torch.dtype, budget: int, gap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A column far below the maximum of its tile, a row far above a column: finite, and as the definition has it."""
-    monkeypatch.setattr(tiled, "TILE_BYTES", 4 * 8 * 12)
+    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
     x = torch.tensor([[gap, 0.0], [0.0, 1.0], [-gap, 2.0], [0.5, -1.0], [gap / 2, gap]], dtype=dtype)
     y = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.5, 0.5], [-0.5, 0.1]], dtype=dtype)
     one = torch.tensor(1.0, dtype=dtype)
@@ -95,7 +95,7 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
 @pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
 def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, so that dense and tiled are not wrong together."""
-    monkeypatch.setattr(tiled, "TILE_BYTES", 8 * 6 * 2)
+    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
     student, *teacher = factors(5, 6, 3, 0, scale=3.0, teacher=True)
     for factor in student:
         factor.requires_grad_()
@@ -110,7 +110,7 @@ def test_the_operator_passes_opcheck() -> None:
         inputs = [factor for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher) for factor in model]
         for student in inputs[:3]:
             student.requires_grad_()
-        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, 8 * 5 * 3, keep))
+        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, 3, keep))
 
 
 def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
@@ -158,9 +158,9 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
     kept: list[bool] = []
     original = tiled._forward
 
-    def noted(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+    def noted(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
         kept.append(keep)
-        outputs: list[Tensor] = original(factors, tile_bytes, keep)
+        outputs: list[Tensor] = original(factors, tile_rows, keep)
         return outputs
 
     monkeypatch.setattr(tiled, "_forward", noted)

@@ -4,8 +4,8 @@ Only one tile of rows exists at a time. A matrix product of a tile costs R·M·D
 *GEMM unit*. Forward: 1 unit for S, 1 for T. Backward: both again (none when the exponentials were kept), 1 for the
 gradient of x and 1 for that of y. Hence 4 units in all, 6 with a teacher; 3 and 4 with kept exponentials.
 
-**One exponential for rows and columns.** With ``e_ij = exp(s_ij − u_i)``, u the maximum of the row, a row's sum is
-``Σ_j e_ij`` and a column's is ``exp(c) Σ_i w_i e_ij`` with ``w_i = exp(u_i − c)``, c the maximum of the tile: a
+**One exponential for rows and columns.** With the row softmax ``p_ij = exp(s_ij − u_i)``, u the lse of the row, a
+column's sum of exponentials is ``exp(c) Σ_i w_i p_ij`` with ``w_i = exp(u_i − c)``, c the largest u of the tile: a
 matrix-vector product instead of a second exponential. A column that lies so far below the tile's maximum that its terms
 underflow shows in the sum itself, and that tile's columns are then taken from the logits. Columns of successive tiles
 merge in float64.
@@ -18,8 +18,7 @@ and p, q, p̃, q̃ the row and column softmaxes of S and T,
 
 .. math:: \partial L / \partial s_{ij} = (a_i + c_i) p_{ij} + (b_j + d_j) q_{ij} - c_i \tilde p_{ij} - d_j \tilde q_{ij}
 
-where, from one exponential ``e_ij = exp(s_ij − u_i)`` again, ``p_ij = e_ij exp(u_i − row_lse_i)`` and
-``q_ij = e_ij exp(u_i − column_lse_j)``: an outer product times e.
+where, from one exponential again, ``q_ij = p_ij exp(u_i − column_lse_j)``: the gradient is p times an outer product.
 """
 
 import math
@@ -30,7 +29,8 @@ from torch import Tensor
 
 from calrobust.kernels.dense import Factors, SoftmaxStatistics
 
-TILE_BYTES = 8 * 2**20  # small enough for the last cache, wide enough for the matrix product
+TILE_BYTES = 8 * 2**20  # fits into the last cache
+TILE_ROWS = 256  # at least: below, the matrix products slow down
 
 
 def softmax_statistics(
@@ -41,7 +41,7 @@ def softmax_statistics(
     differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
     kept_bytes = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size()
     factors = [*student, *(teacher or ())]
-    outputs = _forward(factors, TILE_BYTES, differentiated and kept_bytes <= memory_budget)
+    outputs = _forward(factors, _tile_rows(x, y), differentiated and kept_bytes <= memory_budget)
     row_lse, column_lse, row_divergence, column_divergence = outputs[:4]
     teacher_column_lse = x.new_empty(0) if teacher is None else outputs[-2].detach()
     return SoftmaxStatistics(row_lse, column_lse, row_divergence, column_divergence, teacher_column_lse)
@@ -52,74 +52,68 @@ class _Matrix:
 
     def __init__(self, factors: list[Tensor], statistics: list[Tensor]) -> None:
         self.x, self.y, self.scale = factors
-        # u [N]; row lse [N]; column lse [M]; the exponentials [N, M] where they are kept, else [0, M]
-        self.shift, self.row_lse, self.column_lse, self.kept = statistics
+        # u [N]; column lse [M]; the row softmaxes [N, M] where they are kept, else [0, M]
+        self.row_lse, self.column_lse, self.kept = statistics
 
     def logits(self, tile: slice, out: Tensor | None = None) -> Tensor:
         """Over all tiles, one GEMM unit."""
         return torch.mm(self.scale * self.x[tile], self.y.T, out=out)
 
-    def exponentials(self, logits: Tensor, tile: slice, out: Tensor) -> tuple[Tensor, Tensor]:
-        """``e_ij = exp(s_ij − u_i)`` and its row sums; sets u and the row lse of the tile."""
-        shift = torch.amax(logits, 1, out=self.shift[tile])
-        e = torch.sub(logits, shift[:, None], out=self.kept[tile] if len(self.kept) else out).exp_()
-        sums = e.sum(1)
-        torch.add(shift, sums.log(), out=self.row_lse[tile])
-        return e, sums
+    def row_softmaxes(self, logits: Tensor, tile: slice, out: Tensor) -> Tensor:
+        """``p``; sets the row lse of the tile."""
+        p = torch.softmax(logits, 1, out=self.kept[tile] if len(self.kept) else out)
+        # The largest of a row's p is exp(maximum − lse), and at least 1 / M.
+        torch.sub(logits.amax(1), p.amax(1).log(), out=self.row_lse[tile])
+        return p
 
     def row_weights(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """``w_i = exp(u_i − c)``, which turns e into exponentials that all rows of the tile share, and c."""
-        top = self.shift[tile].max()
-        return (self.shift[tile] - top).exp(), top
+        """``w_i = exp(u_i − c)``, which turns p into exponentials that all rows of the tile share, and c."""
+        top = self.row_lse[tile].max()
+        return (self.row_lse[tile] - top).exp(), top
 
     def merge_columns(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a tile to the column lse; the shares of the earlier tiles and of this one in each column's softmax."""
         before, self.column_lse = self.column_lse, torch.logaddexp(self.column_lse, part)
         return (before - self.column_lse).exp(), (part - self.column_lse).exp()
 
-    def weighted_softmaxes(self, tile: slice, rows: Tensor, columns: Tensor, e: Tensor, out: Tensor) -> Tensor:
-        """``rows_i p_ij + columns_j q_ij`` in ``out``; ``e`` is scratch."""
-        shift = self.shift[tile]
-        if len(self.kept):
-            e = self.kept[tile]
-        else:
-            torch.sub(self.logits(tile, e), shift[:, None], out=e).exp_()
-        row_factor = (rows[tile] * (shift - self.row_lse[tile]).exp())[:, None]
+    def weighted_softmaxes(self, tile: slice, rows: Tensor, columns: Tensor, p: Tensor, out: Tensor) -> Tensor:
+        """``rows_i p_ij + columns_j q_ij`` in ``out``; ``p`` is scratch."""
+        p = self.kept[tile] if len(self.kept) else torch.softmax(self.logits(tile, out), 1, out=p)
+        row_lse, row_factor = self.row_lse[tile], rows[tile, None]
         pivot = self.column_lse.min()
-        if _representable(pivot - shift.max()):
+        if _representable(pivot - row_lse.max()):
             column_factor = columns * (pivot - self.column_lse).exp()
-            return torch.addcmul(row_factor, (shift - pivot).exp()[:, None], column_factor, out=out).mul_(e)
+            return torch.addcmul(row_factor, (row_lse - pivot).exp()[:, None], column_factor, out=out).mul_(p)
         q = self.logits(tile, out).sub_(self.column_lse).exp_()
-        return q.mul_(columns).addcmul_(e, row_factor)
+        return q.mul_(columns).addcmul_(p, row_factor)
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+def _forward(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
     """Both lse and both divergences, then what backward needs of the student and of the teacher, if there is one."""
     x, y, _ = factors[:3]
-    (n, m), tiles = (len(x), len(y)), _tiles(x, y, tile_bytes)
+    (n, m), tiles = (len(x), len(y)), _tiles(x, tile_rows)
     student, *teachers = (_Matrix(factors[k : k + 3], _no_statistics(x, m, keep)) for k in range(0, len(factors), 3))
     row_gap = x.new_zeros(n if teachers else 0)
     column_gap = student.column_lse.new_zeros(m if teachers else 0)  # Σ p̃ (t − s), Σ q̃ (t − s)
-    buffers = x.new_empty(3 if teachers else 1, tiles[0].stop, m)
+    buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, m)
     for tile in tiles:
-        s, *spare = buffers[:, : tile.stop - tile.start]
+        s, scratch, *spare = buffers[:, : tile.stop - tile.start]
         student.logits(tile, out=s)
-        e, _ = student.exponentials(s, tile, out=spare[0] if teachers else s)
+        p = student.row_softmaxes(s, tile, out=scratch)
         weights, top = student.row_weights(tile)
-        sums = weights @ e
+        sums = weights @ p
         if _representable(sums.min().log()):
             student.merge_columns(sums.double().log() + top)
         else:
             student.merge_columns(student.logits(tile).logsumexp(0).double())
         for teacher in teachers:
-            t = teacher.logits(tile, out=spare[1])
-            gap = torch.sub(t, s, out=s)
-            e, sums = teacher.exponentials(t, tile, out=t)
-            gap.mul_(e)
-            row_gap[tile] = gap.sum(1) / sums
+            t = teacher.logits(tile, out=spare[0])
+            p = teacher.row_softmaxes(t, tile, out=scratch)
+            gap = torch.sub(t, s, out=s).mul_(p)
+            row_gap[tile] = gap.sum(1)
             weights, top = teacher.row_weights(tile)
-            sums = weights @ e
+            sums = weights @ p
             if _representable(sums.min().log()):
                 mean, (old, new) = (weights @ gap) / sums, teacher.merge_columns(sums.double().log() + top)
             else:
@@ -134,29 +128,29 @@ def _forward(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]
     return [student.row_lse, student.column_lse.to(x.dtype), row_gap, column_gap.to(x.dtype)] + [
         tensor
         for matrix in (student, *teachers)
-        for tensor in (matrix.shift, matrix.row_lse.clone(), matrix.column_lse.to(x.dtype, copy=True), matrix.kept)
+        for tensor in (matrix.row_lse.clone(), matrix.column_lse.to(x.dtype, copy=True), matrix.kept)
     ]
 
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
 def _backward(
-    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_bytes: int
+    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, y and scale from a, b, c, d, the upstream gradients of the four statistics."""
     a, b, c, d = gradients
     x, y, scale = factors[:3]
     student, *teachers = (
-        _Matrix(factors[3 * k : 3 * k + 3], statistics[4 * k : 4 * k + 4]) for k in range(len(factors) // 3)
+        _Matrix(factors[3 * k : 3 * k + 3], statistics[3 * k : 3 * k + 3]) for k in range(len(factors) // 3)
     )
     rows, columns = (a + c, b + d) if teachers else (a, b)
-    tiles = _tiles(x, y, tile_bytes)
+    tiles = _tiles(x, tile_rows)
     buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, len(y))
     x_gradient, y_gradient, scale_gradient = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
     for tile in tiles:
-        e, s, *spare = buffers[:, : tile.stop - tile.start]
-        student.weighted_softmaxes(tile, rows, columns, e, out=s)
+        scratch, s, *spare = buffers[:, : tile.stop - tile.start]
+        student.weighted_softmaxes(tile, rows, columns, scratch, out=s)
         for teacher in teachers:
-            s -= teacher.weighted_softmaxes(tile, c, d, e, out=spare[0])
+            s -= teacher.weighted_softmaxes(tile, c, d, scratch, out=spare[0])
         product = torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
         scale_gradient += torch.linalg.vecdot(product, x[tile]).sum()
         product *= scale
@@ -165,24 +159,24 @@ def _backward(
 
 
 @_forward.register_fake
-def _(factors: list[Tensor], tile_bytes: int, keep: bool) -> list[Tensor]:
+def _(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
     x, y, _ = factors[:3]
     rows, columns, none = x.new_empty(len(x)), x.new_empty(len(y)), x.new_empty(0)
     divergences = [none, none] if len(factors) == 3 else [rows, columns]
-    statistics = [rows, rows, columns, x.new_empty(len(x) if keep else 0, len(y))] * (len(factors) // 3)
+    statistics = [rows, columns, x.new_empty(len(x) if keep else 0, len(y))] * (len(factors) // 3)
     return [torch.empty_like(t) for t in (rows, columns, *divergences, *statistics)]
 
 
 @_backward.register_fake
 def _(
-    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_bytes: int
+    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, y, scale = factors[:3]
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
 
 
 def _save(ctx: Any, inputs: tuple[list[Tensor], int, bool], output: list[Tensor]) -> None:
-    factors, ctx.tile_bytes, _ = inputs
+    factors, ctx.tile_rows, _ = inputs
     ctx.count = len(factors)
     ctx.set_materialize_grads(False)  # the kept exponentials are an output too, and have no gradient
     ctx.save_for_backward(*factors, *output)
@@ -194,7 +188,7 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tenso
         torch.zeros_like(output) if gradient is None else gradient.contiguous()
         for gradient, output in zip(gradients[:4], outputs[:4], strict=True)
     ]
-    student = _backward(upstream, factors, outputs[4:], ctx.tile_bytes)
+    student = _backward(upstream, factors, outputs[4:], ctx.tile_rows)
     return [*student, *[None] * (ctx.count - 3)], None, None
 
 
@@ -206,16 +200,19 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
 
 
-def _tiles(x: Tensor, y: Tensor, tile_bytes: int) -> list[slice]:
-    rows = max(1, min(len(x), tile_bytes // (len(y) * y.element_size())))
+def _tile_rows(x: Tensor, y: Tensor) -> int:
+    return min(len(x), max(TILE_ROWS, TILE_BYTES // (len(y) * y.element_size())))
+
+
+def _tiles(x: Tensor, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
 
 
 def _no_statistics(x: Tensor, m: int, keep: bool) -> list[Tensor]:
-    """Room for u, row lse, column lse and exponentials; column lse adds up from log 0 in float64."""
+    """Room for row lse, column lse and row softmaxes; column lse adds up from log 0 in float64."""
     n = len(x)
     columns = x.new_full((m,), -torch.inf, dtype=torch.float64)
-    return [x.new_empty(n), x.new_empty(n), columns, x.new_empty(n if keep else 0, m)]
+    return [x.new_empty(n), columns, x.new_empty(n if keep else 0, m)]
 
 
 def _representable(exponent: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # On a CPU a block and its softmax stay in cache from one pass to the next; a GPU needs enough rows to be busy.
-CPU_BLOCK_BYTES = 2**20
+CPU_BLOCK_BYTES = 2**20  # for each thread
 GPU_BLOCK_BYTES = 2**26
 
 
@@ -27,7 +27,7 @@ def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
     """How many rows of ``scores`` make a block when held in ``dtype``."""
     if torch.compiler.is_compiling():  # the compiler fuses the passes itself
         return max(1, len(scores))
-    size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES
+    size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
     return max(1, size // (scores.shape[1] * dtype.itemsize))
 
 

@@ -105,23 +105,23 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
 def _scan(logits: Tensor, target: Tensor) -> _Data:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    tops, owns, means, masked = [], [], [], False
-    step = block_rows(logits, dtype)
-    for scores, labels in zip(logits.split(step), target.split(step), strict=True):
-        scores = scores.to(dtype)
-        top = scores.amax(1)
-        if not top.isfinite().all():
+    top, own, means = logits.new_empty(3, len(logits), dtype=dtype)
+    step, masked = block_rows(logits, dtype), False
+    buffer = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        scores = logits[rows].to(dtype)
+        torch.amax(scores, 1, out=top[rows])
+        if not top[rows].isfinite().all():
             check_softmax_exists(target, logits=logits)
-        differences = scores - top[:, None]
-        mean = differences.mean(1)
-        if mean.isneginf().any():
+        differences = torch.sub(scores, top[rows, None], out=buffer[: len(scores)])
+        own[rows] = differences.gather(1, target[rows, None])[:, 0]
+        torch.mean(differences, 1, out=means[rows])
+        if means[rows].isneginf().any():
             masked = True
             hidden = differences.isneginf()
-            mean = differences.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)
-        tops.append(top)
-        owns.append(differences.gather(1, labels[:, None])[:, 0])
-        means.append(mean)
-    data = _Data(logits, torch.cat(tops), torch.cat(owns), torch.cat(means), masked)
+            means[rows] = differences.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)
+    data = _Data(logits, top, own, means, masked)
     if masked and data.own.isneginf().any():
         row = int(data.own.isneginf().nonzero()[0])
         raise ValueError(

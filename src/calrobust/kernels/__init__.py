@@ -88,13 +88,13 @@ def pair_statistics(
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
         columns = scale * (y @ (x.sum(0) / ranks.total))
         if labels is None:
-            row_positive = column_positive = scale * _dots(x, y[ranks.own])
+            row_positive = column_positive = scale * torch.linalg.vecdot(x, y[ranks.own])
             column_mean = ranks.scatter_sum(columns)
         else:
             classes, counts = _classes(ranks.gather(labels, labels.dtype), dtype)
             own = classes[ranks.own]
-            row_positive = scale * _dots(x, _class_sums(y, classes, ranks.total)[own]) / counts[ranks.own]
-            texts = scale * _dots(y, _class_sums(x, own, ranks.total)[classes]) / counts
+            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, ranks.total)[own]) / counts[ranks.own]
+            texts = scale * torch.linalg.vecdot(y, _class_sums(x, own, ranks.total)[classes]) / counts
             column_mean, column_positive = ranks.scatter_sum(torch.stack([columns, texts], 1)).T
         row_mean = scale * (x @ y.mean(0))
         student, frozen = (x, y, scale), None
@@ -145,11 +145,6 @@ def _scale(logit_scale: Tensor | float, temperature: float, device: torch.device
     if not isinstance(logit_scale, Tensor):
         return torch.full((), logit_scale / temperature, dtype=dtype, device=device)
     return logit_scale.reshape(()).to(device, dtype) / temperature
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """Of corresponding rows; a batched product needs no temporary of the features' size."""
-    return (x[:, None] @ y[:, :, None])[:, 0, 0]
 
 
 def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -354,3 +354,18 @@ def check_sequence(**sequences: Any) -> None:
     for name, value in sequences.items():
         if not isinstance(value, Sequence):
             raise TypeError(f"{name} must be a sequence such as a list, got {type(value).__name__}")
+
+
+def check_instance(kind: type, fix: str, **objects: Any) -> None:
+    """Raises ``TypeError`` for an argument that is no instance of ``kind``."""
+    for name, value in objects.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}; {fix}")
+
+
+def check_attributes(names: Sequence[str], fix: str, **objects: Any) -> None:
+    """Raises ``TypeError`` for an argument that lacks one of the attributes, or has ``None`` there."""
+    for name, value in objects.items():
+        missing = [attribute for attribute in names if getattr(value, attribute, None) is None]
+        if missing:
+            raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")

@@ -41,9 +41,18 @@ class CaRotEpochs:
         self.teacher: cr.EMATeacher | None = None
 
     def __call__(
-        self, model: Any, data: Any, _: Any, epoch: int, optimizer: Any, scaler: Any, scheduler: Any, __: Any, args: Any,
+        self,
+        model: Any,
+        data: Any,
+        loss: Any,
+        epoch: int,
+        optimizer: Any,
+        scaler: Any,
+        scheduler: Any,
+        dist_model: Any,
+        args: Any,
         tb_writer: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One epoch; the teacher is made in the first and kept beside each of open_clip's checkpoints."""
         checkpoints = Path(args.checkpoint_path)
         if self.teacher is None:
@@ -80,8 +89,12 @@ def main(options: list[str]) -> int | None:
     open_clip.add_model_config(FOLDER / "tiny-clip.json")
     criterion = cr.MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * cr.MultimodalDistillationLoss()
     trainer.train_one_epoch = CaRotEpochs(criterion)
-    defaults = f"--model tiny-clip --train-data {data} --logs {FOLDER} --name carot --device cpu --batch-size 8 --epochs 2"
-    return trainer.main([*defaults.split(), "--lr", "1e-3", "--warmup", "2", "--workers", "0", "--precision", "fp32", *options])
+    defaults = (
+        f"--model tiny-clip --train-data {data} --logs {FOLDER} --name carot --device cpu --batch-size 8 --epochs 2"
+    )
+    return trainer.main(
+        [*defaults.split(), "--lr", "1e-3", "--warmup", "2", "--workers", "0", "--precision", "fp32", *options]
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+
+import large_batch
+import pytest
+import torch
+from large_batch import TwoTowers, backward_in_chunks
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from calrobust import CaRotLoss, EMATeacher
+
+
+class HeldForBackward(torch.autograd.graph.saved_tensors_hooks):
+    """Measures the most bytes that autograd held for backward at any one time, the data aside, each storage once."""
+
+    def __init__(self, *data: Tensor) -> None:
+        self.peak = self.now = 0
+        self.holders = {tensor.data_ptr(): 1 for tensor in data}
+        super().__init__(self._pack, lambda packed: packed[0])
+
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, _Token]:
+        key, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        self.now += 0 if self.holders.get(key) else size
+        self.holders[key] = self.holders.get(key, 0) + 1
+        self.peak = max(self.peak, self.now)
+        token = _Token()
+        weakref.finalize(token, self._release, key, size)
+        return tensor, token
+
+    def _release(self, key: int, size: int) -> None:
+        self.holders[key] -= 1
+        self.now -= 0 if self.holders[key] else size
+
+
+class _Token:
+    """Dies with the graph."""
+
+
+def batch(pairs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Made-up pictures and texts."""
+    return torch.randn(pairs, 64, dtype=dtype), torch.randn(pairs, 64, dtype=dtype)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Of each parameter, taken away from it."""
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(found) == len(list(model.parameters()))
+    model.zero_grad()
+    return found
+
+
+CRITERION = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5, memory_budget=2**20)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13])
+def test_chunks_give_the_gradients_of_one_batch(chunk: int) -> None:
+    """Of weights and logit scale, uneven last chunk included."""
+    model, pairs = TwoTowers().double(), batch(13, torch.float64)
+    teacher = EMATeacher(TwoTowers().double())
+    loss = backward_in_chunks(CRITERION, model, teacher, *pairs, chunk)
+    in_chunks = gradients(model)
+    whole = CRITERION(*model(*pairs), *teacher(*pairs))
+    whole.backward()
+    assert_close(loss, whole.detach())
+    for a, b in zip(in_chunks, gradients(model), strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_falls_alike_in_both_passes() -> None:
+    """The step lowers the loss that was evaluated: its gradient is the derivative of that very draw."""
+    model, pairs = TwoTowers(dropout=0.5).double(), batch(8, torch.float64)
+    teacher = EMATeacher(model)
+    bias = model.visual[-1].bias
+
+    def loss() -> float:
+        torch.manual_seed(3)
+        return backward_in_chunks(CRITERION, model, teacher, *pairs, 4).item()
+
+    loss()
+    assert bias.grad is not None
+    slope, around = bias.grad[5].item(), []
+    for step in (1e-5, -2e-5):
+        bias.data[5] += step
+        around.append(loss())
+    assert slope == pytest.approx((around[0] - around[1]) / 2e-5, rel=1e-5)
+
+
+def test_memory_is_that_of_one_chunk() -> None:
+    """4,096 pairs hold little more for backward than 256, and a tenth of what they hold at once."""
+    model = TwoTowers()
+    teacher = EMATeacher(model)
+    held = {}
+    for pairs, chunk in ((256, 256), (4096, 256), (4096, 4096)):
+        data = batch(pairs)
+        meter = HeldForBackward(*data)
+        with meter:
+            backward_in_chunks(CRITERION, model, teacher, *data, chunk)
+        held[pairs, chunk] = meter.peak
+    assert held[4096, 256] < 1.1 * held[256, 256]
+    assert held[4096, 256] < held[4096, 4096] / 10
+
+
+def test_runs_as_documented() -> None:
+    """And finds no difference but rounding."""
+    result = subprocess.run([sys.executable, large_batch.__file__], capture_output=True, text=True, check=True)
+    words = result.stdout.split()
+    assert float(words[words.index("to") + 1]) < 1e-4

@@ -50,7 +50,9 @@ def test_stands_in_for_distill_clip_loss() -> None:
     inputs = tuple(student.values())
     named = OpenClipLoss(CAROT)(**student, **teacher, output_dict=True)
     assert list(named) == ["contrastive_loss", "distillation_loss"]
-    assert_close(OpenClipLoss(CAROT)(*inputs, *teacher.values()), named["contrastive_loss"] + named["distillation_loss"])
+    assert_close(
+        OpenClipLoss(CAROT)(*inputs, *teacher.values()), named["contrastive_loss"] + named["distillation_loss"]
+    )
     contrastive, distillation = DistillClipLoss()(**student, **teacher)
     ours = oracles.gradients(OpenClipLoss(CAROT)(**student, **teacher), *inputs)
     for a, b in zip(ours, oracles.gradients(contrastive + 3 * distillation, *inputs), strict=True):

@@ -65,7 +65,7 @@ class OpenClipLoss(nn.Module):
             dist_image_features: the teacher's, shape ``[N, E]``; with the next two, or none of the three.
             dist_text_features: the teacher's, shape ``[N, E]``.
             dist_logit_scale: the teacher's own.
-            logit_bias: of a model that has one. It shifts all logits alike, so it changes no softmax: its gradient is 0.
+            logit_bias: of a model that has one. It shifts all logits alike and no softmax: its gradient is 0.
             dist_logit_bias: likewise.
             output_dict: whether to give the terms by name, as the trainer asks, which adds them up and logs each.
 

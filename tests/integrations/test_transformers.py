@@ -1,0 +1,169 @@
+"""The teacher beside a Trainer, and features out of Transformers' models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Trainer, TrainingArguments
+
+from calrobust import EMATeacher
+from calrobust.integrations.transformers import EMATeacherCallback, clip_features
+
+TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+TEXT, VISION = {**TOWER, "vocab_size": 9, "eos_token_id": 8}, {**TOWER, "image_size": 4, "patch_size": 2}
+INPUTS = {"input_ids": torch.tensor([[1, 8]] * 3), "pixel_values": torch.rand(3, 3, 4, 4)}
+
+
+class Line(nn.Module):
+    """A model that a Trainer can train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.linear(x) - 1).square().mean()}
+
+
+class Follower(EMATeacher):
+    """Remembers what it was shown."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__(student, decay=0.5)
+        self.seen: list[Tensor] = []
+
+    def update(self, student: nn.Module) -> None:
+        self.seen.append(student.get_parameter("linear.weight").detach().clone())
+        super().update(student)
+
+
+def trainer(folder: Path, teacher: EMATeacher, student: nn.Module, **options: Any) -> Trainer:
+    """Three steps an epoch, of two batches each."""
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        save_strategy="epoch",
+        use_cpu=True,
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    data = [{"x": torch.tensor([float(i)])} for i in range(12)]
+    callback = EMATeacherCallback(teacher, student)
+    return Trainer(student, arguments, train_dataset=data, callbacks=[callback])
+
+
+def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path) -> None:
+    """Three steps of two batches are three updates, each with weights that have moved."""
+    student = Line()
+    teacher = Follower(student)
+    start = student.linear.weight.detach().clone()
+    trainer(tmp_path, teacher, student, num_train_epochs=1).train()
+    assert len(teacher.seen) == teacher.step == 3
+    for before, after in zip([start, *teacher.seen], teacher.seen, strict=False):
+        assert not torch.equal(before, after)
+    assert_close(teacher.seen[-1], student.linear.weight.detach())
+    expected = start
+    for weight in teacher.seen:
+        expected = (expected + weight) / 2
+    assert_close(teacher.module.get_parameter("linear.weight"), expected)
+
+
+def test_resumed_training_ends_where_training_at_one_go_does(tmp_path: Path) -> None:
+    """Teacher and counters included (trap 16)."""
+    torch.manual_seed(0)
+    student = Line()
+    whole = EMATeacher(student)
+    trainer(tmp_path / "whole", whole, student, num_train_epochs=2).train()
+
+    torch.manual_seed(0)
+    student = Line()
+    first = EMATeacher(student)
+    trainer(tmp_path / "parts", first, student, num_train_epochs=2, max_steps=3).train()
+    student = Line()
+    resumed = EMATeacher(student)
+    trainer(tmp_path / "parts", resumed, student, num_train_epochs=2).train(resume_from_checkpoint=True)
+    assert resumed.step == whole.step == 6
+    assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_resuming_without_the_teacher_is_an_error(tmp_path: Path) -> None:
+    """Never a new teacher behind an old student's back (trap 16)."""
+    student = Line()
+    trainer(tmp_path, EMATeacher(student), student, num_train_epochs=1).train()
+    (tmp_path / "checkpoint-3" / "teacher.pt").unlink()
+    again = trainer(tmp_path, EMATeacher(student), student, num_train_epochs=2)
+    with pytest.raises(FileNotFoundError, match=r"resumes at step 3, and .*checkpoint-3.teacher.pt has no teacher"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_part_of_the_model_may_be_the_student(tmp_path: Path) -> None:
+    """What the teacher copied is what it follows."""
+    model = Line()
+    teacher = EMATeacher(model.linear, decay=0.0)
+    run = trainer(tmp_path, teacher, model, num_train_epochs=1)
+    run.remove_callback(EMATeacherCallback)
+    run.add_callback(EMATeacherCallback(teacher, model.linear))
+    run.train()
+    assert_close(teacher.module.state_dict(), model.linear.state_dict())
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_features_are_those_that_the_models_own_logits_are_made_of(family: str) -> None:
+    """Unit norm, exponentiated scale; SigLIP's logits hold a bias besides."""
+    model: Any
+    if family == "clip":
+        model, bias = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4)), 0
+    else:
+        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
+        bias = model.logit_bias
+    output = model(**INPUTS)
+    image_features, text_features, logit_scale = clip_features(output, model)
+    assert logit_scale.shape == ()
+    for features in (image_features, text_features):
+        assert_close(features.norm(dim=1), torch.ones(3))
+    assert_close(logit_scale * image_features @ text_features.T + bias, output.logits_per_image)
+    logit_scale.backward()
+    assert model.logit_scale.grad is not None
+
+
+def test_features_of_a_wrapped_model() -> None:
+    """A teacher's scale is its own and has no gradient; DataParallel hides the model likewise."""
+    model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4))
+    teacher = EMATeacher(model)
+    with torch.no_grad():
+        model.logit_scale.add_(1)
+    *_, student_scale = clip_features(model(**INPUTS), nn.DataParallel(model))
+    *_, teacher_scale = clip_features(teacher(**INPUTS), teacher)
+    assert_close(student_scale / teacher_scale, torch.tensor(1.0).exp())
+    assert not teacher_scale.requires_grad
+
+
+def test_what_has_no_features_is_named() -> None:
+    """A tuple, the output of one tower, a model without a scale."""
+    model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4))
+    with pytest.raises(TypeError, match=r"output must have image_embeds and text_embeds, got tuple.*return_dict=True"):
+        clip_features(model(**INPUTS, return_dict=False), model)
+    with pytest.raises(TypeError, match="output must have image_embeds and text_embeds"):
+        clip_features(model.vision_model(INPUTS["pixel_values"]), model)
+    with pytest.raises(TypeError, match="model must have logit_scale, got Line"):
+        clip_features(model(**INPUTS), Line())
+
+
+def test_wrong_arguments_are_named() -> None:
+    """Where they are passed."""
+    student = Line()
+    with pytest.raises(TypeError, match=r"teacher must be of type EMATeacher, got Line; make it with EMATeacher\(stud"):
+        EMATeacherCallback(student, student)  # type: ignore[arg-type]  # the wrong type is the test
+    with pytest.raises(TypeError, match=r"student must be a torch.nn.Module, got str"):
+        EMATeacherCallback(EMATeacher(student), "student")  # type: ignore[arg-type]  # likewise

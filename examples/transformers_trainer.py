@@ -29,7 +29,9 @@ def make_data(pairs: int, seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(10, (pairs,), generator=generator)
     images = words.view(-1, 1, 1, 1) / 10 + 0.1 * torch.randn(pairs, 3, 16, 16, generator=generator)
-    return [{"input_ids": torch.tensor([1, word, 99]), "pixel_values": x} for word, x in zip(words, images, strict=True)]
+    return [
+        {"input_ids": torch.tensor([1, word, 99]), "pixel_values": x} for word, x in zip(words, images, strict=True)
+    ]
 
 
 class CaRotTrainer(Trainer):

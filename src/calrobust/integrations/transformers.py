@@ -41,7 +41,7 @@ class EMATeacherCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     Example:
         >>> import tempfile
         >>> import torch
-        >>> from transformers import Trainer, TrainingArguments
+        >>> from transformers import PrinterCallback, Trainer, TrainingArguments
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.transformers import EMATeacherCallback
         >>> class Mean(torch.nn.Module):
@@ -55,9 +55,11 @@ class EMATeacherCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     arguments = TrainingArguments(
         ...         folder, num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        ...         use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        ...         use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
         ...     callback = EMATeacherCallback(teacher, student)
-        ...     _ = Trainer(student, arguments, train_dataset=data, callbacks=[callback]).train()
+        ...     trainer = Trainer(student, arguments, train_dataset=data, callbacks=[callback])
+        ...     trainer.remove_callback(PrinterCallback)
+        ...     _ = trainer.train()
         >>> teacher.step  # 24 samples, 8 to a step
         3
     """
@@ -131,7 +133,9 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor
         (torch.Size([3, 4]), 1.0)
     """
     check_attributes(
-        ("image_embeds", "text_embeds"), "call the model with input_ids, pixel_values and return_dict=True", output=output
+        ("image_embeds", "text_embeds"),
+        "call the model with input_ids, pixel_values and return_dict=True",
+        output=output,
     )
     inner = getattr(model, "module", model)
     check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)

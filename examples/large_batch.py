@@ -5,6 +5,8 @@ back through a second pass over its chunk. The result is the gradient of the big
 ones. Works for every model whose rows do not see each other, so without BatchNorm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -12,37 +14,6 @@ from torch.nn.functional import normalize
 import calrobust as cr
 
 PAIRS, CHUNK = 4096, 256
-
-
-def encode(model: nn.Module, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
-    """Features of one chunk; the seed makes dropout fall alike in both passes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        image_features, text_features, _ = model(*pairs)
-    return image_features, text_features
-
-
-def backward_in_chunks(
-    criterion: cr.losses.PairLoss, model: nn.Module, teacher: nn.Module, images: Tensor, texts: Tensor, chunk: int
-) -> Tensor:
-    """``criterion(*model(images, texts), *teacher(images, texts)).backward()``, with the memory of one chunk."""
-    chunks = list(zip(images.split(chunk), texts.split(chunk), strict=True))
-    seeds = torch.randint(2**62, (len(chunks),)).tolist()
-    with torch.no_grad():
-        features = [encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)]
-        distilled = [teacher(*pairs) for pairs in chunks]
-    image_features, text_features = (torch.cat(side).requires_grad_() for side in zip(*features, strict=True))
-    teacher_images, teacher_texts, teacher_scales = zip(*distilled, strict=True)
-
-    logit_scale = model.log_scale.exp()
-    frozen = (torch.cat(teacher_images), torch.cat(teacher_texts), teacher_scales[0])
-    loss = criterion(image_features, text_features, logit_scale, *frozen)
-    loss.backward()  # reaches the features and the logit scale
-
-    gradients = zip(image_features.grad.split(chunk), text_features.grad.split(chunk), strict=True)
-    for pairs, seed, gradient in zip(chunks, seeds, gradients, strict=True):
-        torch.autograd.backward(encode(model, pairs, seed), gradient)
-    return loss.detach()
 
 
 class TwoTowers(nn.Module):
@@ -66,6 +37,36 @@ class TwoTowers(nn.Module):
         return normalize(self.visual(images), dim=1), normalize(self.textual(texts), dim=1), self.log_scale.exp()
 
 
+def encode(model: TwoTowers, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """Features of one chunk; the seed makes dropout fall alike in both passes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        image_features, text_features, _ = model(*pairs)
+    return image_features, text_features
+
+
+def backward_in_chunks(
+    criterion: cr.losses.PairLoss, model: TwoTowers, teacher: cr.EMATeacher, images: Tensor, texts: Tensor, chunk: int
+) -> Tensor:
+    """``criterion(*model(images, texts), *teacher(images, texts)).backward()``, with the memory of one chunk."""
+    chunks = list(zip(images.split(chunk), texts.split(chunk), strict=True))
+    seeds = torch.randint(2**62, (len(chunks),)).tolist()
+    with torch.no_grad():
+        features = [encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)]
+        distilled = [teacher(*pairs) for pairs in chunks]
+    sides: Any = [torch.cat(side).requires_grad_() for side in zip(*features, strict=True)]
+    teacher_images, teacher_texts, teacher_scales = zip(*distilled, strict=True)
+
+    frozen = (torch.cat(teacher_images), torch.cat(teacher_texts), teacher_scales[0])
+    loss: Tensor = criterion(*sides, model.log_scale.exp(), *frozen)
+    loss.backward()  # reaches the features and the logit scale
+
+    gradients = zip(*(side.grad.split(chunk) for side in sides), strict=True)
+    for pairs, seed, gradient in zip(chunks, seeds, gradients, strict=True):
+        torch.autograd.backward(encode(model, pairs, seed), gradient)
+    return loss.detach()
+
+
 def main() -> None:
     """One step of 4,096 pairs in chunks, and as one batch to compare with."""
     torch.manual_seed(0)
@@ -74,10 +75,10 @@ def main() -> None:
     criterion = cr.CaRotLoss(label_smoothing=0.1, distillation_weight=1.5, memory_budget=16 * 2**20)
 
     loss = backward_in_chunks(criterion, model, teacher, images, texts, CHUNK)
-    in_chunks = [parameter.grad for parameter in model.parameters()]
+    in_chunks: list[Any] = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     criterion(*model(images, texts), *teacher(images, texts)).backward()
-    whole = [parameter.grad for parameter in model.parameters()]
+    whole: list[Any] = [parameter.grad for parameter in model.parameters()]
     difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(in_chunks, whole, strict=True))
     print(f"loss {loss:.4f}; chunks of {CHUNK} give the gradients of all {PAIRS} pairs up to {difference:.0e}")
 

@@ -92,9 +92,10 @@ def main(options: list[str]) -> int | None:
     defaults = (
         f"--model tiny-clip --train-data {data} --logs {FOLDER} --name carot --device cpu --batch-size 8 --epochs 2"
     )
-    return trainer.main(
+    code: int | None = trainer.main(
         [*defaults.split(), "--lr", "1e-3", "--warmup", "2", "--workers", "0", "--precision", "fp32", *options]
     )
+    return code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
 import calrobust as cr
@@ -37,14 +37,18 @@ def make_data(pairs: int, seed: int) -> list[dict[str, Tensor]]:
 class CaRotTrainer(Trainer):
     """A ``Trainer`` of CLIP models with a criterion on pairs and a teacher."""
 
-    def __init__(self, *args: Any, criterion: cr.losses.PairLoss, teacher: cr.EMATeacher, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *args: Any, criterion: cr.losses.PairLoss, teacher: cr.EMATeacher, **kwargs: Any
+    ) -> None:
         """The callback takes care of the teacher."""
-        super().__init__(*args, **kwargs)
-        self.criterion, self.teacher = criterion, teacher
+        super().__init__(model, *args, **kwargs)
+        self.student, self.criterion, self.teacher = model, criterion, teacher
         self.can_return_loss = True  # also in evaluation, where there are no labels to tell it from
-        self.add_callback(EMATeacherCallback(teacher, self.model))
+        self.add_callback(EMATeacherCallback(teacher, model))
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The criterion on what student and teacher return."""
         output = model(**inputs)
         student, teacher = clip_features(output, model), clip_features(self.teacher(**inputs), self.teacher)
@@ -53,7 +57,7 @@ class CaRotTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates the averaged weights."""
-        with self.teacher.swapped_into(self.model):
+        with self.teacher.swapped_into(self.student):
             return super().evaluation_loop(*args, **kwargs)
 
 

@@ -74,7 +74,7 @@ def test_dropout_falls_alike_in_both_passes() -> None:
     """The step lowers the loss that was evaluated: its gradient is the derivative of that very draw."""
     model, pairs = TwoTowers(dropout=0.5).double(), batch(8, torch.float64)
     teacher = EMATeacher(model)
-    bias = model.visual[-1].bias
+    bias = model.visual[-1].get_parameter("bias")
 
     def loss() -> float:
         torch.manual_seed(3)

@@ -34,16 +34,20 @@ class Line(LightningModule):
         self.evaluated: list[Tensor] = []
 
     def training_step(self, batch: Tensor) -> Tensor:
+        """Mean squared error."""
         loss: Tensor = (self.linear(batch) - 1).square().mean()
         return loss
 
     def validation_step(self, batch: Tensor) -> None:
+        """Remembers."""
         self.evaluated.append(self.linear.weight.detach().clone())
 
     def test_step(self, batch: Tensor) -> None:
+        """Likewise."""
         self.validation_step(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD on the line."""
         return torch.optim.SGD(self.linear.parameters(), lr=0.1)
 
 
@@ -55,11 +59,12 @@ class Follower(EMATeacher):
         self.seen: list[Tensor] = []
 
     def update(self, student: nn.Module) -> None:
+        """Remembers the weight."""
         self.seen.append(student.get_parameter("weight").detach().clone())
         super().update(student)
 
 
-BATCHES = DataLoader(torch.arange(12.0).view(6, 2, 1) / 10)  # type: ignore[arg-type]  # a tensor is a Dataset to torch
+BATCHES = DataLoader[Tensor](torch.arange(12.0).view(6, 2, 1) / 10)  # type: ignore[arg-type]  # a tensor will do
 
 
 def trainer(folder: Path, callback: EMATeacherCallback, **options: Any) -> Trainer:

@@ -27,6 +27,7 @@ class Line(nn.Module):
         self.linear = nn.Linear(1, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Mean squared error."""
         return {"loss": (self.linear(x) - 1).square().mean()}
 
 
@@ -38,6 +39,7 @@ class Follower(EMATeacher):
         self.seen: list[Tensor] = []
 
     def update(self, student: nn.Module) -> None:
+        """Remembers the weight."""
         self.seen.append(student.get_parameter("linear.weight").detach().clone())
         super().update(student)
 

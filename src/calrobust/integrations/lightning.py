@@ -15,6 +15,8 @@ try:
 except ImportError as error:
     raise ImportError("calrobust.integrations.lightning needs lightning: pip install 'calrobust[lightning]'") from error
 
+__all__ = ["EMATeacherCallback"]
+
 
 class EMATeacherCallback(Callback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from calrobust._checks import check_instance
 from calrobust.losses import PairLoss
 
+__all__ = ["OpenClipLoss"]
+
 
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called as open_clip calls its ``ClipLoss`` and ``DistillClipLoss``.

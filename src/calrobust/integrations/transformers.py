@@ -18,8 +18,10 @@ except ImportError as error:
         "calrobust.integrations.transformers needs transformers: pip install 'calrobust[transformers]'"
     ) from error
 
+__all__ = ["EMATeacherCallback", "clip_features"]
 
-class EMATeacherCallback(TrainerCallback):  # type: ignore[misc]  # transformers is typed for its own checker only
+
+class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
     :meth:`EMATeacher.update <calrobust.EMATeacher.update>` is called after each step of the optimiser, not after the
@@ -95,7 +97,7 @@ class EMATeacherCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
 
 def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "teacher.pt"
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "teacher.pt"
 
 
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,11 +134,8 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor
         >>> image_features.shape, logit_scale.item()
         (torch.Size([3, 4]), 1.0)
     """
-    check_attributes(
-        ("image_embeds", "text_embeds"),
-        "call the model with input_ids, pixel_values and return_dict=True",
-        output=output,
-    )
-    inner = getattr(model, "module", model)
+    fix = "call the model with input_ids, pixel_values and return_dict=True"
+    check_attributes(("image_embeds", "text_embeds"), fix, output=output)
+    inner: Any = getattr(model, "module", model)
     check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)
     return output.image_embeds, output.text_embeds, inner.logit_scale.exp().reshape(())

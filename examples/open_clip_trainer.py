@@ -58,8 +58,9 @@ class CaRotEpochs:
         if self.teacher is None:
             self.teacher = teacher = cr.EMATeacher(model, decay=0.9)
             if epoch > 0:
-                teacher.load_state_dict(torch.load(checkpoints / f"teacher_{epoch}.pth", map_location=args.device))
-            # After each step of the optimiser, which a GradScaler may skip.
+                kept = torch.load(checkpoints / f"teacher_{epoch}.pth", map_location=args.device, weights_only=True)
+                teacher.load_state_dict(kept)
+            # After each step of the optimiser: a step that a GradScaler skips calls no hook.
             optimizer.register_step_post_hook(lambda *_: teacher.update(model))
         args.distill = True  # "run the dist_model on each batch and give the loss what it returns"
         self.train_one_epoch(

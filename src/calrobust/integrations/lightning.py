@@ -29,7 +29,8 @@ class EMATeacherCallback(Callback):
     Args:
         teacher: the teacher, which the callback moves to the module's device.
         student: what it follows: the ``LightningModule``, or the part of it that the teacher copied.
-        evaluate_teacher: whether validation and test run with the averaged weights in the student.
+        evaluate_teacher: whether validation and test run with the averaged weights in the student. Checkpoints hold the
+            student's own in any case, and the teacher beside them.
 
     Raises:
         TypeError: ``teacher`` is no :class:`~calrobust.EMATeacher`, or ``student`` no module.

@@ -39,6 +39,6 @@ napoleon_use_rtype = False
 
 # Names of other projects: the build must be green without a network, so their inventories cannot be fetched.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|torchmetrics|nn|matplotlib|pandas|numpy|collections|typing|os)(\..*)?"),
+    ("py:.*", r"(torch|torchmetrics|nn|matplotlib|pandas|numpy|transformers|lightning|collections|typing|os)(\..*)?"),
     ("py:class", r"Axes|Figure|Impl|Norm|ProcessGroup|Reduction|_Term"),  # aliases and private names in signatures
 ]

@@ -13,10 +13,11 @@ import pytest
 
 import calrobust
 from calrobust import functional, losses, metrics, plotting, schedules
+from calrobust.integrations import lightning, open_clip, transformers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "calrobust"
-PUBLIC = [calrobust, functional, losses, metrics, plotting, schedules]
+PUBLIC = [calrobust, functional, losses, metrics, plotting, schedules, lightning, open_clip, transformers]
 
 
 def dotted(path: Path) -> str:

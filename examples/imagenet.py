@@ -1,13 +1,14 @@
-"""CaRot and the methods it is compared with, on ImageNet and its shifts, with any open_clip model.
+r"""CaRot and the methods it is compared with, on ImageNet and its shifts, with any open_clip model.
 
     torchrun --nproc-per-node 8 examples/imagenet.py --method carot --model ViT-B-16 --pretrained openai \
         --train imagenet/train --val imagenet/val --ood v2=imagenetv2 --ood r=imagenet-r --ood a=imagenet-a \
         --ood sketch=sketch --ood objectnet=objectnet/images --map objectnet=objectnet.txt --out runs/carot
 
 Also runs as ``python examples/imagenet.py ...`` on one device. A preset for each ``--method`` holds the
-hyper-parameters; every one can be overridden. Written to ``--out`` are checkpoints (``--resume`` goes on from the last one), logs, the
-weights and a report on accuracy and calibration. The temperature, and WiSE-FT's alpha, are fitted on a part of the training
-data that no step sees. Read on in ``examples/imagenet/``; ``methods.py`` is where calrobust does its work.
+hyper-parameters; every one can be overridden. Written to ``--out`` are checkpoints (``--resume`` goes on from the last
+one), logs, the weights and a report on accuracy and calibration. The temperature, and WiSE-FT's alpha, are fitted on a
+part of the training data that no step sees. Read on in ``examples/imagenet/``; ``methods.py`` is where calrobust does
+its work.
 """
 
 from __future__ import annotations

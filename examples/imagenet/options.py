@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--val", type=Path, required=True, help="the ID test set, of the same classes")
     add("--ood", type=_named, action="append", default=[], metavar="NAME=DIR", help="a shifted test set; any number")
     add("--map", type=_named, action="append", default=[], dest="maps", metavar="NAME=FILE",
-        help="for a set whose folders bear other names: lines of a folder and its synset ids, apart by tabs")  # fmt: skip
+        help="for an --ood of other folder names: lines of a folder and its synset ids, tabs between")  # fmt: skip
     add("--classes", type=Path, help="lines of a synset id and names, as LOC_synset_mapping.txt; default: open_clip's")
     add("--held-out", type=_fraction, default=0.01, help="share of --train that T and alpha are fitted on")
     add("--on-bad-image", choices=("skip", "stop"), default="skip", help="what an unreadable picture does")

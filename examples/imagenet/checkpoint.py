@@ -18,9 +18,7 @@ NAME = "checkpoint.pt"
 
 def write_atomically(path: Path, content: object) -> None:
     """``torch.save`` beside ``path``, then a rename: who reads, or is cut off, never sees half a file."""
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # of a fixed name, so that a run that was cut off leaves one at most
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that killed runs leave one such file at most
     with temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()

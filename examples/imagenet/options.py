@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--map", type=_named, action="append", default=[], dest="maps", metavar="NAME=FILE",
         help="for an --ood of other folder names: lines of a folder and its synset ids, tabs between")  # fmt: skip
     add("--classes", type=Path, help="lines of a synset id and names, as LOC_synset_mapping.txt; default: open_clip's")
-    add("--held-out", type=_fraction, default=0.01, help="share of --train that T and alpha are fitted on (default: 0.01)")
+    add("--held-out", type=_fraction, default=0.01, help="share of --train that T and alpha are fitted on (0.01)")
     add("--on-bad-image", choices=("skip", "stop"), default="skip", help="what an unreadable picture does")
     add("--out", type=Path, required=True, help="folder for checkpoints, logs and results")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")

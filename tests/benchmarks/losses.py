@@ -153,8 +153,8 @@ def _linear() -> list[Row]:
 def _memory() -> Table:
     table = Table(
         "Losses: extra memory",
-        f"D = {WIDTH}, float32, forward + backward; peak resident set above inputs and libraries, each candidate in a "
-        f"process of its own, {torch.get_num_threads()} thread.",
+        f"D = {WIDTH}, float32, forward + backward; peak resident set above inputs and libraries, freed blocks "
+        f"returned at once, each candidate in a process of its own, {torch.get_num_threads()} thread.",
     )
     curves: dict[str, dict[int, float]] = {name: {} for name in _present(PLAIN + TAUGHT)}
     for size in (*SIZES, LARGEST):

@@ -170,14 +170,20 @@ def peak_memory(build: Build, *args: Any, warm_up: Sequence[Any]) -> float:
 
 def _peak(build: Build, args: tuple[Any, ...], warm_up: tuple[Any, ...], threads: int) -> float:
     torch.set_num_threads(threads)
+    _return_what_is_freed()
     build(*warm_up)()
     call = build(*args)
     gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # else the call may fill what an earlier one freed, and seem to take nothing
     before = _reset_peak()
     call()
     return (_high_water_mark() - before) / MIB
+
+
+def _return_what_is_freed() -> None:
+    """Maps blocks from 1 MiB on one by one, as glibc does until it learns to keep freed ones, of up to 32 MiB."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, MIB)
 
 
 def _reset_peak() -> float:

@@ -137,7 +137,8 @@ def _bootstrap(logits: Tensor, target: Tensor) -> list[Row]:
 def _state(logits: Tensor, target: Tensor) -> Table:
     table = Table(
         "Metrics: memory",
-        f"The same logits. Extra memory: peak resident set above logits and libraries, in a process of its own, "
+        "The same logits. Extra memory: peak resident set above logits and libraries, freed blocks returned at once, "
+        "in a process of its own, "
         f"{torch.get_num_threads()} threads. State: bytes that a metric holds after all samples.",
     )
     theirs = peak_memory(build, "torchmetrics", ROWS, CLASSES, warm_up=("torchmetrics", 16, CLASSES))

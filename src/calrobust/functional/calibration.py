@@ -322,16 +322,20 @@ def bin_classes(
         own = block.probs.gather(1, block.target[:, None])[:, 0].double()
         index = block.target * n_bins + bin_index(own, n_bins)
         correct_sums.index_add_(0, index, torch.ones_like(own))
-        # A row has at most 2 * n_bins probabilities this high, so with many classes almost all are known to be in the
-        # first bin without a search. Half a bin's width keeps rounding of the comparison away from the edge.
-        high = block.probs >= 0.5 / n_bins
-        classes = high.nonzero()[:, 1]
-        probs = block.probs[high].double()
+        if block.probs.is_cuda or torch.compiler.is_compiling():  # there, no shape should depend on values
+            classes = torch.arange(n_classes, device=preds.device).expand_as(block.probs).flatten()
+            probs = block.probs.flatten().double()
+        else:
+            # A row has at most 2 * n_bins probabilities this high, so with many classes almost all are known to be in
+            # the first bin without a search. Half a bin's width keeps rounding of the comparison away from the edge.
+            high = block.probs >= 0.5 / n_bins
+            classes = high.nonzero()[:, 1]
+            probs = block.probs[high].double()
+            lowest[0] += len(high) - high.sum(0)
+            lowest[1] += block.probs.masked_fill_(high, 0).sum(0, dtype=torch.float64)
         index = classes * n_bins + bin_index(probs, n_bins)
         counts.index_add_(0, index, torch.ones_like(probs))
         confidence_sums.index_add_(0, index, probs)
-        lowest[0] += len(high) - high.sum(0)
-        lowest[1] += block.probs.masked_fill_(high, 0).sum(0, dtype=torch.float64)
     counts[::n_bins] += lowest[0]
     confidence_sums[::n_bins] += lowest[1]
     return Bins(*(sums.view(n_classes, n_bins) for sums in (counts, confidence_sums, correct_sums)))

@@ -49,7 +49,7 @@ def main() -> None:
             fully_shard(tower, mesh=mesh)
         fully_shard(module, mesh=mesh)
     criterion = cr.CaRotLoss(label_smoothing=0.1, distillation_weight=0.5, gather=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)  # a logit scale should never decay
 
     images, texts = torch.randn(64, 64, device=device), torch.randn(64, 48, device=device)
     own = torch.arange(64)[rank::world_size]

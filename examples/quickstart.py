@@ -31,7 +31,7 @@ model = TwoTowers()
 teacher = cr.EMATeacher(model, decay=0.99)
 criterion = cr.MultimodalContrastiveLoss(label_smoothing=0.05) + 1.5 * cr.MultimodalDistillationLoss()
 orthogonality = cr.OrthogonalityLoss()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)  # a logit scale should never decay
 
 for _ in range(30):
     for batch in torch.arange(1500)[train].split(50):

@@ -168,6 +168,31 @@ def test_a_sum_takes_open_clips_output_by_name() -> None:
     assert_close(MultimodalContrastiveLoss()(**output), MultimodalContrastiveLoss()(*STUDENT))
 
 
+@pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
+def test_a_scaled_loss_is_unscaled_to_the_same_step(impl: Any) -> None:
+    """GradScaler's factor passes through backward to the bit; a gradient clipped before unscale_ is lost (trap 10)."""
+    start = unit_rows(9, 4, 5, torch.float32)
+    images, text = torch.eye(9)[:7], unit_rows(7, 4, 1, torch.float32)
+    teacher = (unit_rows(7, 5, 2, torch.float32), unit_rows(7, 5, 3, torch.float32), 15.0)
+    criterion = MultimodalContrastiveLoss(impl=impl) + 1.5 * MultimodalDistillationLoss(impl=impl)
+
+    def step(order: str) -> Any:
+        weight = torch.nn.Parameter(start.clone())
+        optimizer, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu", enabled=order != "unscaled")
+        scaler.scale(criterion(images @ weight, text, 20.0, *teacher)).backward()
+        if order == "unscale, clip":
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([weight], 1e-2)
+        scaler.step(optimizer)
+        return weight.detach() - start, norm
+
+    (plain, norm), (unscaled, same), (lost, _) = (step(s) for s in ("unscaled", "unscale, clip", "clip, unscale"))
+    assert norm > 1e-2
+    assert norm == same
+    assert torch.equal(unscaled, plain)
+    assert lost.norm() < plain.norm() / 1000
+
+
 def test_a_sum_compiles_without_a_graph_break() -> None:
     """torch.compile(fullgraph=True), value and gradient."""
     criterion = MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * MultimodalDistillationLoss()

@@ -136,7 +136,7 @@ def test_terms_add_up_and_the_teacher_moves(made: Path, tmp_path: Path, main: Ca
 
 
 def test_only_matrices_decay(made: Path, tmp_path: Path, main: Callable[[list[str]], None]) -> None:
-    """Logit scale, biases and norms are in the group without weight decay."""
+    """Logit scale, biases and norms are in the group without weight decay (trap 8)."""
     main(options(made, tmp_path, method="flyp"))
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     decays, stays = saved["optimizer"]["param_groups"]
@@ -144,6 +144,39 @@ def test_only_matrices_decay(made: Path, tmp_path: Path, main: Callable[[list[st
     moments = saved["optimizer"]["state"]
     assert all(moments[index]["exp_avg"].ndim >= 2 for index in decays["params"])
     assert all(moments[index]["exp_avg"].ndim < 2 for index in stays["params"])
+
+
+def test_the_logit_scale_stops_at_a_hundred(made: Path, tmp_path: Path, main: Callable[[list[str]], None]) -> None:
+    """Also if it was above before (trap 8)."""
+    main(options(made, tmp_path / "first", method="flyp"))
+    weights = torch.load(tmp_path / "first" / "model.pt", weights_only=True)
+    torch.save(weights | {"logit_scale": torch.tensor(5.0)}, tmp_path / "steep.pt")
+    main(options(made, tmp_path / "second", "--pretrained", str(tmp_path / "steep.pt"), method="flyp"))
+    scales = [value for (_, name), value in logged(tmp_path / "second").items() if name == "logit_scale"]
+    assert scales[0] == pytest.approx(100)
+    assert max(scales) < 100.001
+
+
+def test_the_ood_mean_is_over_the_shifted_sets_alone(
+    made: Path, tmp_path: Path, main: Callable[[list[str]], None]
+) -> None:
+    """Each counts once, whatever its size, and neither the ID set nor any other column is among them (trap 34)."""
+    shifts = ("subset", "numbered", "renamed")
+    sets = [option for name in shifts for option in ("--ood", f"{name}={made / name}")]
+    main(options(made, tmp_path, *sets, "--map", f"renamed={made / 'renamed.txt'}", method="zs"))
+    with (tmp_path / "report.csv").open() as file:
+        accuracy = {row["domain"]: float(row["accuracy"]) for row in csv.DictReader(file)}
+    row = (tmp_path / "report.md").read_text().splitlines()[2].split("|")
+    assert float(row[2].split()[0]) == pytest.approx(100 * accuracy["ID"], abs=0.06)
+    assert float(row[3].split()[0]) == pytest.approx(100 * sum(accuracy[name] for name in shifts) / 3, abs=0.06)
+
+
+def test_float16_is_not_offered(
+    made: Path, tmp_path: Path, main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing here scales a loss, so that no gradient is clipped while it is scaled (trap 10)."""
+    refusal(main, options(made, tmp_path, "--precision", "fp16"))
+    assert "invalid choice: 'fp16'" in capsys.readouterr().err
 
 
 # Dies where its second checkpoint would appear: written beside the first, not yet renamed.
@@ -168,7 +201,7 @@ runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 def test_a_killed_run_goes_on_bit_for_bit(
     method: str, made: Path, tmp_path: Path, main: Callable[[list[str]], None]
 ) -> None:
-    """SIGKILL in mid-epoch, while a checkpoint is written: weights, teacher, optimiser and log are those of one run."""
+    """SIGKILL in a checkpoint's write: weights, teacher, optimiser and log are those of one run (trap 16)."""
     more = ("--epochs", "3", "--batch-size", "4", "--checkpoint-every", "3", "--accumulate", "2")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(SCRIPT), *options(made, cut, *more, method=method)],

@@ -19,6 +19,7 @@ from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier
 from shift_table.pretraining import Pretraining, pretrained_clip
 from shift_table.rows import ROWS, FineTuning, Trainer, fine_tuned_rows
 from shift_table.sheet import contact_sheet
+from shift_table.training import optimizer_for, optimizer_step
 from torch import Generator, Tensor
 from torch.testing import assert_close
 from tqdm import tqdm
@@ -283,10 +284,29 @@ class TestRows:
             assert_close(middle[name], (start + end) / 2)
 
     def test_zero_shot_head_has_the_logit_scale_for_norm(self) -> None:
-        """A class weight is a unit-norm caption mean times the logit scale, so its logits are CLIP's."""
+        """A class weight is a unit-norm caption mean times the logit scale, so its logits are CLIP's (trap 33)."""
         clip = new_clip(0).eval()
         norms = zero_shot_classifier(clip).weight.norm(dim=1)
         assert_close(norms, clip.logit_scale.exp().expand(10))
+
+
+def test_the_logit_scale_neither_decays_nor_leaves_its_bounds() -> None:
+    """Without a gradient it stays while matrices shrink; a step too far ends at 100 (trap 8)."""
+    clip = new_clip(0)
+    optimizer, schedule = optimizer_for(
+        clip, steps=10, learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.999), warm_up=0.1
+    )
+    before = {name: parameter.detach().clone() for name, parameter in clip.named_parameters()}
+    for parameter in clip.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_step(clip, optimizer, schedule)
+    assert torch.equal(clip.logit_scale, before["logit_scale"])
+    assert clip.text_projection.norm() < before["text_projection"].norm()
+    clip.logit_scale.grad = torch.tensor(-1e9)
+    with torch.no_grad():
+        clip.logit_scale.fill_(4.6)
+    optimizer_step(clip, optimizer, schedule)
+    assert clip.logit_scale.exp().item() == pytest.approx(100)
 
 
 def figures(**rows: tuple[float, ...]) -> Figures:

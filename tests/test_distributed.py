@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from strategies import class_labels, unit_rows
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from calrobust import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss
+from calrobust import CaRotLoss, EMATeacher, MultimodalContrastiveLoss, MultimodalDistillationLoss
 
 SIZES = {2: [5, 3], 3: [4, 1, 6]}  # uneven, one of them a single pair
 
@@ -163,6 +165,55 @@ def check_fsdp(rank: int, world: int) -> None:
             assert_close(a.grad.full_tensor(), b.grad.view(a.grad.shape), rtol=1e-10, atol=1e-12)
 
 
+def sharded(seed: int, world: int, dtype: torch.dtype) -> tuple[TwoTowers, EMATeacher]:
+    """A student and its teacher, each rank with its shards of both."""
+    student = TwoTowers(seed)
+    student.log_scale = nn.Parameter(student.log_scale.detach()[None])  # FSDP2 shards no scalar
+    teacher = EMATeacher(student.to(dtype), 0.75)
+    mesh = init_device_mesh("cpu", (world,))
+    for module in (student, teacher.module, teacher.masters):
+        if module is not None:
+            fully_shard(module, mesh=mesh)
+    return student, teacher
+
+
+def check_teacher(rank: int, world: int) -> None:
+    """Sharded, it averages as in one process; torch.distributed.checkpoint brings all of it back, bit for bit."""
+
+    def step(student: nn.Module, teacher: EMATeacher, move: float) -> None:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(move)
+        teacher.update(student)
+
+    def full(teacher: EMATeacher) -> list[Tensor]:
+        held = (p for p in teacher.state_dict().values() if isinstance(p, Tensor))
+        return [p.full_tensor() if isinstance(p, DTensor) else p for p in held]
+
+    for dtype in (torch.float64, torch.bfloat16):  # the second has masters
+        student, teacher = sharded(0, world, dtype)
+        whole = TwoTowers(seed=0)
+        whole.log_scale = nn.Parameter(whole.log_scale.detach()[None])
+        reference = EMATeacher(whole.to(dtype), 0.75)
+        for move in (1.0, -3.0):
+            step(student, teacher, move)
+            step(whole, reference, move)
+        assert_close(full(teacher), full(reference), rtol=0, atol=0)
+
+        where: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
+        dist.broadcast_object_list(where)
+        dcp.save(teacher.state_dict(), checkpoint_id=where[0])
+        _, resumed = sharded(1, world, dtype)
+        state = resumed.state_dict()
+        dcp.load(state, checkpoint_id=where[0])
+        resumed.load_state_dict(state)
+        for one in (teacher, resumed):
+            step(student, one, 0.5)
+            step(student, one, -0.5)
+        assert_close(full(resumed), full(teacher), rtol=0, atol=0)
+        assert resumed.step == 4
+
+
 def check_low_precision(rank: int, world: int) -> None:
     """bfloat16 features cross as they are, and their gradients are summed in float32 (trap 7's exactness, at 2e-3)."""
     rows, n = own_rows(world, rank), sum(SIZES[world])
@@ -240,7 +291,16 @@ def check_refusals(rank: int, world: int) -> None:
 
 
 CHECKS = {
-    2: [check_losses, check_values_of_pairs, check_ddp, check_fsdp, check_low_precision, check_bytes, check_refusals],
+    2: [
+        check_losses,
+        check_values_of_pairs,
+        check_ddp,
+        check_fsdp,
+        check_teacher,
+        check_low_precision,
+        check_bytes,
+        check_refusals,
+    ],
     3: [check_losses, check_values_of_pairs, check_ddp, check_subgroup, check_refusals],
 }
 

@@ -63,6 +63,6 @@ def _is_first_maximum(scores: Tensor, labels: Tensor, own: Tensor, top: Tensor, 
         return scores.argmax(1) == labels
     # On a CPU argmax takes longer than the softmax, and only a row whose confidence is at most 1/2 can have a tie.
     correct = own == top
-    maybe_tied = (correct & (confidences < 0.6)).nonzero()[:, 0]
+    maybe_tied = (correct & (confidences < 0.501)).nonzero()[:, 0]
     correct[maybe_tied] = scores[maybe_tied].argmax(1) == labels[maybe_tied]
     return correct

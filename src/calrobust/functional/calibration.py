@@ -78,23 +78,21 @@ def top_label(
     return torch.cat(confidences), torch.cat(correct)
 
 
-def bin_edges(n_bins: int, device: torch.device | None = None) -> Tensor:
-    """float64 ``[n_bins + 1]``: ``k * (1 / n_bins)``, the last edge 1; to the bit what NumPy's ``linspace`` gives."""
-    edges = torch.arange(n_bins + 1, dtype=torch.float64, device=device) * (1 / n_bins)
-    edges[-1] = 1.0
-    return edges
+def inner_edges(n_bins: int, device: torch.device | None = None) -> Tensor:
+    """float64 ``[n_bins - 1]``: ``k * (1 / n_bins)`` between 0 and 1; to the bit what NumPy's ``linspace`` gives."""
+    return torch.arange(1, n_bins, dtype=torch.float64, device=device) * (1 / n_bins)
 
 
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
     """The bin ``[lo, hi)`` of each float64 confidence, the last bin closed."""
-    return torch.bucketize(confidences, bin_edges(n_bins, confidences.device)[1:-1], right=True)
+    return torch.bucketize(confidences, inner_edges(n_bins, confidences.device), right=True)
 
 
 def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, from which :func:`~calrobust.functional.binned_error` computes.
 
     Bins are ``[lo, hi)`` and the last one is closed; edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64, the
-    last set to 1. So 1.0 is in the last bin and 0.0 in the first. netcal has the same bins; torchmetrics puts 1.0 in a
+    last one 1. So 1.0 is in the last bin and 0.0 in the first. netcal has the same bins; torchmetrics puts 1.0 in a
     bin of its own and compares with float32 edges.
 
     Args:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from strategies import class_labels, unit_rows
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -202,10 +203,10 @@ def check_teacher(rank: int, world: int) -> None:
 
         where: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
         dist.broadcast_object_list(where)
-        dcp.save(teacher.state_dict(), checkpoint_id=where[0])
+        save(teacher.state_dict(), checkpoint_id=where[0])
         _, resumed = sharded(1, world, dtype)
         state = resumed.state_dict()
-        dcp.load(state, checkpoint_id=where[0])
+        load(state, checkpoint_id=where[0])
         resumed.load_state_dict(state)
         for one in (teacher, resumed):
             step(student, one, 0.5)

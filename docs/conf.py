@@ -1,8 +1,12 @@
-"""Sphinx configuration: ``python -m sphinx -n -W --keep-going docs docs/_build/html``."""
+"""Sphinx configuration: ``make -C docs html``, or ``python -m sphinx -n -W --keep-going docs docs/_build/html``."""
 
 import doctest
+import sys
+from pathlib import Path
 
 import calrobust
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "calrobust"
 author = "the calrobust authors"
@@ -10,6 +14,7 @@ project_copyright = f"2026, {author}"
 release = calrobust.__version__
 
 extensions = [
+    "links",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -17,15 +22,25 @@ extensions = [
     "sphinx.ext.extlinks",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxcontrib.bibtex",
+    "swap",
 ]
 html_theme = "furo"
 html_title = f"calrobust {release}"
+html_static_path = ["_static"]
+html_css_files = ["calrobust.css"]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 
 extlinks = {"arxiv": ("https://arxiv.org/abs/%s", "arXiv:%s")}
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 doctest_default_flags = doctest.NORMALIZE_WHITESPACE  # as pytest runs them
 autosummary_generate = True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -134,3 +135,51 @@ def state_dicts(draw: st.DrawFn, n_models: int) -> list[dict[str, Tensor]]:
         }
         for _ in range(n_models)
     ]
+
+
+DTYPES = [
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.complex64),
+]
+VALUES: list[Callable[[Tensor], Tensor]] = [
+    torch.zeros_like,
+    torch.ones_like,
+    lambda x: x,
+    lambda x: x.softmax(-1) if x.ndim else x,
+    lambda x: 1e30 * x,
+    lambda x: x.masked_fill(x > 1, torch.nan),
+    lambda x: x.masked_fill(x > 1, torch.inf),
+    lambda x: x.masked_fill(x > 0, -torch.inf),
+]
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x,
+    lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
+    lambda x: torch.stack([x, x], -1)[..., 0],
+    lambda x: x[:1].expand(x.shape) if x.ndim and len(x) else x,
+    lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
+    lambda x: x.to_sparse() if x.ndim and x.dtype in (torch.float32, torch.int64) else x,
+]
+
+
+@st.composite
+def any_tensors(draw: st.DrawFn) -> Tensor:
+    """Of any dtype, rank and layout, often of a shape that others have too, with values of every kind."""
+    shape = draw(st.one_of(st.sampled_from([(4,), (4, 3)]), st.lists(st.integers(0, 5), max_size=4).map(tuple)))
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    values = draw(st.sampled_from(VALUES))(2 * torch.randn(shape, generator=generator))
+    dtype = draw(st.sampled_from(DTYPES))
+    tensor = values.to(dtype) if dtype.is_floating_point or dtype.is_complex else values.nan_to_num(0, 9, -9).to(dtype)
+    return draw(st.sampled_from(LAYOUTS))(tensor)
+
+
+def anything() -> st.SearchStrategy[Any]:
+    """What may be passed by mistake."""
+    return st.one_of(
+        any_tensors(),
+        st.floats(),
+        st.integers(-100, 100),
+        st.sampled_from([2**31, -(2**63), 2**63, 10**30, 10**400]),
+        st.sampled_from(
+            [None, True, "mean", "", b"l1", 1j, float, [], (), {}, [1.0], (torch.ones(2),) * 3, np.ones(3)]
+        ),
+    )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -152,45 +152,3 @@ def test_progress_is_shown_on_stderr_or_not_at_all(
     without = collect_logits(nn.Identity(), loader)
     assert capsys.readouterr() == ("", "")
     assert_close([quiet, without], [expected, expected])
-
-
-INPUTS, LABELS = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-
-
-def giving(result: Any) -> Callable[[], object]:
-    """A run whose ``forward`` returns this."""
-    return lambda: collect_logits(nn.Identity(), [0], forward=lambda model, batch: cast(Batch, result), progress=False)
-
-
-def running(*loader: Any) -> Callable[[], object]:
-    """A run over this loader, of a model that gives what it is given."""
-    return lambda: collect_logits(nn.Identity(), loader, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("run", "error", "message"),
-    [
-        (
-            lambda: collect_logits(cast(Any, len), []),
-            TypeError,
-            "model must be a torch.nn.Module, got builtin_function",
-        ),
-        (running(), ValueError, "loader must yield at least one batch, got none"),
-        (running(INPUTS), TypeError, r"loader must yield \(inputs, target\), got Tensor.*pass forward="),
-        (running((INPUTS, LABELS, LABELS)), TypeError, r"loader must yield \(inputs, target\), got tuple of 3"),
-        (running({"inputs": INPUTS}), TypeError, r"loader must yield \(inputs, target\), got dict.*pass forward="),
-        (running((INPUTS, [0, 1])), TypeError, "target must be a torch.Tensor, got list"),
-        (running((INPUTS, LABELS.int())), TypeError, r"target must have dtype torch.int64, got torch.int32"),
-        (running((INPUTS, LABELS[:1])), ValueError, r"target must have shape \[2\]"),
-        (running((INPUTS[0], LABELS)), ValueError, r"logits must have shape \[N, C\]"),
-        (running((INPUTS.long(), LABELS)), TypeError, "logits must be floating point"),
-        (running((INPUTS, LABELS), (INPUTS[:, :2], LABELS)), ValueError, "logits .* same number of classes.* 3 .* 2"),
-        (giving(INPUTS), TypeError, r"forward must return \(logits, target\), got Tensor"),
-        (giving((INPUTS, LABELS, 1)), TypeError, r"forward must return \(logits, target\), got tuple of 3"),
-        (giving((None, LABELS)), TypeError, "logits must be a torch.Tensor, got NoneType"),
-    ],
-)
-def test_what_is_wrong_is_named(run: Callable[[], object], error: type[Exception], message: str) -> None:
-    """With what came and what to do."""
-    with pytest.raises(error, match=message):
-        run()

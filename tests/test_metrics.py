@@ -172,6 +172,31 @@ def test_a_refused_batch_is_named_and_leaves_the_state_alone(
     assert_close(again, updated(make(), classifier(20, 5, 0), classifier(20, 5, 1)).compute())
 
 
+class Exhausted(Tensor):
+    """Logits too large for the memory that a softmax needs."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Fails where the library asks for memory."""
+        if func is torch.softmax:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's own
+
+
+@every_maker
+def test_a_batch_that_fails_for_another_reason_leaves_the_state_alone_too(make: Make) -> None:
+    """A user who catches it and goes on has lost that batch, and nothing before it."""
+    p = classifier(20, 5, 0)
+    metric = updated(make(), p)
+    before, expected = copy.deepcopy(metric.metric_state), metric.compute()
+    for call in (metric.update, metric.forward):
+        with pytest.raises(torch.OutOfMemoryError):
+            call(p.logits.as_subclass(Exhausted), p.target)
+        assert_close(metric.metric_state, before, rtol=0, atol=0)
+        assert metric.update_count == 1
+    assert_close(metric.compute(), expected, rtol=0, atol=0)
+
+
 def test_logits_where_probabilities_are_due_are_refused() -> None:
     """Rows out of [0, 1], and rows such as CLIP's cosines, which lie within it but do not sum to 1 (trap 20)."""
     metric = CalibrationError(from_logits=False)
@@ -330,25 +355,6 @@ def test_plot_draws_the_value(make: Make) -> None:
         _, drawn = metric.plot([metric.compute(), metric.compute()], ax=own)
         assert drawn is own
     plt.close("all")
-
-
-def test_wrong_options_are_named_where_they_are_made() -> None:
-    """In the constructor, not at the first batch."""
-    binned = ["l1", "adaptive", "classwise"]
-    for make in (MAKERS[name] for name in [*binned, "summary"]):
-        with pytest.raises(ValueError, match="n_bins must be > 0, got 0"):
-            make(n_bins=0)
-    for make in (MAKERS[name] for name in binned):
-        with pytest.raises(ValueError, match="norm must be one of 'l1', 'l2', 'max', got 'l3'"):
-            make(norm="l3")
-    with pytest.raises(ValueError, match="debiased must be False unless norm is 'l2'"):
-        CalibrationError(debiased=True)
-    with pytest.raises(TypeError, match=r"num_classes must be an int, got float 2\.5"):
-        ClasswiseCalibrationError(2.5)  # type: ignore[arg-type]  # the mistake under test
-    with pytest.raises(ValueError, match=r"num_classes=3 columns, got \[2, 5\]; make the metric with num_classes=5"):
-        ClasswiseCalibrationError(3).update(torch.randn(2, 5), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="Unexpected keyword arguments: `bins`"):
-        CalibrationError(bins=10)
 
 
 def test_an_empty_batch_adds_nothing() -> None:

@@ -189,22 +189,3 @@ def test_without_matplotlib_the_error_names_the_extra(draw: Callable[[], Any], m
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'calrobust\[plot\]'"):
         draw()
-
-
-def test_what_is_no_bins_is_refused() -> None:
-    """With the function that makes them."""
-    with pytest.raises(TypeError, match="bins must be the three sums that bin_confidences gives, got Tensor"):
-        reliability_diagram(cast(Bins, torch.ones(15)))
-    with pytest.raises(ValueError, match=r"bins must be sums of shape \[n_bins\], got \[3, 15\].*one class at a time"):
-        reliability_diagram(Bins(*torch.ones(3, 3, 15)))
-
-
-@pytest.mark.parametrize("draw", [reliability_grid, shift_scatter])
-def test_incomplete_reports_are_refused(draw: Callable[[ShiftReport], object]) -> None:
-    """As in the table."""
-    with pytest.raises(ValueError, match="must hold data"):
-        draw(ShiftReport(id_domain="photo"))
-    report = make_report()
-    report.add("new", "photo", *classifier(20, 5, 99))
-    with pytest.raises(ValueError, match="'new' lacks 'sketch'"):
-        draw(report)

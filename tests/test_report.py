@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Predictions, classifier, predictions, seeds
-from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust.functional.bootstrap import bootstrap_interval
@@ -471,17 +470,8 @@ class TestTables:
         assert "ECE (3 bins)" in str(report)
 
 
-LOGITS, TARGET = torch.eye(3), torch.tensor([0, 1, 2])
-
-
 class TestErrors:
-    """Each names the argument, the rule, what came and the fix."""
-
-    @pytest.mark.parametrize("call", ["summary", "per_domain", "to_markdown", "to_latex", "to_dict", "__str__"])
-    def test_a_report_without_data_says_so(self, call: str) -> None:
-        """And what to call."""
-        with pytest.raises(ValueError, match=r"must hold data, got none; call add\("):
-            getattr(ShiftReport(id_domain="photo"), call)()
+    """What the table of wrong calls does not have."""
 
     def test_a_method_that_lacks_a_domain_is_not_averaged(self) -> None:
         """A mean over other data sets than the other rows' would be silently wrong; per_domain still works."""
@@ -497,67 +487,3 @@ class TestErrors:
         report.fit_temperature("FT w LS", *validation_set())
         with pytest.raises(ValueError, match="'FT w LS' lacks 'photo'"):
             report.summary()
-
-    def test_an_id_domain_without_data_is_named(self) -> None:
-        """With the names that were used."""
-        report = ShiftReport(id_domain="Photo")
-        report.add("FT", "photo", LOGITS, TARGET)
-        with pytest.raises(ValueError, match="id_domain must be one of the domains added, got 'Photo' and 'photo'"):
-            report.summary()
-
-    def test_a_second_temperature_is_refused(self) -> None:
-        """T of a part of the validation data, silently, is what a second call would mean."""
-        with pytest.raises(ValueError, match=r"'FT' must be fitted once.*concatenate the batches"):
-            make_report("FT").fit_temperature("FT", *classifier(20, 4, 99))
-
-    def test_bins_of_what_is_not_there(self) -> None:
-        """Unknown names, or no T to scale by."""
-        report = make_report("FT", fit=False)
-        with pytest.raises(ValueError, match="method must be one of 'FT', got 'ft'"):
-            report.bins("ft", "photo")
-        with pytest.raises(ValueError, match="domain must be one of 'photo', 'sketch', 'clipart', got 'Photo'"):
-            report.bins("FT", "Photo")
-        with pytest.raises(ValueError, match="'FT' must have a temperature to be scaled, got none; call fit_temp"):
-            report.bins("FT", "photo", scaled=True)
-
-    @pytest.mark.parametrize(
-        ("logits", "target", "error", "message"),
-        [
-            (LOGITS, TARGET + 1, ValueError, r"target must be in \[0, 3\)"),
-            (LOGITS, TARGET.float(), TypeError, r"target must have dtype torch.int64"),
-            (LOGITS, TARGET[:2], ValueError, r"target must have shape \[3\]"),
-            (LOGITS[0], TARGET, ValueError, r"logits must have shape \[N, C\]"),
-            (LOGITS.long(), TARGET, TypeError, "logits must be floating point"),
-            (LOGITS * math.nan, TARGET, ValueError, "got NaN in row 0"),
-            (LOGITS / 0, TARGET, ValueError, r"logits must be finite"),
-            (LOGITS[:0], TARGET[:0], ValueError, "logits must hold at least one sample"),
-        ],
-        ids=["label", "label dtype", "label shape", "vector", "integers", "nan", "inf", "empty"],
-    )
-    def test_bad_predictions_are_refused(self, logits: Tensor, target: Tensor, error: Any, message: str) -> None:
-        """By add and by fit_temperature alike."""
-        report = ShiftReport(id_domain="photo")
-        with pytest.raises(error, match=message):
-            report.add("FT", "photo", logits, target)
-        with pytest.raises(error, match=message):
-            report.fit_temperature("FT", logits, target)
-        assert report.methods == []
-
-    @pytest.mark.parametrize(("name", "error"), [(3, TypeError), ("  ", ValueError)])
-    def test_names_are_words(self, name: Any, error: Any) -> None:
-        """Of methods, domains and the ID domain."""
-        report = ShiftReport(id_domain="photo")
-        with pytest.raises(error, match="id_domain must"):
-            ShiftReport(id_domain=name)
-        with pytest.raises(error, match="method must"):
-            report.add(name, "photo", LOGITS, TARGET)
-        with pytest.raises(error, match="domain must"):
-            report.add("FT", name, LOGITS, TARGET)
-        with pytest.raises(error, match="method must"):
-            report.fit_temperature(name, LOGITS, TARGET)
-
-    @pytest.mark.parametrize(("n_bins", "error"), [(0, ValueError), (1.5, TypeError)])
-    def test_n_bins_is_a_count(self, n_bins: Any, error: Any) -> None:
-        """One of 1, 2, 3, and so on."""
-        with pytest.raises(error, match="n_bins must be"):
-            ShiftReport(id_domain="photo", n_bins=n_bins)

@@ -129,6 +129,16 @@ def test_a_failed_fit_leaves_the_scaler_as_it_was(scaler: TemperatureScaler) -> 
     assert not fresh.is_fitted
 
 
+def test_a_temperature_fitted_in_inference_mode_passes_gradients_outside(data: tuple[Tensor, Tensor]) -> None:
+    """The buffer is an ordinary tensor, to save, to load into and to divide by."""
+    with torch.inference_mode():
+        scaler = TemperatureScaler().fit(*data)
+    logits = torch.ones(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(scaler(logits).sum(), logits)
+    assert_close(gradient, 1 / scaler.temperature.float().expand(2, 3))
+    scaler.load_state_dict(scaler.state_dict())
+
+
 def test_repr_shows_the_temperature() -> None:
     """Or that there is none yet."""
     scaler = TemperatureScaler()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
@@ -188,34 +187,3 @@ def test_other_names_or_shapes_raise(combine: Callable[[Any, Any], State]) -> No
             combine(a, wrong)
     reordered = OrderedDict(reversed(a.items()))
     assert_close(combine(a, reordered), combine(a, a), rtol=0, atol=0)
-
-
-STATE = {"w": torch.zeros(1)}
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: interpolate(STATE, STATE, 1.5), ValueError, r"alpha must be in \[0, 1\], got 1.5"),
-        (lambda: interpolate(STATE, STATE, math.nan), ValueError, r"alpha must be finite, got nan"),
-        (lambda: interpolate(cast(Any, "a.pt"), STATE, 0.5), TypeError, r"zero_shot must be .*, got str"),
-        (lambda: interpolate(STATE, cast(Any, [STATE]), 0.5), TypeError, r"fine_tuned must be .*, got list"),
-        (lambda: average([]), ValueError, r"models must hold at least one model, got none"),
-        (lambda: average([STATE, cast(Any, 3)]), TypeError, r"models\[1\] must be .*, got int"),
-        (lambda: average(cast(Any, STATE)), TypeError, r"models must be a sequence .*, got dict"),
-        (lambda: average(cast(Any, nn.Linear(1, 1))), TypeError, r"models must be a sequence .*, got Linear"),
-        (lambda: average([{"w": cast(Any, 1.0)}]), TypeError, r"models\[0\]\['w'\] must be a torch.Tensor, got float"),
-        (
-            lambda: average([cast(Any, {"state_dict": STATE})]),
-            TypeError,
-            r"models\[0\]\['state_dict'\] must be .* got dict",
-        ),
-        (lambda: model_stock(STATE, [STATE]), ValueError, r"models must hold at least two models.*, got 1"),
-        (lambda: model_stock(STATE, cast(Any, STATE)), TypeError, r"models must be a sequence .*, got dict"),
-        (lambda: model_stock(cast(Any, None), [STATE, STATE]), TypeError, r"pretrained must be .*, got NoneType"),
-    ],
-)
-def test_a_wrong_argument_is_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
-    """With the rule and what came."""
-    with pytest.raises(error, match=message):
-        call()

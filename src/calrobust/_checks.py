@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST: Any = sys.float_info.max  # Any, as numbers.Real promises no comparison with a float
+
 
 def check_tensor(**tensors: Any) -> None:
-    """Raises ``TypeError`` for an argument that is not a tensor."""
+    """Raises ``TypeError`` for an argument that is not a dense tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
             )
+        if value.is_nested or value.layout != torch.strided:
+            kind = "a nested one" if value.is_nested else value.layout
+            raise TypeError(f"{name} must be a dense tensor, got {kind}; convert it with .to_dense(), or pad it")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -26,6 +31,10 @@ def check_floating(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {value.dtype}; convert it with .float()")
+        if value.dtype.itemsize < 2:  # float8 takes part in no arithmetic
+            raise TypeError(
+                f"{name} must be floating point of at least 16 bits, got {value.dtype}; convert it with .float()"
+            )
 
 
 def check_number(**numbers: Any) -> None:
@@ -33,7 +42,7 @@ def check_number(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
-        if not abs(float(value)) < math.inf:  # NaN too; torch.compile cannot trace math.isfinite
+        if not -LARGEST <= value <= LARGEST:  # NaN too, and an int too large for a float
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
@@ -53,6 +62,19 @@ def check_positive_integer(**numbers: Any) -> None:
     check_positive(**numbers)
 
 
+def check_count(limit: int, **numbers: Any) -> None:
+    """Raises for a number that is not one of 1, 2, ..., ``limit``, beyond which memory would end before an error."""
+    check_positive_integer(**numbers)
+    for name, value in numbers.items():
+        if value > limit:
+            raise ValueError(f"{name} must be at most {limit:,}, got {value!r}; was another number meant?")
+
+
+def check_n_bins(n_bins: Any) -> None:
+    """Raises for what is no number of bins."""
+    check_count(10**6, n_bins=n_bins)
+
+
 def check_fraction(*, closed: bool, **numbers: Any) -> None:
     """Raises for a number outside [0, 1], or outside [0, 1) unless ``closed``."""
     check_number(**numbers)
@@ -61,6 +83,13 @@ def check_fraction(*, closed: bool, **numbers: Any) -> None:
             interval = "[0, 1]" if closed else "[0, 1)"
             hint = f"; did you mean {value / 10:g} or {value / 100:g}?" if 1 <= value <= 100 else ""
             raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}")
+
+
+def check_flag(**flags: Any) -> None:
+    """Raises ``TypeError`` for what is only as good as true or false, such as the string ``"False"``."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
 
 
 def check_choice(choices: tuple[str, ...], **options: Any) -> None:
@@ -171,6 +200,7 @@ def check_nonnegative_integer(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+        check_number(**{name: value})
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value!r}")
 
@@ -185,6 +215,24 @@ def check_predictions(target: Any, **preds: Any) -> None:
                 "move other dimensions into the rows"
             )
         check_labels(len(value), value.device, target=target)
+
+
+def check_ignore_index(ignore_index: Any) -> None:
+    """Raises ``TypeError`` for what could never equal a label."""
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(
+            f"ignore_index must be an int or None, got {type(ignore_index).__name__} {ignore_index!r}; "
+            "pass the label of the samples to leave out"
+        )
+
+
+def check_beside_state(device: torch.device, **preds: Tensor) -> None:
+    """Raises ``ValueError`` for a batch on another device than a metric's state."""
+    for name, value in preds.items():
+        if value.device != device:
+            raise ValueError(
+                f"{name} must be on {device}, as the metric's state, got {value.device}; move the metric with .to()"
+            )
 
 
 def check_confidences(confidences: Any, correct: Any) -> None:
@@ -243,6 +291,7 @@ def check_kind(preds: Tensor, *, from_logits: bool) -> None:
     """Raises ``ValueError`` for logits where probabilities are due and the reverse. Reads values."""
     if len(preds) == 0:
         return
+    preds = preds.detach()  # torch warns where a number is made of what needs a gradient
     if not from_logits:
         wrong = ~_are_probabilities(preds)
         if wrong.any():
@@ -291,7 +340,7 @@ def check_held_out(method: str, domain: str, scored: Tensor) -> None:
         raise ValueError(
             f"the temperature of {method!r} must be fitted on data that the report does not score, got {scored.sum()} "
             f"of its {len(scored)} samples with the same logits and label in domain {domain!r}; fit it on a validation "
-            "split"
+            "split, or see why the model gives many inputs the same logits"
         )
 
 
@@ -335,18 +384,31 @@ def check_complete(id_domain: str, domains: Mapping[str, Any]) -> None:
 
 
 def check_bins(bins: Any) -> None:
-    """Raises unless the argument is three tensors of one shape ``[n_bins]``."""
+    """Raises unless the argument is three floating tensors of one shape ``[..., n_bins]`` on one device."""
     if not isinstance(bins, tuple) or len(bins) != 3:
         raise TypeError(
             f"bins must be the three sums that bin_confidences gives, got {type(bins).__name__}; "
             "see functional.bin_confidences, or ShiftReport.bins"
         )
-    check_tensor(**{f"bins[{i}]": sums for i, sums in enumerate(bins)})
+    check_floating(**{f"bins[{i}]": sums for i, sums in enumerate(bins)})
     shapes = [list(sums.shape) for sums in bins]
-    if len(shapes[0]) != 1 or shapes != [shapes[0]] * 3:
+    if 0 in (*shapes[0], len(shapes[0])) or shapes != [shapes[0]] * 3:
         raise ValueError(
-            f"bins must be sums of shape [n_bins], got {', '.join(map(str, shapes))}; take one class at a time"
+            f"bins must be sums of one shape [..., n_bins], got {', '.join(map(str, shapes))}; "
+            "take them from one call of bin_confidences"
         )
+    devices = [str(sums.device) for sums in bins]
+    if devices != [devices[0]] * 3:
+        raise ValueError(f"bins must be on one device, got {', '.join(devices)}; move them with .to()")
+
+
+def check_one_row(**bins: tuple[Tensor, ...]) -> None:
+    """Raises ``ValueError`` unless sums over bins have shape ``[n_bins]``."""
+    for name, (counts, *_) in bins.items():
+        if counts.ndim != 1:
+            raise ValueError(
+                f"{name} must be sums of shape [n_bins], got {list(counts.shape)}; take one class or one set at a time"
+            )
 
 
 def check_sequence(**sequences: Any) -> None:

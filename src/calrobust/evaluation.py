@@ -39,7 +39,8 @@ def collect_logits(
         Logits ``[N, C]`` and labels ``[N]``, int64, both on the CPU.
 
     Raises:
-        TypeError: a batch is no pair of inputs and target, or ``forward`` gives no pair of tensors.
+        TypeError: ``loader`` cannot be iterated, a batch is no pair of inputs and target, or ``forward`` cannot be
+            called or gives no pair of tensors.
         ValueError: the loader is empty, or logits and labels do not fit.
 
     Example:
@@ -51,6 +52,14 @@ def collect_logits(
         (torch.Size([3, 2]), tensor([0, 1, 1]))
     """
     check_module(model=model)
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(
+            f"loader must be something to iterate over, got {_kind(loader)}; pass a DataLoader or a list of batches"
+        )
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            f"forward must be callable, got {_kind(forward)}; pass forward=lambda model, batch: (logits, target)"
+        )
     logits: list[Tensor] = []
     target: list[Tensor] = []
     with _evaluating(model), torch.no_grad():

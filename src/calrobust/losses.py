@@ -8,7 +8,14 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
-from calrobust._checks import check_choice, check_fraction, check_nonnegative_integer, check_number, check_positive
+from calrobust._checks import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_nonnegative_integer,
+    check_number,
+    check_positive,
+)
 from calrobust.distributed import ProcessGroup
 from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
 from calrobust.functional.contrastive import contrastive_terms, multimodal_contrastive_loss
@@ -69,6 +76,7 @@ class _Term(PairLoss):
     ) -> None:
         super().__init__()
         check_choice(REDUCTIONS, reduction=reduction)
+        check_flag(gather=gather)
         check_choice(IMPLS, impl=impl)
         check_nonnegative_integer(memory_budget=memory_budget)
         self.reduction: Reduction = reduction
@@ -245,6 +253,7 @@ class LossSum(PairLoss):
         weighted: pairs of a weight and a loss.
 
     Raises:
+        TypeError: there is no pair, or one of them is not a number and a loss.
         ValueError: the losses differ in ``reduction``, ``gather``, ``group``, ``impl`` or ``memory_budget``.
 
     Example:
@@ -255,6 +264,12 @@ class LossSum(PairLoss):
 
     def __init__(self, *weighted: tuple[float, _Term]) -> None:
         super().__init__()
+        if not weighted:
+            raise TypeError("a sum must have at least one pair of a weight and a loss, got none")
+        for pair in weighted:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], _Term)):
+                raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
+            check_number(weight=pair[0])
         self.weighted = weighted
         (_, first), *others = weighted
         for _, other in others:
@@ -420,6 +435,9 @@ class OrthogonalityLoss(nn.Module):
     Args:
         squared: False gives the norm itself instead of its square.
 
+    Raises:
+        TypeError: ``squared`` is no bool.
+
     Example:
         >>> import torch
         >>> from calrobust import OrthogonalityLoss
@@ -430,6 +448,7 @@ class OrthogonalityLoss(nn.Module):
 
     def __init__(self, *, squared: bool = True) -> None:
         super().__init__()
+        check_flag(squared=squared)
         self.squared = squared
 
     def forward(self, weight: Tensor | nn.Linear) -> Tensor:

@@ -15,9 +15,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from calrobust._checks import (
+    check_beside_state,
+    check_count,
+    check_flag,
+    check_ignore_index,
     check_kind,
     check_label_values,
-    check_positive_integer,
+    check_n_bins,
     check_predictions,
     check_softmax_exists,
 )
@@ -56,6 +60,8 @@ class _PredictionMetric(Metric):
         self, *, from_logits: bool = True, ignore_index: int | None = None, validate_args: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        check_flag(from_logits=from_logits, validate_args=validate_args)
+        check_ignore_index(ignore_index)
         self.from_logits = from_logits
         self.ignore_index = ignore_index
         self.validate_args = validate_args
@@ -78,7 +84,7 @@ class _PredictionMetric(Metric):
         """
         try:
             summands = self._checked_summands(preds, target)
-        except (TypeError, ValueError):
+        except BaseException:  # also what no check foresees, such as a GPU without memory
             self._update_count -= 1  # torchmetrics counts the call before it is made
             raise
         for name, summand in summands.items():
@@ -90,6 +96,7 @@ class _PredictionMetric(Metric):
 
     def _checked_summands(self, preds: Tensor, target: Tensor) -> dict[str, Tensor]:
         check_predictions(target, preds=preds)
+        check_beside_state(self.device, preds=preds)
         if self.validate_args:
             check_label_values(target, preds.shape[1], self.ignore_index)
             kept = slice(None) if self.ignore_index is None else target != self.ignore_index
@@ -101,12 +108,12 @@ class _PredictionMetric(Metric):
         return summands
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds a batch and returns the value of this batch alone. A refused batch leaves the state as it was."""
+        """Adds a batch and returns the value of this batch alone. A batch that fails leaves the state as it was."""
         # torchmetrics empties the state before it looks at the batch.
         before = {**self.__dict__, **self._copy_state_dict()}
         try:
             return super().forward(*args, **kwargs)
-        except (TypeError, ValueError):
+        except BaseException:
             self.__dict__.update(before)
             raise
 
@@ -142,7 +149,7 @@ class _BinnedMetric(_PredictionMetric):
 
     def __init__(self, n_bins: int, *leading: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_positive_integer(n_bins=n_bins)
+        check_n_bins(n_bins)
         self.n_bins = n_bins
         for name in Bins._fields:
             self.add_state(name, torch.zeros(*leading, n_bins, dtype=torch.float64), dist_reduce_fx="sum")
@@ -240,7 +247,7 @@ class AdaptiveCalibrationError(_PredictionMetric):
 
     def __init__(self, n_bins: int = 15, norm: Norm = "l1", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_positive_integer(n_bins=n_bins)
+        check_n_bins(n_bins)
         check_norm(norm)
         self.n_bins = n_bins
         self.norm: Norm = norm
@@ -302,7 +309,7 @@ class ClasswiseCalibrationError(_BinnedMetric):
     """
 
     def __init__(self, num_classes: int, n_bins: int = 15, norm: Norm = "l1", **kwargs: Any) -> None:
-        check_positive_integer(num_classes=num_classes)
+        check_count(10**7, num_classes=num_classes)
         super().__init__(n_bins, num_classes, **kwargs)
         check_norm(norm)
         self.num_classes = num_classes

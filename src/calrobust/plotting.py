@@ -10,15 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from calrobust._checks import check_bins
+from calrobust._checks import check_bins, check_instance, check_one_row
 from calrobust.functional.calibration import Bins, binned_error
+from calrobust.report import ShiftReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-
-    from calrobust.report import ShiftReport
 
 __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
@@ -55,7 +54,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``bins`` is no triple of tensors.
+        TypeError: ``bins`` is no triple of floating tensors, or ``ax`` no axes.
         ValueError: their shapes are not ``[n_bins]``.
 
     Example:
@@ -70,6 +69,9 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, figure 1.
     """
     check_bins(bins)
+    check_one_row(bins=bins)
+    _check_axes(ax)
+    bins = Bins(*bins)
     if ax is None:
         ax = _figure(COLUMN, COLUMN).add_subplot()
         ax.set_xlabel("Confidence", fontsize=FONT)
@@ -95,6 +97,7 @@ def reliability_grid(report: ShiftReport) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: ``report`` is no :class:`~calrobust.ShiftReport`.
         ValueError: as :meth:`ShiftReport.summary <calrobust.ShiftReport.summary>`.
 
     Example:
@@ -108,6 +111,7 @@ def reliability_grid(report: ShiftReport) -> Figure:
         >>> [ax.get_title() for ax in figure.axes]
         ['ID', 'OOD, pooled']
     """
+    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     methods = [row["method"] for row in report.summary()]
     groups = {"ID": [report.id_domain], "OOD, pooled": report.domains[1:]}
     columns = {title: domains for title, domains in groups.items() if domains}
@@ -146,6 +150,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: ``report`` is no :class:`~calrobust.ShiftReport`, or ``ax`` no axes.
         ValueError: as :meth:`ShiftReport.summary <calrobust.ShiftReport.summary>`.
 
     Example:
@@ -160,6 +165,8 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy 70 %, ECE |70 - 90|
         [70, 20]
     """
+    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
+    _check_axes(ax)
     rows = report.summary()
     if ax is None:
         ax = _figure(COLUMN, 0.8 * COLUMN).add_subplot()
@@ -189,6 +196,13 @@ def _figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise ImportError("calrobust.plotting needs matplotlib: pip install 'calrobust[plot]'") from error
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
+
+
+def _check_axes(ax: object) -> None:
+    if ax is not None:
+        from matplotlib.axes import Axes
+
+        check_instance(Axes, "make them with figure.add_subplot()", ax=ax)
 
 
 def _style(ax: Axes) -> None:

@@ -10,7 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from calrobust._checks import check_fraction, check_ordered, check_positive, check_positive_integer
+from calrobust._checks import (
+    check_count,
+    check_fraction,
+    check_nonnegative_integer,
+    check_ordered,
+    check_positive,
+    check_positive_integer,
+)
 
 __all__ = ["beta", "constant", "linear_warmup", "power", "uniform"]
 
@@ -40,6 +47,7 @@ class constant:
 
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
+        check_nonnegative_integer(n=n)
         return self.decay
 
 
@@ -84,6 +92,7 @@ class linear_warmup:
 
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
+        check_nonnegative_integer(n=n)
         if n >= self.updates:
             return self.end
         return self.start + (self.end - self.start) * (n / self.updates)
@@ -129,6 +138,7 @@ class power:
 
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
+        check_nonnegative_integer(n=n)
         return min(self.end, max(self.start, 1 - math.pow(1 + n / self.scale, -self.exponent)))
 
 
@@ -151,6 +161,7 @@ class uniform:
 
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
+        check_nonnegative_integer(n=n)
         return (n + 1) / (n + 2)
 
 
@@ -170,7 +181,7 @@ class beta:
     Args:
         a: first shape of the distribution, > 0; below 1 it favours the pre-trained model.
         b: second shape, > 0; below 1 it favours the last students. ``a = b = 1`` weighs all alike, as :class:`uniform`.
-        updates: how many updates the trajectory has, at least 1.
+        updates: how many updates the trajectory has, from 1 to ten million.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -192,7 +203,7 @@ class beta:
 
     def __post_init__(self) -> None:
         check_positive(a=self.a, b=self.b)
-        check_positive_integer(updates=self.updates)
+        check_count(10**7, updates=self.updates)  # each has its weight computed here
         decays, log_total = [], -math.inf
         for t in range(self.updates + 1):
             x = (t + 0.5) / (self.updates + 1)
@@ -206,4 +217,5 @@ class beta:
 
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
+        check_nonnegative_integer(n=n)
         return self._decays[n] if n < self.updates else 1.0

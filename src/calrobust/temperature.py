@@ -59,7 +59,9 @@ class TemperatureScaler(nn.Module):
             TypeError: ``logits`` is not floating or ``target`` is not int64.
             ValueError: as :func:`~calrobust.functional.fit_temperature`, which also says which data give a warning.
         """
-        self.temperature = fit_temperature(logits, target).to(self.temperature.device)
+        fitted = fit_temperature(logits, target)
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be used outside
+            self.temperature = fitted.clone().to(self.temperature.device)
         self.is_fitted = True
         return self
 

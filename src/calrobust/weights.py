@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_fraction, check_same_state, check_sequence, check_tensor
+from calrobust._checks import check_floating, check_fraction, check_same_state, check_sequence, check_tensor
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -139,8 +139,12 @@ def _states(models: Mapping[str, Weights]) -> list[Mapping[str, Tensor]]:
             raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
         states[name] = model.state_dict() if isinstance(model, nn.Module) else model
         for key, value in states[name].items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")
             if not key.endswith("_extra_state"):  # a whole checkpoint has numbers and dicts elsewhere
                 check_tensor(**{f"{name}[{key!r}]": value})
+                if value.is_floating_point():
+                    check_floating(**{f"{name}[{key!r}]": value})
     (first, reference), *others = states.items()
     for name, state in others:
         check_same_state(**{first: reference, name: state})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
 import oracles
@@ -115,9 +115,9 @@ def test_a_confidence_that_is_no_probability_gives_nan(wrong: float, bins_of: Ca
 
 
 def test_a_label_out_of_range_is_not_counted_as_wrong() -> None:
-    """The functional form reads no values, yet fails where it uses the label (trap 21)."""
+    """By the functional form either, which reads values where that costs nothing, on the CPU (trap 21)."""
     for label in (3, -1):
-        with pytest.raises(RuntimeError, match="out of bounds"):
+        with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got"):
             top_label(torch.zeros(2, 3), torch.tensor([0, label]))
 
 
@@ -148,7 +148,7 @@ def test_edges_equal_numpy_linspace_for_200_bin_counts() -> None:
 
 
 def test_a_confidence_of_one_is_in_the_last_bin_and_of_zero_in_the_first() -> None:
-    """Not in a bin of its own: .2350 on the example of traps.md, not .2650 (trap 17)."""
+    """Not in a bin of its own: .2350 on this example, not .2650 (trap 17)."""
     bins = bin_confidences(torch.tensor([0.0, 1.0]), torch.tensor([False, True]), n_bins=10)
     assert bins.counts.tolist() == [1.0] + [0.0] * 8 + [1.0]
     confidences = torch.tensor([1, 1, 0.97, 0.97], dtype=torch.float64)
@@ -352,37 +352,3 @@ def test_captures_as_one_graph(error: Callable[..., Tensor]) -> None:
     logits, target = classifier(40, 5, 0)
     compiled = torch.compile(error, fullgraph=True, backend="aot_eager")
     assert_close(compiled(logits, target), error(logits, target))
-
-
-@pytest.mark.parametrize(
-    ("preds", "target", "message"),
-    [
-        (torch.zeros(3), torch.zeros(3, dtype=torch.int64), r"preds must have shape \[N, C\].*got \[3\]"),
-        (torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64), r"preds must have shape \[N, C\].*got \[3, 0\]"),
-        (torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), r"target must have shape \[3\].*got \[2\]"),
-        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), "preds must be floating point"),
-        (torch.zeros(3, 2), torch.zeros(3), "target must have dtype torch.int64, got torch.float32"),
-        (torch.zeros(3, 2), [0, 0, 0], "target must be a torch.Tensor, got list"),
-    ],
-)
-def test_wrong_predictions_are_named(preds: Tensor, target: Tensor, message: str) -> None:
-    """The argument, the rule and what came."""
-    for error in ERRORS:
-        with pytest.raises((TypeError, ValueError), match=message):
-            error(preds, target)
-
-
-def test_wrong_options_are_named() -> None:
-    """By every function that takes them."""
-    logits, target = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
-    for error in ERRORS:
-        with pytest.raises(ValueError, match="norm must be one of 'l1', 'l2', 'max', got 'l3'"):
-            error(logits, target, norm=cast("Norm", "l3"))
-        with pytest.raises(ValueError, match="n_bins must be > 0, got 0"):
-            error(logits, target, n_bins=0)
-    with pytest.raises(ValueError, match="debiased must be False unless norm is 'l2'"):
-        calibration_error(logits, target, debiased=True)
-    with pytest.raises(TypeError, match=r"correct must have dtype torch.bool, got torch.int64; .*\.bool\(\)"):
-        bin_confidences(torch.rand(2), target)
-    with pytest.raises(ValueError, match=r"same shape \[N\], got \[3\] and \[2\]"):
-        bin_confidences(torch.rand(3), target.bool())

@@ -141,39 +141,3 @@ def test_contrastive_loss_is_what_remains_at_weight_zero() -> None:
     student, teacher = (unit_rows(5, 4, 0), unit_rows(5, 4, 1), 9.0), (unit_rows(5, 4, 2), unit_rows(5, 4, 3), 9.0)
     loss = carot_loss(*student, *teacher, label_smoothing=0.1, distillation_weight=0.0)
     assert_close(loss, multimodal_contrastive_loss(*student, label_smoothing=0.1))
-
-
-ROWS, FEW = torch.eye(4, 3), torch.eye(3, 3)
-
-
-@pytest.mark.parametrize(
-    ("teacher", "options", "error", "message"),
-    [
-        ((FEW, FEW, 1.0), {}, ValueError, r"must hold the same pairs, got \[3, 3\] and \[4, 3\]"),
-        (
-            (ROWS, FEW, 1.0),
-            {},
-            ValueError,
-            r"teacher_image_features and teacher_text_features .* \[4, 3\] and \[3, 3\]",
-        ),
-        ((ROWS.long(), ROWS.long(), 1.0), {}, TypeError, "teacher_image_features must be floating point"),
-        ((ROWS, None, 1.0), {}, TypeError, "teacher_text_features must be a torch.Tensor, got NoneType"),
-        ((ROWS, ROWS, 0), {}, ValueError, "teacher_logit_scale must be > 0, got 0"),
-        ((ROWS.to("meta"), ROWS.to("meta"), 1.0), {}, ValueError, "must be on one device, got meta and cpu"),
-        ((ROWS, ROWS, 1.0), {"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
-        ((ROWS, ROWS, 1.0), {"temperature": math.nan}, ValueError, "temperature must be finite, got nan"),
-        ((ROWS, ROWS, 1.0), {"reduction": "batchmean"}, ValueError, "reduction must be one of"),
-    ],
-)
-def test_bad_input_is_named(teacher: Any, options: Any, error: type[Exception], message: str) -> None:
-    """Argument, rule, and what came."""
-    with pytest.raises(error, match=message):
-        multimodal_distillation_loss(ROWS, ROWS, 1.0, *teacher, **options)
-
-
-def test_carot_checks_its_weight() -> None:
-    """A weight is a finite number."""
-    wrong: tuple[tuple[Any, type[Exception]], ...] = ((math.inf, ValueError), ("1.5", TypeError))
-    for weight, error in wrong:
-        with pytest.raises(error, match="distillation_weight must be"):
-            carot_loss(ROWS, ROWS, 1.0, ROWS, ROWS, 1.0, label_smoothing=0.0, distillation_weight=weight)

@@ -211,41 +211,6 @@ def test_masked_classes_are_as_good_as_absent() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (torch.nan, "got NaN in row 1, whose label is 1"),
-        (torch.inf, r"got \+inf in row 1"),
-        (-torch.inf, "target must not be a masked class, got label 1 in row 1"),
-    ],
-)
-def test_values_without_a_likelihood_are_named(value: float, message: str) -> None:
-    """NaN, +inf, a label on a masked class."""
-    logits = torch.randn(3, 3)
-    logits[1, 1] = value
-    with pytest.raises(ValueError, match=message):
-        fit_temperature(logits, torch.arange(3))
-
-
-def test_wrong_arguments_are_named() -> None:
-    """Labels out of range, no samples, wrong shapes and types."""
-    logits, target = torch.randn(3, 3), torch.arange(3)
-    with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got 3"):
-        fit_temperature(logits, target + 1)
-    with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got -1"):
-        fit_temperature(logits, target - 1)
-    with pytest.raises(ValueError, match="at least one sample"):
-        fit_temperature(logits[:0], target[:0])
-    with pytest.raises(ValueError, match=r"logits must have shape \[N, C\].*got \[3\]"):
-        fit_temperature(logits[0], target)
-    with pytest.raises(ValueError, match="-inf in every class in row 2"):
-        fit_temperature(torch.stack([logits[0], logits[1], torch.full((3,), -torch.inf)]), target)
-    with pytest.raises(TypeError, match="logits must be floating point"):
-        fit_temperature(logits.long(), target)
-    with pytest.raises(TypeError, match=r"logits must be a torch\.Tensor, got Linear"):
-        fit_temperature(torch.nn.Linear(2, 2), target)  # type: ignore[arg-type]  # the mistake under test
-
-
 def test_no_graph_and_no_change_of_the_inputs() -> None:
     """Logits that need a gradient are only read."""
     logits, target = classifier(30, 3, 0, sharpness=0.5)

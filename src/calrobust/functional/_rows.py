@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calrobust._checks import check_flag, check_ignore_index, check_label_values
+
 # On a CPU a block and its softmax stay in cache from one pass to the next; a GPU needs enough rows to be busy.
 CPU_BLOCK_BYTES = 2**20  # for each thread
 GPU_BLOCK_BYTES = 2**26
@@ -35,6 +37,10 @@ def probability_blocks(
     preds: Tensor, target: Tensor, *, from_logits: bool, ignore_index: int | None
 ) -> Iterator[Block]:
     """Yields rows in blocks, without those labelled ``ignore_index``: at least one block, maybe an empty one."""
+    check_flag(from_logits=from_logits)
+    check_ignore_index(ignore_index)
+    if preds.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait for the device
+        check_label_values(target, preds.shape[1], ignore_index)
     preds = preds.detach()
     dtype = torch.promote_types(preds.dtype, torch.float32)
     step = block_rows(preds, dtype)

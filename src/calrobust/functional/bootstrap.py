@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_confidences, check_fraction, check_positive_integer
+from calrobust._checks import (
+    check_confidences,
+    check_count,
+    check_fraction,
+    check_instance,
+    check_n_bins,
+    check_positive,
+)
 from calrobust.functional.calibration import (
     Bins,
     Norm,
@@ -92,9 +99,13 @@ def bootstrap_interval(
     Reference: Davison and Hinkley, 1997, *Bootstrap Methods and their Application*, equation 5.6 (basic interval).
     """
     check_confidences(confidences, correct)
-    check_positive_integer(n_bins=n_bins, n_resamples=n_resamples)
+    check_n_bins(n_bins)
+    check_count(10**6, n_resamples=n_resamples)
     check_norm(norm)
+    check_positive(level=level)
     check_fraction(closed=False, level=level)
+    if generator is not None:
+        check_instance(torch.Generator, "pass torch.Generator().manual_seed(seed)", generator=generator)
     value = binned_error(bin_confidences(confidences, correct, n_bins), norm)
     if len(confidences) == 0:
         return Interval(value, value.clone())

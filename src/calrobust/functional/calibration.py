@@ -7,7 +7,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_choice, check_confidences, check_positive_integer, check_predictions
+from calrobust._checks import (
+    check_bins,
+    check_choice,
+    check_confidences,
+    check_flag,
+    check_n_bins,
+    check_predictions,
+)
 from calrobust.functional._rows import probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
@@ -60,7 +67,7 @@ def top_label(
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: the shapes or devices do not fit.
+        ValueError: shapes or devices do not fit, or (looked at on the CPU alone) a label is out of range.
 
     Example:
         >>> import torch
@@ -118,7 +125,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> B
          tensor([1., 1.], dtype=torch.float64))
     """
     check_confidences(confidences, correct)
-    check_positive_integer(n_bins=n_bins)
+    check_n_bins(n_bins)
     confidences = valid_confidences(confidences)
     return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
 
@@ -131,7 +138,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> B
     errors are those of :func:`~calrobust.functional.bin_confidences`.
     """
     check_confidences(confidences, correct)
-    check_positive_integer(n_bins=n_bins)
+    check_n_bins(n_bins)
     confidences, order = valid_confidences(confidences).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
     index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
@@ -172,7 +179,9 @@ def binned_error(bins: Bins, norm: Norm = "l1", *, debiased: bool = False) -> Te
         A float64 scalar in [0, 1]; NaN without samples.
 
     Raises:
-        ValueError: ``norm`` is unknown, or ``debiased`` is asked of another norm than ``"l2"``.
+        TypeError: ``bins`` are not three floating tensors.
+        ValueError: their shapes or devices differ, ``norm`` is unknown, or ``debiased`` is asked of another norm than
+            ``"l2"``.
 
     Example:
         >>> import torch
@@ -185,6 +194,7 @@ def binned_error(bins: Bins, norm: Norm = "l1", *, debiased: bool = False) -> Te
     section 5 (the debiased estimator).
     """
     check_norm(norm, debiased=debiased)
+    check_bins(bins)
     counts, confidence_sums, correct_sums = bins
     total = counts.sum(-1)
     filled = counts.where(counts > 0, 1)
@@ -204,6 +214,7 @@ def binned_error(bins: Bins, norm: Norm = "l1", *, debiased: bool = False) -> Te
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
     """Raises for a norm that :func:`binned_error` would not take."""
     check_choice(NORMS, norm=norm)
+    check_flag(debiased=debiased)
     if debiased and norm != "l2":
         raise ValueError(f"debiased must be False unless norm is 'l2', whose bias is known, got norm={norm!r}")
 
@@ -241,7 +252,8 @@ def calibration_error(
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or an option is unknown.
+        ValueError: shapes or devices do not fit, an option is unknown, or (looked at on the CPU alone) a label is out
+            of range.
 
     Example:
         >>> import torch
@@ -287,7 +299,8 @@ def adaptive_calibration_error(
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or an option is unknown.
+        ValueError: shapes or devices do not fit, an option is unknown, or (looked at on the CPU alone) a label is out
+            of range.
 
     Example:
         >>> import torch
@@ -312,7 +325,7 @@ def bin_classes(
     Arguments and errors are those of :func:`~calrobust.functional.classwise_calibration_error`.
     """
     check_predictions(target, preds=preds)
-    check_positive_integer(n_bins=n_bins)
+    check_n_bins(n_bins)
     n_classes = preds.shape[1]
     counts, confidence_sums, correct_sums = preds.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
     lowest = preds.new_zeros(2, n_classes, dtype=torch.float64)
@@ -374,7 +387,8 @@ def classwise_calibration_error(
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or an option is unknown.
+        ValueError: shapes or devices do not fit, an option is unknown, or (looked at on the CPU alone) a label is out
+            of range.
 
     Example:
         >>> import torch

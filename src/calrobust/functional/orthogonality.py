@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_floating
+from calrobust._checks import check_flag, check_floating
 
 
 def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> Tensor:
@@ -35,6 +35,7 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     """
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
     check_floating(weight=matrix)
+    check_flag(squared=squared)
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(
             f"weight must have shape [in, out], got {list(matrix.shape)}; pass the projection, e.g. model.visual.proj"

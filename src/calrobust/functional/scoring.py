@@ -69,7 +69,7 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not fit, or (looked at on the CPU alone) a label is out of range.
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ def negative_log_likelihood(
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit.
+        ValueError: shapes or devices do not fit, or (looked at on the CPU alone) a label is out of range.
 
     Example:
         >>> import torch

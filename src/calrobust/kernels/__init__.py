@@ -10,6 +10,7 @@ from torch import Tensor
 from calrobust._checks import (
     check_choice,
     check_features,
+    check_flag,
     check_labels,
     check_logit_scale,
     check_nonnegative_integer,
@@ -64,6 +65,7 @@ def pair_statistics(
     With ``gather``, texts cross ranks once, and ``S`` is the strip of this rank's images against all of them. The
     statistics of columns are vectors that add up over strips; the gradients of texts come back by one reduce-scatter.
     """
+    check_flag(gather=gather)
     try:
         check_features(image_features=image_features, text_features=text_features)
         check_logit_scale(logit_scale=logit_scale)
@@ -83,6 +85,7 @@ def pair_statistics(
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         if teacher is not None:
             dtype = torch.promote_types(dtype, teacher[0].dtype)
+        image_features, text_features = _tracked(image_features), _tracked(text_features)
         x, scale = image_features.to(dtype), _scale(logit_scale, temperature, image_features.device, dtype)
         y = ranks.gather(text_features, dtype)
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
@@ -100,7 +103,7 @@ def pair_statistics(
         student, frozen = (x, y, scale), None
         if teacher is not None:
             with torch.no_grad():
-                tx, ty = teacher[0].to(dtype), ranks.gather(teacher[1], dtype)
+                tx, ty = _tracked(teacher[0]).to(dtype), ranks.gather(_tracked(teacher[1]), dtype)
                 frozen = tx.detach(), ty.detach(), _scale(teacher[2], temperature, tx.device, dtype)
         if impl == "dense":
             strip = dense.softmax_statistics(student, frozen)
@@ -144,7 +147,14 @@ def _facts(image_features: Tensor | None, teacher: Teacher | None, labels: Tenso
 def _scale(logit_scale: Tensor | float, temperature: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     if not isinstance(logit_scale, Tensor):
         return torch.full((), logit_scale / temperature, dtype=dtype, device=device)
-    return logit_scale.reshape(()).to(device, dtype) / temperature
+    return _tracked(logit_scale).reshape(()).to(device, dtype) / temperature
+
+
+def _tracked(tensor: Tensor) -> Tensor:
+    """A copy of a tensor made in inference mode, a frozen tower's for example, that autograd may keep for backward."""
+    if torch.compiler.is_compiling():  # which cannot ask
+        return tensor
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

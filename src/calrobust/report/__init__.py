@@ -18,7 +18,7 @@ from calrobust._checks import (
     check_fitted,
     check_has_data,
     check_held_out,
-    check_positive_integer,
+    check_n_bins,
     check_text,
     check_unfitted,
 )
@@ -83,7 +83,7 @@ class ShiftReport:
 
     def __init__(self, *, id_domain: str, n_bins: int = 15) -> None:
         check_text(id_domain=id_domain)
-        check_positive_integer(n_bins=n_bins)
+        check_n_bins(n_bins)
         self.id_domain = id_domain
         self.n_bins = n_bins
         self._samples: dict[str, dict[str, Samples]] = {}

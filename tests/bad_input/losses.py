@@ -1,0 +1,540 @@
+"""Wrong calls of the losses, as functions and as modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from bad_input.table import Odd, Table, Target, Wrong
+from strategies import unit_rows
+from torch import nn
+
+from calrobust import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
+from calrobust.functional import (
+    carot_loss,
+    multimodal_contrastive_loss,
+    multimodal_distillation_loss,
+    orthogonality_loss,
+)
+from calrobust.integrations.open_clip import OpenClipLoss
+from calrobust.kernels import IMPLS
+from calrobust.losses import LossSum
+
+ROWS, MORE = unit_rows(4, 3, 0, torch.float32), unit_rows(5, 3, 1, torch.float32)
+MCL: Any = MultimodalContrastiveLoss()
+MKD: Any = MultimodalDistillationLoss()
+OC: Any = OrthogonalityLoss()
+
+
+def pairs(**more: Any) -> dict[str, Any]:
+    """The arguments of a loss on pairs."""
+    return {"image_features": ROWS.clone(), "text_features": ROWS.clone(), "logit_scale": 10.0, **more}
+
+
+def taught(**more: Any) -> dict[str, Any]:
+    """And a teacher's."""
+    teacher = {"teacher_image_features": MORE[:4], "teacher_text_features": MORE[:4], "teacher_logit_scale": 5.0}
+    return pairs(**teacher, **more)
+
+
+CONTRASTIVE = Target("functional.multimodal_contrastive_loss", multimodal_contrastive_loss, pairs)
+CONTRASTIVE_MODULE = Target("MultimodalContrastiveLoss.forward", MCL, pairs)
+DISTILLATION = Target("functional.multimodal_distillation_loss", multimodal_distillation_loss, taught)
+DISTILLATION_MODULE = Target("MultimodalDistillationLoss.forward", MKD, taught)
+CAROT = Target("functional.carot_loss", carot_loss, lambda: taught(label_smoothing=0.1, distillation_weight=1.5))
+CAROT_MODULE = Target("CaRotLoss.forward", CaRotLoss(label_smoothing=0.1, distillation_weight=1.5), taught)
+SUM = Target("losses.LossSum.forward", MCL + 1.5 * MKD, taught)
+TERMS = Target("losses.LossSum.terms", (MCL + 1.5 * MKD).terms, taught)
+OPEN_CLIP = Target("integrations.open_clip.OpenClipLoss.forward", OpenClipLoss(MCL), pairs)
+NEW_CONTRASTIVE = Target("MultimodalContrastiveLoss", MultimodalContrastiveLoss, dict)
+NEW_DISTILLATION = Target("MultimodalDistillationLoss", MultimodalDistillationLoss, dict)
+NEW_CAROT = Target("CaRotLoss", CaRotLoss, lambda: {"label_smoothing": 0.1, "distillation_weight": 1.5})
+FUNCTIONS = [CONTRASTIVE, DISTILLATION, CAROT]
+NEW = [NEW_CONTRASTIVE, NEW_DISTILLATION, NEW_CAROT]
+WITH_TEACHER = [DISTILLATION, DISTILLATION_MODULE, CAROT, CAROT_MODULE, SUM, TERMS]
+WITH_LABELS = [CONTRASTIVE, CONTRASTIVE_MODULE, CAROT, CAROT_MODULE, SUM, TERMS]
+
+TABLE: Table = [
+    (
+        [*FUNCTIONS, CONTRASTIVE_MODULE, DISTILLATION_MODULE, CAROT_MODULE, SUM, OPEN_CLIP],
+        [
+            Wrong(
+                {"image_features": ROWS[0]},
+                ValueError,
+                "image_features must have shape [N, D], got [3]; flatten or pool it to one row a pair",
+            ),
+            Wrong(
+                {"text_features": ROWS[None]},
+                ValueError,
+                "text_features must have shape [N, D], got [1, 4, 3]; flatten or pool it to one row a pair",
+            ),
+            Wrong(
+                {"text_features": MORE},
+                ValueError,
+                "image_features and text_features must have the same shape [N, D], got [4, 3] and [5, 3];"
+                " row i of one is the partner of row i of the other",
+            ),
+            Wrong(
+                {"text_features": ROWS[:, :2]},
+                ValueError,
+                "image_features and text_features must have the same shape [N, D], got [4, 3] and [4, 2];"
+                " row i of one is the partner of row i of the other",
+            ),
+            Wrong(
+                {"text_features": ROWS.double()},
+                ValueError,
+                "image_features and text_features must have the same dtype, got torch.float32 and "
+                "torch.float64; cast one with .to()",
+            ),
+            Wrong(
+                {"text_features": ROWS.to("meta")},
+                ValueError,
+                "image_features and text_features must be on one device, got cpu and meta; move one with .to()",
+            ),
+            Wrong(
+                {"image_features": ROWS.long()},
+                TypeError,
+                "image_features must be floating point, got torch.int64; convert it with .float()",
+            ),
+            Wrong(
+                {"text_features": ROWS > 0},
+                TypeError,
+                "text_features must be floating point, got torch.bool; convert it with .float()",
+            ),
+            Wrong(
+                {"image_features": ROWS.to(torch.complex64)},
+                TypeError,
+                "image_features must be floating point, got torch.complex64; convert it with .float()",
+            ),
+            Wrong(
+                {"image_features": ROWS.to(torch.float8_e4m3fn)},
+                TypeError,
+                "image_features must be floating point of at least 16 bits, got torch.float8_e4m3fn; "
+                "convert it with .float()",
+            ),
+            Wrong(
+                {"image_features": ROWS.to_sparse()},
+                TypeError,
+                "image_features must be a dense tensor, got torch.sparse_coo; convert it with .to_dense(), or pad it",
+            ),
+            Wrong(
+                {"image_features": ROWS.tolist()},
+                TypeError,
+                "image_features must be a torch.Tensor, got list; convert it with torch.as_tensor",
+            ),
+            Wrong(
+                {"text_features": ROWS.numpy()},
+                TypeError,
+                "text_features must be a torch.Tensor, got ndarray; convert it with torch.as_tensor",
+            ),
+            Wrong(
+                {"image_features": None},
+                TypeError,
+                "image_features must be a torch.Tensor, got NoneType; convert it with torch.as_tensor",
+            ),
+            Wrong(
+                {"image_features": ROWS[:0], "text_features": ROWS[:0]},
+                ValueError,
+                "image_features and text_features must hold at least one pair and one dimension, got [0, 3]",
+            ),
+            Wrong(
+                {"image_features": ROWS[:, :0], "text_features": ROWS[:, :0]},
+                ValueError,
+                "image_features and text_features must hold at least one pair and one dimension, got [4, 0]",
+            ),
+            Wrong({"logit_scale": 0.0}, ValueError, "logit_scale must be > 0, got 0.0"),
+            Wrong({"logit_scale": -1}, ValueError, "logit_scale must be > 0, got -1"),
+            Wrong({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
+            Wrong({"logit_scale": math.inf}, ValueError, "logit_scale must be finite, got inf"),
+            Wrong({"logit_scale": 10**400}, ValueError, f"logit_scale must be finite, got {10**400}"),
+            Wrong({"logit_scale": "100"}, TypeError, "logit_scale must be a real number, got str '100'"),
+            Wrong({"logit_scale": True}, TypeError, "logit_scale must be a real number, got bool True"),
+            Wrong({"logit_scale": 1j}, TypeError, "logit_scale must be a real number, got complex 1j"),
+            Wrong(
+                {"logit_scale": torch.ones(2)},
+                ValueError,
+                "logit_scale must be a scalar, got shape [2]; pass model.logit_scale.exp()",
+            ),
+            Wrong(
+                {"logit_scale": torch.tensor(100)},
+                TypeError,
+                "logit_scale must be floating point, got torch.int64; convert it with .float()",
+            ),
+        ],
+    ),
+    (
+        WITH_LABELS,
+        [
+            Wrong(
+                {"labels": torch.arange(3)}, ValueError, "labels must have shape [4], one label for each row, got [3]"
+            ),
+            Wrong(
+                {"labels": torch.eye(4, dtype=torch.int64)},
+                ValueError,
+                "labels must have shape [4], one label for each row, got [4, 4]",
+            ),
+            Wrong(
+                {"labels": torch.ones(4)},
+                TypeError,
+                "labels must have dtype torch.int64, got torch.float32; convert it with .long()",
+            ),
+            Wrong(
+                {"labels": torch.arange(4, dtype=torch.int32)},
+                TypeError,
+                "labels must have dtype torch.int64, got torch.int32; convert it with .long()",
+            ),
+            Wrong(
+                {"labels": torch.arange(4).to_sparse()},
+                TypeError,
+                "labels must be a dense tensor, got torch.sparse_coo; convert it with .to_dense(), or pad it",
+            ),
+            Wrong(
+                {"labels": [0, 1, 2, 3]},
+                TypeError,
+                "labels must be a torch.Tensor, got list; convert it with torch.as_tensor",
+            ),
+            Wrong(
+                {"labels": torch.arange(4, device="meta")},
+                ValueError,
+                "labels must be on cpu, as the rows it labels, got meta; move it with .to()",
+            ),
+        ],
+    ),
+    (
+        WITH_TEACHER,
+        [
+            Wrong(
+                {"teacher_image_features": MORE[:3], "teacher_text_features": MORE[:3]},
+                ValueError,
+                "teacher_image_features and image_features must hold the same pairs, got [3, 3] and [4, "
+                "3]; run the teacher on the same batch",
+            ),
+            Wrong(
+                {"teacher_text_features": MORE[:3]},
+                ValueError,
+                "teacher_image_features and teacher_text_features must have the same shape [N, D], got "
+                "[4, 3] and [3, 3]; row i of one is the partner of row i of the other",
+            ),
+            Wrong(
+                {"teacher_text_features": MORE[:4].double()},
+                ValueError,
+                "teacher_image_features and teacher_text_features must have the same dtype, got "
+                "torch.float32 and torch.float64; cast one with .to()",
+            ),
+            Wrong(
+                {"teacher_image_features": MORE[:4].long()},
+                TypeError,
+                "teacher_image_features must be floating point, got torch.int64; convert it with .float()",
+            ),
+            Wrong(
+                {"teacher_image_features": MORE[:4].half().tolist()},
+                TypeError,
+                "teacher_image_features must be a torch.Tensor, got list; convert it with torch.as_tensor",
+            ),
+            Wrong({"teacher_logit_scale": 0}, ValueError, "teacher_logit_scale must be > 0, got 0"),
+            Wrong({"teacher_logit_scale": "5"}, TypeError, "teacher_logit_scale must be a real number, got str '5'"),
+            Wrong(
+                {"teacher_logit_scale": torch.ones(4)},
+                ValueError,
+                "teacher_logit_scale must be a scalar, got shape [4]; pass model.logit_scale.exp()",
+            ),
+            Wrong(
+                {name: MORE[:4].to("meta") for name in ("teacher_image_features", "teacher_text_features")},
+                ValueError,
+                "teacher_image_features and image_features must be on one device, got meta and cpu; move "
+                "one with .to()",
+            ),
+        ],
+    ),
+    (
+        [DISTILLATION, DISTILLATION_MODULE, CAROT],
+        [
+            Wrong(
+                {"teacher_text_features": None},
+                TypeError,
+                "teacher_text_features must be a torch.Tensor, got NoneType; convert it with torch.as_tensor",
+            )
+        ],
+    ),
+    (
+        [SUM, TERMS],
+        [
+            Wrong(
+                {"teacher_text_features": None},
+                TypeError,
+                "MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss() needs "
+                "teacher_image_features, teacher_text_features and teacher_logit_scale; call it as "
+                "criterion(*student(images, texts), *teacher(images, texts))",
+            ),
+            Wrong(
+                {"teacher_logit_scale": None},
+                TypeError,
+                "MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss() needs "
+                "teacher_image_features, teacher_text_features and teacher_logit_scale; call it as "
+                "criterion(*student(images, texts), *teacher(images, texts))",
+            ),
+        ],
+    ),
+    (
+        [Target("losses.LossSum.forward", 2 * MCL, pairs)],
+        [
+            Wrong(
+                {"teacher_image_features": ROWS},
+                TypeError,
+                "2 * MultimodalContrastiveLoss() has no distillation term; leave out the teacher's "
+                "features and logit scale",
+            )
+        ],
+    ),
+    (
+        [Target("losses.LossSum.forward", 2 * MKD, taught)],
+        [
+            Wrong(
+                {"labels": torch.arange(4)},
+                TypeError,
+                "labels are the positives of a contrastive term, and 2 * MultimodalDistillationLoss() has"
+                " none; leave them out",
+            )
+        ],
+    ),
+    (
+        [CONTRASTIVE, CAROT, NEW_CONTRASTIVE, NEW_CAROT],
+        [
+            Wrong(
+                {"label_smoothing": 1.0},
+                ValueError,
+                "label_smoothing must be in [0, 1), got 1.0; did you mean 0.1 or 0.01?",
+            ),
+            Wrong(
+                {"label_smoothing": 1.5},
+                ValueError,
+                "label_smoothing must be in [0, 1), got 1.5; did you mean 0.15 or 0.015?",
+            ),
+            Wrong({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1), got -0.1"),
+            Wrong({"label_smoothing": math.nan}, ValueError, "label_smoothing must be finite, got nan"),
+            Wrong({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a real number, got str '0.1'"),
+            Wrong(
+                {"label_smoothing": torch.tensor(0.1)},
+                TypeError,
+                "label_smoothing must be a real number, got Tensor tensor(0.1000)",
+            ),
+        ],
+    ),
+    (
+        [DISTILLATION, NEW_DISTILLATION],
+        [
+            Wrong({"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
+            Wrong({"temperature": -2.0}, ValueError, "temperature must be > 0, got -2.0"),
+            Wrong({"temperature": math.nan}, ValueError, "temperature must be finite, got nan"),
+            Wrong({"temperature": None}, TypeError, "temperature must be a real number, got NoneType None"),
+        ],
+    ),
+    (
+        [CAROT, NEW_CAROT],
+        [
+            Wrong({"distillation_weight": math.inf}, ValueError, "distillation_weight must be finite, got inf"),
+            Wrong(
+                {"distillation_weight": "1.5"}, TypeError, "distillation_weight must be a real number, got str '1.5'"
+            ),
+        ],
+    ),
+    (
+        [*FUNCTIONS, *NEW],
+        [
+            Wrong(
+                {"reduction": "batchmean"},
+                ValueError,
+                "reduction must be one of 'mean', 'sum', 'none', got 'batchmean'",
+            ),
+            Wrong({"reduction": None}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got None"),
+            Wrong({"impl": "fast"}, ValueError, f"impl must be one of {', '.join(map(repr, IMPLS))}, got 'fast'"),
+            Wrong({"gather": "no"}, TypeError, "gather must be True or False, got str 'no'"),
+            Wrong({"memory_budget": -1}, ValueError, "memory_budget must be >= 0, got -1"),
+            Wrong({"memory_budget": 0.5}, TypeError, "memory_budget must be an int, got float 0.5"),
+        ],
+    ),
+    (
+        [Target("losses.PairLoss.__mul__", lambda weight: weight * MCL, lambda: {"weight": 2})],
+        [
+            Wrong({"weight": math.inf}, ValueError, "weight must be finite, got inf"),
+            Wrong({"weight": "2"}, TypeError, "weight must be a real number, got str '2'"),
+            Wrong({"weight": True}, TypeError, "weight must be a real number, got bool True"),
+            Wrong(
+                {"weight": MKD},
+                TypeError,
+                "weight must be a real number, got MultimodalContrastiveLoss MultimodalContrastiveLoss()",
+            ),
+            Wrong(
+                {"weight": OC},
+                TypeError,
+                "OrthogonalityLoss is a loss on weights and adds to no loss on pairs; add the values: "
+                "criterion(...) + 0.2 * orthogonality(model.visual.proj)",
+            ),
+        ],
+    ),
+    (
+        [Target("losses.PairLoss.__add__", lambda other: MCL + other, lambda: {"other": MKD})],
+        [
+            Wrong(
+                {"other": 1.0}, TypeError, "unsupported operand type(s) for +: 'MultimodalContrastiveLoss' and 'float'"
+            ),
+            Wrong(
+                {"other": nn.CrossEntropyLoss()},
+                TypeError,
+                "unsupported operand type(s) for +: 'MultimodalContrastiveLoss' and 'CrossEntropyLoss'",
+            ),
+            Wrong(
+                {"other": OC},
+                TypeError,
+                "OrthogonalityLoss is a loss on weights and adds to no loss on pairs; add the values: "
+                "criterion(...) + 0.2 * orthogonality(model.visual.proj)",
+            ),
+            Wrong(
+                {"other": MultimodalDistillationLoss(reduction="sum")},
+                ValueError,
+                "losses that add must agree in all options but their own, got MultimodalContrastiveLoss()"
+                " and MultimodalDistillationLoss(reduction='sum'); pass the same keyword arguments to "
+                "both",
+            ),
+        ],
+    ),
+    (
+        [Target("OrthogonalityLoss.__add__", lambda other: OC + other, dict)],
+        [
+            Wrong(
+                {"other": MCL},
+                TypeError,
+                "OrthogonalityLoss is a loss on weights and adds to no loss on pairs; add the values: "
+                "criterion(...) + 0.2 * orthogonality(model.visual.proj)",
+            ),
+            Wrong(
+                {"other": 1.0},
+                TypeError,
+                "OrthogonalityLoss is a loss on weights and adds to no loss on pairs; add the values: "
+                "criterion(...) + 0.2 * orthogonality(model.visual.proj)",
+            ),
+        ],
+    ),
+    (
+        [Target("losses.LossSum", lambda weighted: LossSum(*weighted), lambda: {"weighted": [(1.0, MCL)]})],
+        [
+            Wrong({"weighted": []}, TypeError, "a sum must have at least one pair of a weight and a loss, got none"),
+            Wrong(
+                {"weighted": [MCL]},
+                TypeError,
+                "a sum must be of pairs of a weight and a loss, got MultimodalContrastiveLoss(); write it"
+                " as a + 1.5 * b",
+            ),
+            Wrong(
+                {"weighted": [(1.0, Odd())]},
+                TypeError,
+                "a sum must be of pairs of a weight and a loss, got (1.0, <odd>); write it as a + 1.5 * b",
+            ),
+            Wrong({"weighted": [("1", MCL)]}, TypeError, "weight must be a real number, got str '1'"),
+            Wrong({"weighted": [(1.0, MCL), (math.nan, MKD)]}, ValueError, "weight must be finite, got nan"),
+        ],
+    ),
+    (
+        [
+            Target("functional.orthogonality_loss", orthogonality_loss, lambda: {"weight": ROWS.clone()}),
+            Target("OrthogonalityLoss.forward", OC, lambda: {"weight": ROWS.clone()}),
+        ],
+        [
+            Wrong(
+                {"weight": torch.ones(3)},
+                ValueError,
+                "weight must have shape [in, out], got [3]; pass the projection, e.g. model.visual.proj",
+            ),
+            Wrong(
+                {"weight": torch.ones(2, 3, 4)},
+                ValueError,
+                "weight must have shape [in, out], got [2, 3, 4]; pass the projection, e.g. model.visual.proj",
+            ),
+            Wrong(
+                {"weight": torch.ones(0, 3)},
+                ValueError,
+                "weight must have shape [in, out], got [0, 3]; pass the projection, e.g. model.visual.proj",
+            ),
+            Wrong(
+                {"weight": torch.ones(2, 2, dtype=torch.int64)},
+                TypeError,
+                "weight must be floating point, got torch.int64; convert it with .float()",
+            ),
+            Wrong(
+                {"weight": ROWS.to_sparse()},
+                TypeError,
+                "weight must be a dense tensor, got torch.sparse_coo; convert it with .to_dense(), or pad it",
+            ),
+            Wrong(
+                {"weight": "visual.proj"},
+                TypeError,
+                "weight must be a torch.Tensor, got str; convert it with torch.as_tensor",
+            ),
+            Wrong(
+                {"weight": nn.Conv2d(1, 1, 1)},
+                TypeError,
+                "weight must be a torch.Tensor, got Conv2d; convert it with torch.as_tensor",
+            ),
+            Wrong(
+                {"weight": None},
+                TypeError,
+                "weight must be a torch.Tensor, got NoneType; convert it with torch.as_tensor",
+            ),
+        ],
+    ),
+    (
+        [
+            Target("functional.orthogonality_loss", orthogonality_loss, lambda: {"weight": ROWS.clone()}),
+            Target("OrthogonalityLoss", OrthogonalityLoss, dict),
+        ],
+        [Wrong({"squared": "no"}, TypeError, "squared must be True or False, got str 'no'")],
+    ),
+    (
+        [Target("integrations.open_clip.OpenClipLoss", OpenClipLoss, lambda: {"criterion": MCL})],
+        [
+            Wrong(
+                {"criterion": nn.CrossEntropyLoss()},
+                TypeError,
+                "criterion must be of type PairLoss, got CrossEntropyLoss; pass a loss on pairs, such as "
+                "MultimodalContrastiveLoss() or a sum of them",
+            ),
+            Wrong(
+                {"criterion": OC},
+                TypeError,
+                "criterion must be of type PairLoss, got OrthogonalityLoss; pass a loss on pairs, such as"
+                " MultimodalContrastiveLoss() or a sum of them",
+            ),
+            Wrong(
+                {"criterion": MultimodalContrastiveLoss},
+                TypeError,
+                "criterion must be of type PairLoss, got ABCMeta; pass a loss on pairs, such as "
+                "MultimodalContrastiveLoss() or a sum of them",
+            ),
+        ],
+    ),
+    (
+        [
+            Target(
+                "integrations.open_clip.OpenClipLoss.forward",
+                OpenClipLoss(MCL + MKD),
+                lambda: pairs(dist_image_features=ROWS, dist_text_features=ROWS, dist_logit_scale=1.0),
+            )
+        ],
+        [
+            Wrong(
+                {"dist_text_features": None},
+                TypeError,
+                "MultimodalContrastiveLoss() + MultimodalDistillationLoss() needs teacher_image_features,"
+                " teacher_text_features and teacher_logit_scale; call it as criterion(*student(images, "
+                "texts), *teacher(images, texts))",
+            ),
+            Wrong(
+                {"dist_image_features": MORE},
+                ValueError,
+                "teacher_image_features and teacher_text_features must have the same shape [N, D], got "
+                "[5, 3] and [4, 3]; row i of one is the partner of row i of the other",
+            ),
+        ],
+    ),
+]

@@ -16,7 +16,7 @@ BLUE, ORANGE = "var(--color-brand-primary)", "#D55E00"
 Matrix = list[list[float]]
 
 
-def text(x: float, y: float, words: str, *, size: int = 15, anchor: str = "middle", color: str = INK) -> str:
+def text(x: float, y: float, words: str, *, size: int = 17, anchor: str = "middle", color: str = INK) -> str:
     """One line, its baseline at ``y``."""
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{words}</text>'
 
@@ -25,8 +25,8 @@ def box(x: float, y: float, width: float, height: float, *lines: str, dashed: bo
     """A frame around some lines."""
     dash = ' stroke-dasharray="5 4"' if dashed else ""
     frame = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="none" stroke="{INK}"{dash}/>'
-    first = y + height / 2 + 5 - 9 * (len(lines) - 1)
-    return frame + "".join(text(x + width / 2, first + 18 * i, line) for i, line in enumerate(lines))
+    first = y + height / 2 + 6 - 10 * (len(lines) - 1)
+    return frame + "".join(text(x + width / 2, first + 20 * i, line) for i, line in enumerate(lines))
 
 
 def arrow(x0: float, y0: float, x1: float, y1: float, *, color: str = INK, both: bool = False) -> str:
@@ -88,31 +88,32 @@ def overview() -> str:
         "Student and teacher see the same pairs. MCL draws the student's similarity map to the smoothed target, MKD to "
         "the teacher's map. The teacher follows the student by a moving average. After training, T divides the logits.",
         [
-            box(6, 105, 92, 54, "images", "and texts"),
-            arrow(98, 122, 138, 75),
-            arrow(98, 142, 138, 215),
-            box(140, 38, 112, 54, "student", "θ, in training"),
-            box(140, 196, 112, 54, "teacher", "ψ, frozen", dashed=True),
-            arrow(196, 92, 196, 194, color=ORANGE),
-            text(204, 140, "moving", anchor="start", size=14, color=ORANGE),
-            text(204, 157, "average", anchor="start", size=14, color=ORANGE),
-            arrow(252, 65, 308, 65),
-            arrow(252, 223, 308, 223),
+            box(2, 104, 96, 58, "images", "and texts"),
+            arrow(98, 122, 134, 78),
+            arrow(98, 144, 134, 212),
+            box(136, 36, 126, 58, "student θ,", "in training"),
+            box(136, 194, 126, 58, "teacher ψ,", "frozen", dashed=True),
+            arrow(199, 94, 199, 192, color=ORANGE),
+            text(208, 140, "moving", anchor="start", size=16, color=ORANGE),
+            text(208, 158, "average", anchor="start", size=16, color=ORANGE),
+            text(199, 275, "starts as the", size=15),
+            text(199, 293, "pre-trained model", size=15),
+            arrow(262, 65, 308, 65),
+            arrow(262, 223, 308, 223),
             heat_map(312, 16, 98, STUDENT),
             heat_map(312, 174, 98, TEACHER),
+            text(361, 292, "similarity maps", size=15),
             arrow(361, 120, 361, 170, color=BLUE, both=True),
-            text(372, 150, "MKD", anchor="start", color=BLUE),
-            arrow(416, 65, 528, 65, color=BLUE, both=True),
-            text(472, 56, "MCL", color=BLUE),
-            heat_map(532, 16, 98, SMOOTHED, color=INK),
-            text(581, 134, "who belongs to whom,", size=13),
-            text(581, 151, "smoothed", size=13),
-            text(361, 292, "similarity maps", size=13),
-            arrow(412, 112, 476, 196),
-            box(462, 198, 170, 54, "after training:", "logits ÷ T"),
-            text(547, 272, "T from held-out data", size=13),
-            text(196, 272, "starts as the", size=13),
-            text(196, 289, "pre-trained model", size=13),
+            text(372, 151, "MKD", anchor="start", color=BLUE),
+            arrow(416, 65, 520, 65, color=BLUE, both=True),
+            text(468, 55, "MCL", color=BLUE),
+            heat_map(524, 16, 98, SMOOTHED, color=INK),
+            text(573, 134, "right pairs,", size=15),
+            text(573, 152, "smoothed", size=15),
+            arrow(414, 112, 474, 192),
+            box(470, 194, 160, 58, "after training:", "logits ÷ T"),
+            text(550, 275, "T from", size=15),
+            text(550, 293, "held-out data", size=15),
         ],
     )
 
@@ -130,7 +131,7 @@ def targets() -> str:
         parts += [
             text(x + 85, 24, name),
             heat_map(x, 36, 170, values, color=INK if i < 2 else BLUE),
-            text(x + 85, 230, note, size=14),
+            text(x + 85, 230, note, size=15),
         ]
     title = (
         "Three targets for a batch of six pairs: the identity, the identity smoothed, and a teacher's similarity map."
@@ -158,8 +159,8 @@ def teacher() -> str:
             parts.append(f'<rect {place} fill="{color}"/>')
         parts += [
             f'<line x1="{x}" y1="170" x2="{x + width * 31}" y2="170" stroke="{FAINT}"/>',
-            text(x, 190, f"pre-trained: {100 * weights[0]:.0f} %", anchor="start", size=13, color=ORANGE),
-            text(x + width * 31, 190, "last student", anchor="end", size=13, color=BLUE),
+            text(x, 190, f"pre-trained: {100 * weights[0]:.0f} %", anchor="start", size=15, color=ORANGE),
+            text(x + width * 31, 190, "last student", anchor="end", size=15, color=BLUE),
         ]
     title = (
         "Weights of the models in the teacher after 30 updates. A constant decay of 0.95 leaves 21 % on the "

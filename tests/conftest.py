@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread, a fixed seed, and a Hypothesis profile without deadlines."""
+"""What every test shares: one torch thread, a fixed seed, a Hypothesis profile without deadlines, and the one skip."""
 
 import hypothesis
 import pytest
@@ -13,3 +13,11 @@ hypothesis.settings.load_profile("calrobust")
 def _reproducible() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one thing that may be missing is a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -88,13 +88,13 @@ def test_a_sum_is_the_sum_of_its_values(
 def test_a_sum_of_one_temperature_sweeps_the_pair_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two temperatures need two sweeps, and the one without a teacher's term does without the teacher."""
     sweeps = []
-    original = kernels.tiled.softmax_statistics
+    original = kernels.operators.softmax_statistics
 
-    def counted(student: Any, teacher: Any, *, memory_budget: int) -> Any:
+    def counted(student: Any, teacher: Any, **options: Any) -> Any:
         sweeps.append("plain" if teacher is None else "with teacher")
-        return original(student, teacher, memory_budget=memory_budget)
+        return original(student, teacher, **options)
 
-    monkeypatch.setattr(kernels.tiled, "softmax_statistics", counted)
+    monkeypatch.setattr(kernels.operators, "softmax_statistics", counted)
     contrastive, distillation = MultimodalContrastiveLoss(), MultimodalDistillationLoss()
     (contrastive + 1.5 * distillation + 0.1 * contrastive)(*STUDENT, *TEACHER)
     assert sweeps == ["with teacher"]

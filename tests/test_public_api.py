@@ -90,10 +90,11 @@ def test_import_arrows_go_up_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=dotted)
 def test_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
-    """In metrics.py alone torchmetrics; plots, tables and progress bars inside the functions that need them."""
+    """In metrics.py torchmetrics, in its kernels triton; plots and tables inside the functions that need them."""
     top = {name.split(".")[0] for name in imports(path, top_level_only=True)}
     allowed = {"torch", "calrobust", *sys.stdlib_module_names}
-    assert top <= allowed | ({"torchmetrics"} if dotted(path) == "metrics" else set())
+    lazily_loaded = {"metrics": {"torchmetrics"}, "kernels.triton": {"triton"}}
+    assert top <= allowed | lazily_loaded.get(dotted(path), set())
 
 
 def test_importing_the_package_loads_torch_and_nothing_else() -> None:
@@ -102,7 +103,7 @@ def test_importing_the_package_loads_torch_and_nothing_else() -> None:
         "import sys, torch; before = set(sys.modules); import calrobust;"
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
         "print(sorted(new & {'torchmetrics', 'matplotlib', 'pandas', 'tqdm', 'sklearn', 'open_clip', 'netcal',"
-        "'lightning', 'transformers'}));"
+        "'lightning', 'transformers', 'triton'}));"
         "calrobust.metrics.CalibrationError; print('torchmetrics' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

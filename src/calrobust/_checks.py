@@ -431,3 +431,12 @@ def check_attributes(names: Sequence[str], fix: str, **objects: Any) -> None:
         missing = [attribute for attribute in names if getattr(value, attribute, None) is None]
         if missing:
             raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")
+
+
+def check_triton(obstacle: str) -> None:
+    """Raises ``ValueError`` if something keeps the Triton kernels from running."""
+    if obstacle:
+        raise ValueError(
+            "impl='triton' must find torch >= 2.8, triton and features on a CUDA device of compute capability 8.0 or "
+            f"more, got {obstacle}; provide that, or pass impl='auto', which takes what there is"
+        )

@@ -120,7 +120,7 @@ class MultimodalContrastiveLoss(_Term):
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
         gather: contrast against the pairs of every rank; see :ref:`many-processes`.
         group: the process group of ``gather``; None is the world.
-        impl: ``"auto"``, ``"dense"`` or ``"tiled"``.
+        impl: ``"auto"``, ``"dense"``, ``"tiled"`` or ``"triton"``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
     Raises:
@@ -184,7 +184,7 @@ class MultimodalDistillationLoss(_Term):
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
         gather: contrast against the pairs of every rank; see :ref:`many-processes`.
         group: the process group of ``gather``; None is the world.
-        impl: ``"auto"``, ``"dense"`` or ``"tiled"``.
+        impl: ``"auto"``, ``"dense"``, ``"tiled"`` or ``"triton"``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
     Raises:
@@ -376,7 +376,7 @@ class CaRotLoss(LossSum):
         reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
         gather: contrast against the pairs of every rank; see :ref:`many-processes`.
         group: the process group of ``gather``; None is the world.
-        impl: ``"auto"``, ``"dense"`` or ``"tiled"``.
+        impl: ``"auto"``, ``"dense"``, ``"tiled"`` or ``"triton"``.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
     Raises:

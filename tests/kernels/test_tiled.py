@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -9,51 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import assert_like_dense, factors, value_and_gradients
 from strategies import class_labels, seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
 
-from calrobust.kernels import dense, pair_statistics, tiled
-from calrobust.kernels.dense import Factors, SoftmaxStatistics
+from calrobust.kernels import operators, pair_statistics, tiled
+from calrobust.kernels.dense import Factors
 
 KEEP, RECOMPUTE = 2**40, 0
 
 
-def factors(n: int, m: int, width: int, seed: int, *, scale: float, teacher: bool) -> list[Factors]:
-    """x, y and scale and, if asked for, those of a teacher of another width and scale."""
-    models = [(unit_rows(n, width, seed), unit_rows(m, width, seed + 1), torch.tensor(scale, dtype=torch.float64))]
-    if teacher:
-        frozen = unit_rows(n, width + 1, seed + 2), unit_rows(m, width + 1, seed + 3)
-        models.append((*frozen, torch.tensor(0.9 * scale, dtype=torch.float64)))
-    return models
-
-
-def value_and_gradients(
-    statistics: Any, inputs: list[Factors], seed: int = 0
-) -> tuple[SoftmaxStatistics, list[Tensor]]:
-    """Of a random combination of all statistics, so that each upstream gradient differs from pair to pair."""
-    student, *teacher = inputs
-    x, y, scale = (factor.clone().requires_grad_() for factor in student)
-    outputs = statistics((x, y, scale), *teacher)
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in outputs]
-    total = torch.stack([(w * v).sum() for w, v in zip(weights, outputs, strict=True)]).sum()
-    return outputs, list(torch.autograd.grad(total, (x, y, scale)))
-
-
 def tiled_with(memory_budget: int) -> Any:
-    """The function under test at a budget."""
-    return lambda *inputs: tiled.softmax_statistics(*inputs, memory_budget=memory_budget)
-
-
-def assert_like_dense(inputs: list[Factors], memory_budget: int, tolerance: float) -> None:
-    """In all statistics and both gradients, relative to their largest entry."""
-    expected, expected_gradients = value_and_gradients(dense.softmax_statistics, inputs)
-    outputs, gradients = value_and_gradients(tiled_with(memory_budget), inputs)
-    for ours, theirs in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
-        if theirs.numel():
-            scale = max(1.0, theirs.abs().max().item())
-            assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+    """The function under test at a budget; on a CPU ``"auto"`` is tiled."""
+    return partial(operators.softmax_statistics, memory_budget=memory_budget)
 
 
 @given(
@@ -72,7 +42,7 @@ def test_equals_the_dense_definition_for_every_tile_size(
     """Value and gradients for any shape, tile and upstream gradient, with kept and with recomputed exponentials."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_tile_rows", lambda *_: min(n, rows))
-        assert_like_dense(factors(n, m, width, seed, scale=scale, teacher=teacher), budget, 1e-12)
+        assert_like_dense(tiled_with(budget), factors(n, m, width, seed, scale=scale, teacher=teacher), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,7 +59,7 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     inputs = [(x, y, one), (x.flip(0), y.flip(0), 0.5 * one)]
     outputs, gradients = value_and_gradients(tiled_with(budget), inputs)
     assert all(v.isfinite().all() for v in (*outputs, *gradients))
-    assert_like_dense(inputs, budget, 1e-12 if dtype == torch.float64 else 1e-5)
+    assert_like_dense(tiled_with(budget), inputs, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
@@ -106,11 +76,11 @@ def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_the_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
-    for teacher, keep in product((False, True), (False, True)):
+    for teacher, impl in product((False, True), ("tiled", "kept")):
         inputs = [factor for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher) for factor in model]
         for student in inputs[:3]:
             student.requires_grad_()
-        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, 3, keep))
+        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, impl, torch.float64, 0))
 
 
 def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
@@ -134,7 +104,7 @@ def largest_saved(memory_budget: int, inputs: list[Factors]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        tiled.softmax_statistics(*inputs, memory_budget=memory_budget)
+        operators.softmax_statistics(*inputs, memory_budget=memory_budget)
     return max(sizes)
 
 
@@ -156,17 +126,16 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
 ) -> None:
     """Evaluating a loss, or under no_grad, costs no N×M matrix even where the budget has room for it."""
     kept: list[bool] = []
-    original = tiled._forward
+    original = tiled.forward
 
-    def noted(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
+    def noted(factors: list[Tensor], *, keep: bool) -> Any:
         kept.append(keep)
-        outputs: list[Tensor] = original(factors, tile_rows, keep)
-        return outputs
+        return original(factors, keep=keep)
 
-    monkeypatch.setattr(tiled, "_forward", noted)
+    monkeypatch.setattr(tiled, "forward", noted)
     ((x, y, scale),) = factors(9, 9, 3, 0, scale=1.0, teacher=False)
     with torch.set_grad_enabled(enabled):
-        tiled.softmax_statistics((x.requires_grad_(needs_gradient), y, scale), memory_budget=KEEP)
+        operators.softmax_statistics((x.requires_grad_(needs_gradient), y, scale), memory_budget=KEEP)
     assert kept == [needs_gradient and enabled]
 
 
@@ -203,7 +172,7 @@ def test_class_means_need_no_sorted_labels() -> None:
 def test_differentiating_the_tiled_form_twice_is_refused() -> None:
     """It has no second derivative, and says so instead of giving a wrong one."""
     (x, y, scale), *_ = factors(5, 5, 3, 0, scale=1.0, teacher=False)
-    statistics = tiled.softmax_statistics((x.requires_grad_(), y, scale))
+    statistics = operators.softmax_statistics((x.requires_grad_(), y, scale))
     (gradient,) = torch.autograd.grad(statistics.row_lse.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative; pass impl="dense"'):
+    with pytest.raises(RuntimeError, match='only the dense losses have a second derivative; pass impl="dense"'):
         torch.autograd.grad(gradient.sum(), x)

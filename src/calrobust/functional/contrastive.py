@@ -42,7 +42,8 @@ def multimodal_contrastive_loss(
         gather: contrast against the pairs of every rank; see :ref:`many-processes`.
         group: the process group of ``gather``; None is the world.
         impl: ``"dense"`` holds the N×N matrix and can be differentiated twice; ``"tiled"`` needs O(N·D) memory and
-            recomputes; ``"auto"`` is tiled and keeps the matrix for backward where it fits into ``memory_budget``.
+            recomputes; ``"triton"`` does the same in kernels for CUDA devices; ``"auto"`` is tiled and keeps the matrix
+            for backward where it fits into ``memory_budget``, and beyond it Triton where that runs.
         memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
 
     Returns:
@@ -50,7 +51,8 @@ def multimodal_contrastive_loss(
 
     Raises:
         ValueError: the features differ in shape, dtype or device, are empty or not 2-D; ``labels`` do not fit;
-            ``label_smoothing`` is outside [0, 1); ``logit_scale`` is a number ≤ 0; unknown ``reduction`` or ``impl``.
+            ``label_smoothing`` is outside [0, 1); ``logit_scale`` is a number ≤ 0; unknown ``reduction`` or ``impl``;
+            ``impl="triton"`` without a CUDA device.
         TypeError: the features are no floating-point tensors, or ``labels`` are not ``int64``.
 
     Example:

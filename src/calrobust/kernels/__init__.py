@@ -15,13 +15,14 @@ from calrobust._checks import (
     check_logit_scale,
     check_nonnegative_integer,
     check_teacher,
+    check_triton,
 )
 from calrobust.distributed import REFUSED, ProcessGroup, Ranks, agree
-from calrobust.kernels import dense, tiled
+from calrobust.kernels import dense, operators
 
 __all__ = ["IMPLS", "MEMORY_BUDGET", "Direction", "Impl", "PairStatistics", "Teacher", "pair_statistics"]
 
-Impl = Literal["auto", "dense", "tiled"]
+Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 MEMORY_BUDGET = 256 * 2**20  # bytes of temporary logits
 Teacher = tuple[Tensor, Tensor, "Tensor | float"]
@@ -60,7 +61,7 @@ def pair_statistics(
     """The statistics of ``S = logit_scale / temperature · image_features · text_featuresᵀ`` along rows and columns.
 
     Softmax arithmetic runs in float32, or in float64 if an argument is float64. What is linear in ``S`` is a product of
-    feature sums, O(N·D), and has autograd's own gradient; the softmax part is that of `dense` or of `tiled`.
+    feature sums, O(N·D), and has autograd's own gradient; the softmax part is that of `dense`, `tiled` or `triton`.
 
     With ``gather``, texts cross ranks once, and ``S`` is the strip of this rank's images against all of them. The
     statistics of columns are vectors that add up over strips; the gradients of texts come back by one reduce-scatter.
@@ -75,6 +76,8 @@ def pair_statistics(
             check_teacher(image_features, teacher)
         check_choice(IMPLS, impl=impl)
         check_nonnegative_integer(memory_budget=memory_budget)
+        if impl == "triton":
+            check_triton(operators.obstacle_to_triton(image_features.device))
     except (TypeError, ValueError):
         if gather:
             agree(REFUSED, group, **_facts(None, None, None))  # the other ranks must not wait for this one
@@ -82,9 +85,10 @@ def pair_statistics(
     n = len(image_features)
     ranks = agree(n, group, **_facts(image_features, teacher, labels)) if gather else Ranks([n])
     with torch.autocast(image_features.device.type, enabled=False):
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
+        operands = image_features.dtype
         if teacher is not None:
-            dtype = torch.promote_types(dtype, teacher[0].dtype)
+            operands = torch.promote_types(operands, teacher[0].dtype)
+        dtype = torch.promote_types(operands, torch.float32)
         image_features, text_features = _tracked(image_features), _tracked(text_features)
         x, scale = image_features.to(dtype), _scale(logit_scale, temperature, image_features.device, dtype)
         y = ranks.gather(text_features, dtype)
@@ -108,7 +112,14 @@ def pair_statistics(
         if impl == "dense":
             strip = dense.softmax_statistics(student, frozen)
         else:
-            strip = tiled.softmax_statistics(student, frozen, memory_budget=memory_budget if impl == "auto" else 0)
+            strip = operators.softmax_statistics(
+                student,
+                frozen,
+                impl=impl,
+                memory_budget=memory_budget,
+                operands=operands,
+                first_partner=ranks.own.start,
+            )
         column_lse, column_divergence = _merge_columns(strip, ranks)
         return PairStatistics(
             Direction(strip.row_lse, row_positive, row_mean, strip.row_divergence),

@@ -22,29 +22,13 @@ where, from one exponential again, ``q_ij = p_ij exp(u_i − column_lse_j)``: th
 """
 
 import math
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from calrobust.kernels.dense import Factors, SoftmaxStatistics
-
 TILE_BYTES = 8 * 2**20  # fits into the last cache
+DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
 TILE_ROWS = 256  # at least: below, the matrix products slow down
-
-
-def softmax_statistics(
-    student: Factors, teacher: Factors | None = None, *, memory_budget: int = 0
-) -> SoftmaxStatistics:
-    """As `dense.softmax_statistics`; keeps the exponentials for backward if they fit into ``memory_budget`` bytes."""
-    x, y, _ = student
-    differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
-    kept_bytes = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size()
-    factors = [*student, *(teacher or ())]
-    outputs = _forward(factors, _tile_rows(x, y), differentiated and kept_bytes <= memory_budget)
-    row_lse, column_lse, row_divergence, column_divergence = outputs[:4]
-    teacher_column_lse = x.new_empty(0) if teacher is None else outputs[-2].detach()
-    return SoftmaxStatistics(row_lse, column_lse, row_divergence, column_divergence, teacher_column_lse)
 
 
 class _Matrix:
@@ -88,12 +72,14 @@ class _Matrix:
         return q.mul_(columns).addcmul_(p, row_factor)
 
 
-@torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
-    """Both lse and both divergences, then what backward needs of the student and of the teacher, if there is one."""
+def forward(factors: list[Tensor], *, keep: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """As `operators` asks for it."""
     x, y, _ = factors[:3]
-    (n, m), tiles = (len(x), len(y)), _tiles(x, tile_rows)
-    student, *teachers = (_Matrix(factors[k : k + 3], _no_statistics(x, m, keep)) for k in range(0, len(factors), 3))
+    n, m = len(x), len(y)
+    tiles = _tiles(x, y)
+    student, *teachers = matrices = [
+        _Matrix(factors[k : k + 3], _no_statistics(x, m, keep)) for k in range(0, len(factors), 3)
+    ]
     row_gap = x.new_zeros(n if teachers else 0)
     column_gap = student.column_lse.new_zeros(m if teachers else 0)  # Σ p̃ (t − s), Σ q̃ (t − s)
     buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, m)
@@ -103,54 +89,43 @@ def _forward(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
         p = student.row_softmaxes(s, tile, out=scratch)
         weights, top = student.row_weights(tile)
         sums = weights @ p
-        if _representable(sums.min().log()):
-            student.merge_columns(sums.double().log() + top)
-        else:
-            student.merge_columns(student.logits(tile).logsumexp(0).double())
+        part = sums.double().log() + top if _representable(sums.min().log()) else s.logsumexp(0).double()
+        student.merge_columns(part)
         for teacher in teachers:
             t = teacher.logits(tile, out=spare[0])
             p = teacher.row_softmaxes(t, tile, out=scratch)
-            gap = torch.sub(t, s, out=s).mul_(p)
-            row_gap[tile] = gap.sum(1)
             weights, top = teacher.row_weights(tile)
             sums = weights @ p
+            gap = torch.sub(t, s, out=s)
+            weighted = torch.mul(p, gap, out=scratch)
+            row_gap[tile] = weighted.sum(1)
             if _representable(sums.min().log()):
-                mean, (old, new) = (weights @ gap) / sums, teacher.merge_columns(sums.double().log() + top)
+                part, mean = sums.double().log() + top, (weights @ weighted) / sums
             else:
-                t = teacher.logits(tile)
-                part = t.logsumexp(0)
-                mean = ((t - part).exp() * (t - student.logits(tile))).sum(0)
-                old, new = teacher.merge_columns(part.double())
+                part, mean = t.logsumexp(0).double(), t.softmax(0).mul_(gap).sum(0)
+            old, new = teacher.merge_columns(part)
             column_gap = old * column_gap + new * mean
+    divergences = []
     for teacher in teachers:
         row_gap += student.row_lse - teacher.row_lse
         column_gap += student.column_lse - teacher.column_lse
-    return [student.row_lse, student.column_lse.to(x.dtype), row_gap, column_gap.to(x.dtype)] + [
-        tensor
-        for matrix in (student, *teachers)
-        for tensor in (matrix.row_lse.clone(), matrix.column_lse.to(x.dtype, copy=True), matrix.kept)
-    ]
+        divergences = [row_gap, column_gap.to(x.dtype)]
+    return [[matrix.row_lse, matrix.column_lse.to(x.dtype, copy=True), matrix.kept] for matrix in matrices], divergences
 
 
-@torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
-def _backward(
-    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, y and scale from a, b, c, d, the upstream gradients of the four statistics."""
-    a, b, c, d = gradients
+def backward(weights: list[Tensor], factors: list[Tensor], statistics: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """As `operators` asks for it."""
+    rows, columns, teacher_rows, teacher_columns = weights
     x, y, scale = factors[:3]
-    student, *teachers = (
-        _Matrix(factors[3 * k : 3 * k + 3], statistics[3 * k : 3 * k + 3]) for k in range(len(factors) // 3)
-    )
-    rows, columns = (a + c, b + d) if teachers else (a, b)
-    tiles = _tiles(x, tile_rows)
+    student, *teachers = (_Matrix(factors[k : k + 3], statistics[k : k + 3]) for k in range(0, len(factors), 3))
+    tiles = _tiles(x, y)
     buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, len(y))
     x_gradient, y_gradient, scale_gradient = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
     for tile in tiles:
         scratch, s, *spare = buffers[:, : tile.stop - tile.start]
         student.weighted_softmaxes(tile, rows, columns, scratch, out=s)
         for teacher in teachers:
-            s -= teacher.weighted_softmaxes(tile, c, d, scratch, out=spare[0])
+            s -= teacher.weighted_softmaxes(tile, teacher_rows, teacher_columns, scratch, out=spare[0])
         product = torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
         scale_gradient += torch.linalg.vecdot(product, x[tile]).sum()
         product *= scale
@@ -158,53 +133,13 @@ def _backward(
     return x_gradient, y_gradient, scale_gradient
 
 
-@_forward.register_fake
-def _(factors: list[Tensor], tile_rows: int, keep: bool) -> list[Tensor]:
-    x, y, _ = factors[:3]
-    rows, columns, none = x.new_empty(len(x)), x.new_empty(len(y)), x.new_empty(0)
-    divergences = [none, none] if len(factors) == 3 else [rows, columns]
-    statistics = [rows, columns, x.new_empty(len(x) if keep else 0, len(y))] * (len(factors) // 3)
-    return [torch.empty_like(t) for t in (rows, columns, *divergences, *statistics)]
-
-
-@_backward.register_fake
-def _(
-    gradients: list[Tensor], factors: list[Tensor], statistics: list[Tensor], tile_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, y, scale = factors[:3]
-    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
-
-
-def _save(ctx: Any, inputs: tuple[list[Tensor], int, bool], output: list[Tensor]) -> None:
-    factors, ctx.tile_rows, _ = inputs
-    ctx.count = len(factors)
-    ctx.set_materialize_grads(False)  # the kept exponentials are an output too, and have no gradient
-    ctx.save_for_backward(*factors, *output)
-
-
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
-    factors, outputs = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
-    upstream = [
-        torch.zeros_like(output) if gradient is None else gradient.contiguous()
-        for gradient, output in zip(gradients[:4], outputs[:4], strict=True)
-    ]
-    student = _backward(upstream, factors, outputs[4:], ctx.tile_rows)
-    return [*student, *[None] * (ctx.count - 3)], None, None
-
-
-def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
-    raise RuntimeError('the tiled losses have no second derivative; pass impl="dense"')
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
-
-
 def _tile_rows(x: Tensor, y: Tensor) -> int:
-    return min(len(x), max(TILE_ROWS, TILE_BYTES // (len(y) * y.element_size())))
+    tile_bytes = TILE_BYTES if x.device.type == "cpu" else DEVICE_TILE_BYTES
+    return min(len(x), max(TILE_ROWS, tile_bytes // (len(y) * y.element_size())))
 
 
-def _tiles(x: Tensor, rows: int) -> list[slice]:
+def _tiles(x: Tensor, y: Tensor) -> list[slice]:
+    rows = _tile_rows(x, y)
     return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
 
 

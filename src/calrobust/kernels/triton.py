@@ -1,0 +1,354 @@
+r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
+
+**Forward.** A program takes a block of rows and visits tiles of columns. In each it forms S and T, and folds them into
+what its rows need: a running maximum, the sum of exponentials below it and, with a teacher, the sum of ``p̃ (t − s)``.
+The same of the tile's columns is written out. What programs have found of a row or of a column are *parts*
+``[K, P, length]``: P programs have met it, K = 1 is the lse of S, K = 3 that, the lse of T and the mean of ``t − s``
+under T's softmax. `_merge` makes ``[K, length]`` of them. No atomics: all sums run in one order.
+
+**Divergence.** As in `tiled`, only differences of logits are weighted. Both matrices take the same steps, and no
+product is fused into the sum after it (one side of a difference would then be rounded and the other not), so a teacher
+equal to the student gives exactly zero.
+
+**Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a slab of rows at a time,
+and torch's matrix product takes it to x and y. Of low-precision features the slab is float16, all by a power of two
+that takes the largest possible entry to the upper end: eight times the precision of bfloat16 at the same speed. One
+entry a row is left out of it, that of the row's partner, which all but cancels against the linear part once a model is
+trained. Those entries, a vector, stay in float32.
+
+**Precision.** Features are multiplied in the dtype in which they came, and summed in float32. float32 features are
+three TF32 products, which lose about 2⁻²²; float64 ones are float64 throughout.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PARTS_BYTES = 128 * 2**20  # of columns, before they are merged
+SLAB_BYTES = 256 * 2**20
+PROGRAMS = 4  # for each multiprocessor, at least, if there are tiles enough
+
+
+class Blocks(NamedTuple):
+    """The size of a tile, and how a program works on it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# By bytes of an operand: large, to be worth the loads, and within the 99 KiB of shared memory that every card has.
+BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(64, 64, 16, 8, 2)}
+
+MASKED = tl.constexpr(-3e38)  # a logit outside the matrix: finite, so that the difference of two is 0
+
+
+@triton.jit
+def _logits(
+    x: tl.tensor,
+    y: tl.tensor,
+    scale: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    width: tl.tensor,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tl.tensor:
+    """A tile of ``scale · x yᵀ``."""
+    total = tl.zeros((ROWS, COLUMNS), TOTAL)
+    x_row = x + row.to(tl.int64)[:, None] * width
+    y_row = y + column.to(tl.int64)[None, :] * width
+    for start in range(0, width, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        a = tl.load(x_row + depth[None, :], mask=(row < n)[:, None] & (depth < width)[None, :], other=0.0)
+        b = tl.load(y_row + depth[:, None], mask=(column < m)[None, :] & (depth < width)[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TOTAL)
+    return total * tl.load(scale)
+
+
+@triton.jit
+def _forward_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    scale: tl.tensor,
+    width: tl.tensor,
+    tx: tl.tensor,
+    ty: tl.tensor,
+    t_scale: tl.tensor,
+    t_width: tl.tensor,
+    row_parts: tl.tensor,
+    column_parts: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    span: tl.tensor,  # columns of a program
+    TEACHER: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """The parts of a block of rows, program_id(0), in a span of columns, program_id(1)."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    row = block * ROWS + tl.arange(0, ROWS)
+    row_stride, column_stride = tl.num_programs(1).to(tl.int64) * n, tl.num_programs(0).to(tl.int64) * m
+    s_top = tl.full((ROWS,), MASKED, TOTAL)
+    t_top = tl.full((ROWS,), MASKED, TOTAL)
+    s_sum = tl.zeros((ROWS,), TOTAL)
+    t_sum = tl.zeros((ROWS,), TOTAL)
+    gap_sum = tl.zeros((ROWS,), TOTAL)
+    for start in range(split * span, tl.minimum((split + 1) * span, m), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < n)[:, None] & (column < m)[None, :]
+        column_part = column_parts + block.to(tl.int64) * m + column
+
+        s = _logits(x, y, scale, row, column, n, m, width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+        s = tl.where(inside, s, MASKED)
+        top = tl.maximum(s_top, tl.max(s, 1))
+        s_sum = s_sum * tl.exp(s_top - top) + tl.sum(tl.exp(s - top[:, None]), 1)
+        s_top = top
+        top = tl.max(s, 0)
+        total = tl.sum(tl.exp(s - top[None, :]), 0)
+        tl.store(column_part, top + tl.log(total), mask=column < m)
+
+        if TEACHER:
+            t = _logits(tx, ty, t_scale, row, column, n, m, t_width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+            t = tl.where(inside, t, MASKED)
+            gap = t - s
+            top = tl.maximum(t_top, tl.max(t, 1))
+            kept = tl.exp(t_top - top)
+            weight = tl.exp(t - top[:, None])
+            t_sum = t_sum * kept + tl.sum(weight, 1)
+            gap_sum = gap_sum * kept + tl.sum(weight * gap, 1)
+            t_top = top
+            top = tl.max(t, 0)
+            weight = tl.exp(t - top[None, :])
+            total = tl.sum(weight, 0)
+            tl.store(column_part + column_stride, top + tl.log(total), mask=column < m)
+            tl.store(column_part + 2 * column_stride, tl.sum(weight * gap, 0) / total, mask=column < m)
+
+    row_part = row_parts + split.to(tl.int64) * n + row
+    tl.store(row_part, s_top + tl.log(s_sum), mask=row < n)
+    if TEACHER:
+        tl.store(row_part + row_stride, t_top + tl.log(t_sum), mask=row < n)
+        tl.store(row_part + 2 * row_stride, gap_sum / t_sum, mask=row < n)
+
+
+@triton.jit
+def _weighted_softmaxes(
+    logits: tl.tensor, row_lse: tl.tensor, column_lse: tl.tensor, rows: tl.tensor, columns: tl.tensor
+) -> tl.tensor:
+    """``rows_i p_ij + columns_j q_ij``."""
+    p = tl.exp(logits - row_lse[:, None])
+    q = tl.exp(logits - column_lse[None, :])
+    return rows[:, None] * p + columns[None, :] * q
+
+
+@triton.jit
+def _backward_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    scale: tl.tensor,
+    width: tl.tensor,
+    row_lse: tl.tensor,
+    column_lse: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    tx: tl.tensor,
+    ty: tl.tensor,
+    t_scale: tl.tensor,
+    t_width: tl.tensor,
+    t_row_lse: tl.tensor,
+    t_column_lse: tl.tensor,
+    t_rows: tl.tensor,
+    t_columns: tl.tensor,
+    unit: tl.tensor,
+    slab: tl.tensor,
+    partners: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    first_partner: tl.tensor,
+    TEACHER: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """A tile of the gradient in S."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_rows, in_columns = row < n, column < m
+
+    s = _logits(x, y, scale, row, column, n, m, width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+    gradient = _weighted_softmaxes(
+        s,
+        tl.load(row_lse + row, mask=in_rows, other=0.0),
+        tl.load(column_lse + column, mask=in_columns, other=0.0),
+        tl.load(rows + row, mask=in_rows, other=0.0),
+        tl.load(columns + column, mask=in_columns, other=0.0),
+    )
+    if TEACHER:
+        t = _logits(tx, ty, t_scale, row, column, n, m, t_width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+        gradient -= _weighted_softmaxes(
+            t,
+            tl.load(t_row_lse + row, mask=in_rows, other=0.0),
+            tl.load(t_column_lse + column, mask=in_columns, other=0.0),
+            tl.load(t_rows + row, mask=in_rows, other=0.0),
+            tl.load(t_columns + column, mask=in_columns, other=0.0),
+        )
+
+    # Of the tile's first row the partner is in this column of the tile, if it is in the tile.
+    shift = first_partner + tl.program_id(0) * ROWS - tl.program_id(1) * COLUMNS
+    if (shift > -ROWS) & (shift < COLUMNS):
+        is_partner = column[None, :] - row[:, None] == first_partner
+        found = tl.sum(is_partner.to(tl.int32), 1) > 0
+        tl.store(partners + row, tl.sum(tl.where(is_partner, gradient, 0.0), 1), mask=in_rows & found)
+        gradient = tl.where(is_partner, 0.0, gradient)
+    entries = slab + row.to(tl.int64)[:, None] * m + column[None, :]
+    tl.store(entries, (gradient * tl.load(unit)).to(slab.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
+
+
+class _Matrix:
+    """One matrix ``scale · x yᵀ`` as kernels take it."""
+
+    def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        x, y, self.scale = factors
+        if INTERPRETED and dtype == torch.bfloat16:
+            dtype = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
+        self.x, self.y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
+
+    def arguments(self, tile: slice) -> tuple[Any, ...]:
+        return self.x[tile], self.y, self.scale, self.x.shape[1]
+
+
+class _Launcher:
+    """Kernels at the blocks that fit the operands, for a student and, if there are two matrices, a teacher."""
+
+    def __init__(self, matrices: Sequence[_Matrix], total: torch.dtype) -> None:
+        x = matrices[0].x
+        widest = max(matrix.x.shape[1] for matrix in matrices)
+        blocks = BLOCKS[x.element_size()]
+        self.where = x
+        self.rows, self.columns = blocks.rows, blocks.columns
+        self.options = {
+            "TEACHER": len(matrices) == 2,
+            "TOTAL": tl.float64 if total == torch.float64 else tl.float32,
+            "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
+            "ROWS": blocks.rows,
+            "COLUMNS": blocks.columns,
+            "DEPTH": min(blocks.depth, max(16, triton.next_power_of_2(widest))),
+            "num_warps": blocks.num_warps,
+            "num_stages": blocks.num_stages,
+            "enable_fp_fusion": False,
+        }
+
+    def tiles(self, n: int, block_bytes: int, limit: int) -> list[slice]:
+        """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
+        rows = self.rows * max(1, limit // block_bytes)
+        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+    def __call__(self, kernel: Any, grid: tuple[int, int], *arguments: Any) -> None:
+        with torch.cuda.device_of(self.where):
+            kernel[grid](*arguments, **self.options)
+
+
+def forward(factors: list[Tensor], operands: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """As `operators` asks for it."""
+    x, y, _ = factors[:3]
+    n, m = len(x), len(y)
+    matrices = [_Matrix(factors[k : k + 3], operands) for k in range(0, len(factors), 3)]
+    launch = _Launcher(matrices, x.dtype)
+    kinds = 2 * len(matrices) - 1
+    parts_by_row, parts_by_column = [], []
+    for tile in launch.tiles(n, kinds * m * x.element_size(), PARTS_BYTES):
+        length = tile.stop - tile.start
+        height, width = triton.cdiv(length, launch.rows), triton.cdiv(m, launch.columns)
+        span = triton.cdiv(width, triton.cdiv(_programs(x.device), height))  # in tiles, of a program
+        grid = height, triton.cdiv(width, span)
+        by_row, by_column = x.new_empty(kinds, grid[1], length), x.new_empty(kinds, height, m)
+        features = *matrices[0].arguments(tile), *matrices[-1].arguments(tile)
+        launch(_forward_kernel, grid, *features, by_row, by_column, length, m, span * launch.columns)
+        parts_by_row.append(_merge(by_row))
+        parts_by_column.append(_merge(by_column))
+    by_row, by_column = torch.cat(parts_by_row, 1), _merge(torch.stack(parts_by_column, 1))
+    statistics = [[by_row[k].clone(), by_column[k].clone(), x.new_empty(0, m)] for k in range(len(matrices))]
+    return statistics, [s - t + gap for s, t, gap in (by_row, by_column)] if len(matrices) == 2 else []
+
+
+def backward(
+    weights: list[Tensor], factors: list[Tensor], statistics: list[Tensor], operands: torch.dtype, first_partner: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `operators` asks for it."""
+    rows, columns, t_rows, t_columns = weights
+    x, y, scale = factors[:3]
+    n, m = len(x), len(y)
+    matrices = [_Matrix(factors[k : k + 3], operands) for k in range(0, len(factors), 3)]
+    (row_lse, column_lse, _), (t_row_lse, t_column_lse, _) = statistics[:3], statistics[-3:]
+    launch = _Launcher(matrices, x.dtype)
+
+    slab_dtype = torch.float16 if operands.itemsize == 2 else x.dtype
+    bound = torch.stack([weight.abs().amax() for weight in weights if len(weight)]).sum()
+    unit, x_unit, y_unit = (_unit(top, slab_dtype) for top in (bound, x.abs().amax(), y.abs().amax()))
+    x_narrow, y_narrow = (x_unit * x).to(slab_dtype), (y_unit * y).to(slab_dtype)
+    x_gradient, y_gradient, partners = torch.empty_like(x), torch.zeros_like(y), x.new_zeros(n)
+    tiles = launch.tiles(n, launch.rows * m * slab_dtype.itemsize, SLAB_BYTES)
+    slab = x.new_empty(tiles[0].stop, m, dtype=slab_dtype)
+    for tile in tiles:
+        length = tile.stop - tile.start
+        grid = triton.cdiv(length, launch.rows), triton.cdiv(m, launch.columns)
+        student = *matrices[0].arguments(tile), row_lse[tile], column_lse, rows[tile], columns
+        teacher = *matrices[-1].arguments(tile), t_row_lse[tile], t_column_lse, t_rows[tile], t_columns
+        sizes = length, m, first_partner + tile.start
+        launch(_backward_kernel, grid, *student, *teacher, unit, slab, partners[tile], *sizes)
+        x_gradient[tile] = _product(slab[:length], y_narrow, x.dtype)
+        y_gradient += _product(slab[:length].T, x_narrow[tile], x.dtype)
+    x_gradient.div_(unit).div_(y_unit)
+    y_gradient.div_(unit).div_(x_unit)
+
+    partnered = min(n, m - first_partner)
+    own = slice(first_partner, first_partner + partnered)
+    x_gradient[:partnered].addcmul_(partners[:partnered, None], y[own])
+    y_gradient[own].addcmul_(partners[:partnered, None], x[:partnered])
+    scale_gradient = torch.linalg.vecdot(x_gradient, x).sum()
+    return x_gradient.mul_(scale), y_gradient.mul_(scale), scale_gradient
+
+
+def _merge(parts: Tensor) -> Tensor:
+    """``[K, P, length]`` -> ``[K, length]``."""
+    lse = parts[:2].logsumexp(1)
+    if len(parts) == 1:
+        return lse
+    return torch.cat([lse, (parts[1].softmax(0) * parts[2]).sum(0, keepdim=True)])
+
+
+def _unit(bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """The power of two by which what is at most ``bound`` fills the range of float16; 1 for another dtype."""
+    if dtype != torch.float16:
+        return torch.ones_like(bound)
+    return torch.ldexp(torch.ones_like(bound), 15 - torch.frexp(bound.clamp_min(1e-30)).exponent)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b``, summed and returned in ``dtype``."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    return torch.mm(a.to(dtype), b.to(dtype)) if INTERPRETED else torch.mm(a, b, out_dtype=dtype)
+
+
+def _programs(device: torch.device) -> int:
+    return PROGRAMS * (1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,431 @@
+"""The Triton kernels against the dense definition, on a CUDA device or, interpreted by Triton, on the CPU.
+
+Triton decides when it is imported whether it interprets. So the tests of the kernels need a GPU here, and
+`test_the_kernels_are_right_under_the_interpreter` runs this file once more in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matrices import assert_like_dense, factors, value_and_gradients
+from strategies import class_labels, unit_rows
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from calrobust import CaRotLoss
+from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
+from calrobust.kernels import dense, operators
+from calrobust.kernels.dense import Factors
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+Test = Callable[..., None]
+
+
+def kernels(test: Test) -> Test:
+    """A test that runs the kernels."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+statistics = partial(operators.softmax_statistics, impl="triton")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Any:
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16, one block of rows a slab, several programs for its columns: every seam in small matrices."""
+    triton = importlib.import_module("calrobust.kernels.triton")
+    for size in triton.BLOCKS:
+        monkeypatch.setitem(triton.BLOCKS, size, triton.Blocks(16, 16, 16, 4, 2))
+    monkeypatch.setattr(triton, "PARTS_BYTES", 0)
+    monkeypatch.setattr(triton, "SLAB_BYTES", 0)
+    monkeypatch.setattr(triton, "_programs", lambda device: 2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs this file")
+def test_the_kernels_are_right_under_the_interpreter() -> None:
+    """All tests below that run kernels, on the CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+SHAPES = [(1, 1, 1), (1, 37, 5), (37, 1, 3), (16, 16, 16), (50, 33, 17), (33, 50, 20), (70, 70, 1)]
+
+
+@kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize(("n", "m", "width"), SHAPES)
+def test_equals_the_dense_definition(n: int, m: int, width: int, teacher: bool) -> None:
+    """Value and gradients of every statistic in float64, for whole and uneven blocks, flat and peaked."""
+    for scale in (0.01, 30.0):
+        assert_like_dense(statistics, moved(factors(n, m, width, 0, scale=scale, teacher=teacher)), 1e-12)
+
+
+def moved(inputs: list[Factors], dtype: torch.dtype = torch.float64) -> list[Factors]:
+    """To the device and a dtype."""
+    return [(x.to(DEVICE, dtype), y.to(DEVICE, dtype), s.to(DEVICE, dtype)) for x, y, s in inputs]
+
+
+@kernels
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_keeps_its_precision_at_its_own_blocks(operands: torch.dtype, teacher: bool) -> None:
+    """float32 within 5e-6; the gradient of low-precision features within 1e-3, in the Frobenius norm, of float64's."""
+    inputs = moved(factors(150, 140, 70, 0, scale=20.0, teacher=teacher))
+    inputs = moved(moved(inputs, operands), torch.float32)
+    expected, expected_gradients = value_and_gradients(dense.softmax_statistics, moved(inputs))
+    ours = partial(statistics, operands=operands)
+    outputs, gradients = value_and_gradients(ours, inputs)
+    for a, b in zip(outputs, expected, strict=True):
+        assert_close(a.double(), b, rtol=5e-6, atol=5e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert (a.double() - b).norm() <= (5e-6 if operands == torch.float32 else 1e-3) * b.norm()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "margin"), [(10.0, 1.0), (15.0, 0.5)])  # p of the own pair is 0.75 and 0.995
+def test_a_trained_model_gets_gradients_as_exact_as_its_dtype(dtype: torch.dtype, scale: float, margin: float) -> None:
+    """Where p of the own pair is near 1, two parts of its gradient cancel; within 2e-3 of float64's all the same."""
+    images, noise, common = (unit_rows(n, 64, seed).to(DEVICE) for n, seed in ((60, 0), (60, 1), (1, 2)))
+    rows = images, images + margin * noise
+    features = [F.normalize(0.5 * common + each).to(dtype) for each in rows]
+    exact = [each.double().requires_grad_() for each in features]
+    ours = [each.clone().requires_grad_() for each in features]
+    multimodal_contrastive_loss(exact[0], exact[1], scale, impl="dense").backward()
+    multimodal_contrastive_loss(ours[0], ours[1], scale, impl="triton").backward()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert (a.grad.double() - b.grad).norm() <= 2e-3 * b.grad.norm()
+
+
+@kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("width", [5, 24])
+def test_losses_are_those_of_the_dense_form(labelled: bool, width: int) -> None:
+    """With labels, smoothing, temperature and a teacher of another width: value of each pair and every gradient."""
+    labels = class_labels(21, 2).to(DEVICE) if labelled else None
+    student = unit_rows(21, width, 0).to(DEVICE), unit_rows(21, width, 1).to(DEVICE), torch.tensor(14.0).double()
+    teacher: Any = unit_rows(21, 7, 2).to(DEVICE), unit_rows(21, 7, 3).to(DEVICE), 9.0
+    weights = torch.linspace(-1, 2, 21, dtype=torch.float64)
+    found = []
+    for impl in ("dense", "triton"):
+        options: Any = {"reduction": "none", "impl": impl}
+        inputs: Any = [value.clone().requires_grad_() for value in student]
+        values = multimodal_contrastive_loss(*inputs, labels=labels, label_smoothing=0.2, **options)
+        values = values + multimodal_distillation_loss(*inputs, *teacher, temperature=2.0, **options)
+        values = values + carot_loss(
+            *inputs, *teacher, labels=labels, label_smoothing=0.1, distillation_weight=1.5, **options
+        )
+        found.append([values, *torch.autograd.grad(values @ weights, inputs)])
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("operands", [torch.bfloat16, torch.float64])
+def test_strips_of_rows_make_up_the_whole_matrix(operands: torch.dtype) -> None:
+    """As of ranks: the rows of each strip, its gradient in the columns summed, its partners where they are."""
+    whole = moved(factors(45, 45, 12, 0, scale=20.0, teacher=True))
+    if operands == torch.bfloat16:
+        whole = moved(moved(whole, operands), torch.float32)
+    (x, y, scale), (tx, ty, t_scale) = whole
+    texts = y.double().requires_grad_()
+    expected = dense.softmax_statistics((x.double(), texts, scale.double()))
+    (expected_gradient,) = torch.autograd.grad(expected.row_lse.sum() - expected.row_lse[7], texts)
+    y = y.requires_grad_()
+    strips = [slice(0, 19), slice(19, 45)]
+    found = [
+        statistics((x[s], y, scale), (tx[s], ty, t_scale), operands=operands, first_partner=s.start) for s in strips
+    ]
+    lse = torch.cat([strip.row_lse for strip in found])
+    tolerance = 1e-12 if operands == torch.float64 else 5e-6
+    assert_close(lse.double(), expected.row_lse, rtol=tolerance, atol=tolerance)
+    columns = torch.logsumexp(torch.stack([strip.column_lse for strip in found]), 0)
+    assert_close(columns.double(), expected.column_lse, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(lse.sum() - lse[7], y)
+    tolerance = 1e-12 if operands == torch.float64 else 1e-3
+    assert (gradient.double() - expected_gradient).norm() <= tolerance * expected_gradient.norm()
+
+
+@kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [100.0, 740.0, 1e4])
+def test_is_finite_and_exact_however_far_logits_lie_apart(dtype: torch.dtype, gap: float) -> None:
+    """A column far below the others of its tile, a row far above a column (trap 1)."""
+    corners = torch.tensor([[gap, 0.0], [0.0, 1.0], [-gap, 2.0], [0.5, -1.0], [gap / 2, gap]], dtype=dtype)
+    x, y = (
+        corners.repeat(5, 1),
+        torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [-0.5, 0.1]], dtype=dtype).repeat(6, 1),
+    )
+    one = torch.tensor(1.0, dtype=dtype)
+    inputs = [(x, y, one), (x.flip(0), y.flip(0), 0.5 * one)]
+    outputs, gradients = value_and_gradients(statistics, inputs)
+    assert all(v.isfinite().all() for v in (*outputs, *gradients))
+    rounding = gap * torch.finfo(dtype).eps  # of a logsumexp of that size, and so of its exponential
+    assert_like_dense(statistics, inputs, rounding + (1e-12 if dtype == torch.float64 else 1e-5))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_nan_feature_gives_a_nan_loss_and_nan_gradients(dtype: torch.dtype) -> None:
+    """Never a finite wrong value."""
+    x, y = unit_rows(20, 6, 0, dtype).to(DEVICE), unit_rows(20, 6, 1, dtype).to(DEVICE)
+    x[3, 2] = torch.nan
+    image, text = x.requires_grad_(), y.requires_grad_()
+    values = multimodal_contrastive_loss(image, text, 10.0, reduction="none", impl="triton")
+    assert values.isnan().all()  # each text has the image among its candidates
+    for gradient in torch.autograd.grad(values.sum(), (image, text)):
+        assert gradient.isnan().any(1).all()
+
+
+@kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+def test_a_teacher_equal_to_the_student_gives_exactly_zero(operands: torch.dtype) -> None:
+    """Value and gradient: both sides take the same steps (trap 2)."""
+    ((x, y, scale),) = moved(moved(factors(33, 40, 20, 0, scale=50.0, teacher=False), operands), torch.float32)
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    result = statistics((a, b, scale), (x, y, scale), operands=operands)
+    assert (result.row_divergence == 0).all()
+    assert (result.column_divergence == 0).all()
+    for gradient in torch.autograd.grad(result.row_divergence.sum() + result.column_divergence.sum(), (a, b)):
+        assert (gradient == 0).all()
+
+
+@kernels
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e30])
+def test_low_precision_holds_gradients_of_any_size(size: float) -> None:
+    """A loss times a small or a large number, features far from unit norm: neither underflow nor overflow."""
+    ((x, y, scale),) = moved(moved(factors(40, 40, 20, 0, scale=20.0, teacher=False), torch.bfloat16), torch.float32)
+    expected = gradients_of_row_lse(x, y, scale, torch.float32)
+    for factor in (2.0**-20, 1.0, 2.0**20):
+        found = gradients_of_row_lse(factor * x, y / factor, scale, torch.bfloat16, size)
+        for a, b, unit in zip(found, expected, (size / factor, size * factor), strict=True):
+            assert (a.double() / unit - b).norm() <= 1e-3 * b.norm()
+
+
+def gradients_of_row_lse(x: Tensor, y: Tensor, scale: Tensor, operands: torch.dtype, weight: float = 1.0) -> Any:
+    """Of their weighted sum, in x and y."""
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    return torch.autograd.grad(weight * statistics((x, y, scale), operands=operands).row_lse.sum(), (x, y))
+
+
+@kernels
+def test_layout_of_the_features_does_not_matter() -> None:
+    """Transposed and strided features give the statistics of their contiguous copies."""
+    x, y = unit_rows(8, 12, 0).to(DEVICE)[:, ::2], unit_rows(6, 8, 1).to(DEVICE).T
+    scale = torch.tensor(3.0).double()
+    assert_close(statistics((x, y, scale)), statistics((x.clone(), y.contiguous(), scale)))
+
+
+# opcheck itself looks at the .grad of tensors that are no leaves
+@kernels
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_operator_passes_opcheck() -> None:
+    """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
+    for teacher in (False, True):
+        inputs = [factor for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)) for factor in model]
+        for student in inputs[:3]:
+            student.requires_grad_()
+        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, "triton", torch.float64, 0))
+
+
+@kernels
+def test_compiles_into_one_graph() -> None:
+    """torch.compile(fullgraph=True) of a loss, with the value and the gradient of the eager one."""
+    criterion = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5, impl="triton")
+    student = [unit_rows(9, 4, seed, torch.float32).to(DEVICE).requires_grad_() for seed in (0, 1)]
+    teacher = [unit_rows(9, 4, seed, torch.float32).to(DEVICE) for seed in (2, 3)]
+    compiled: Any = torch.compile(criterion, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    arguments = *student, 20.0, *teacher, 20.0
+    for a, b in zip(
+        torch.autograd.grad(compiled(*arguments), student),
+        torch.autograd.grad(criterion(*arguments), student),
+        strict=True,
+    ):
+        assert_close(a, b)
+
+
+@kernels
+def test_differentiating_the_kernels_twice_is_refused() -> None:
+    """They have no second derivative, and say so instead of giving a wrong one."""
+    ((x, y, scale),) = moved(factors(5, 5, 3, 0, scale=1.0, teacher=False))
+    found = statistics((x.requires_grad_(), y, scale))
+    (gradient,) = torch.autograd.grad(found.row_lse.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='pass impl="dense"'):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is in the way and what to do instead."""
+    if not INTERPRETED:
+        with torch.device("cpu"), pytest.raises(ValueError, match=r"got features on cpu; .* or pass impl='auto'"):
+            multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0, impl="triton")
+    monkeypatch.setattr(operators, "_TRITON_IS_INSTALLED", False)
+    with torch.device("cpu"), pytest.raises(ValueError, match=r"impl='triton' must find .* got no triton to import"):
+        multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "sums", "obstacle"),
+    [
+        (True, (9, 0), True, ""),
+        (True, (8, 0), True, ""),
+        (True, (7, 5), True, "compute capability 7.5"),
+        (True, (9, 0), False, "older than 2.8"),
+        (False, (9, 0), True, "no triton"),
+    ],
+)
+def test_auto_takes_triton_on_cuda_beyond_the_budget_where_it_runs(
+    installed: bool, capability: tuple[int, int], sums: bool, obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the tiled form elsewhere: without triton, on older cards, with an older torch, on the CPU, in the budget."""
+    monkeypatch.setattr(operators, "_TRITON_IS_INSTALLED", installed)
+    monkeypatch.setattr(operators, "_SUMS_FLOAT16_IN_FLOAT32", sums)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert obstacle in operators.obstacle_to_triton(cuda)
+    assert operators._uses_triton("fastest", cuda) == (not obstacle)
+    assert not operators._uses_triton("fastest", cpu)
+    assert not any(operators._uses_triton(impl, cuda) for impl in ("tiled", "kept"))
+
+
+def test_only_impl_triton_loads_triton() -> None:
+    """No other loss on the CPU does."""
+    program = (
+        "import sys, torch; from calrobust.functional import multimodal_contrastive_loss as loss;"
+        "loss(torch.eye(2), torch.eye(2), 1.0, memory_budget=0); print('calrobust.kernels.triton' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize(
+    ("operands", "capability"), [("bf16", 80), ("bf16", 90), ("fp16", 90), ("fp32", 90), ("fp64", 80)]
+)
+def test_the_kernels_compile_and_fit_into_shared_memory(
+    operands: str, capability: int, teacher: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To machine code, without a device, at the blocks of the table: what the interpreter lets pass fails here."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton: Any = importlib.import_module("triton")
+    compiler: Any = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    ours = importlib.import_module("calrobust.kernels.triton")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}[operands]
+    total = "fp64" if operands == "fp64" else "fp32"
+    features = torch.empty(2, 768, device="cpu", dtype=dtype)
+    matrix = ours._Matrix((features, features, features), dtype)
+    options = ours._Launcher([matrix] * (1 + teacher), torch.float64 if operands == "fp64" else torch.float32).options
+    types = dict.fromkeys(("width", "t_width", "n", "m", "span", "first_partner"), "i32")
+    types |= dict.fromkeys(("x", "y", "tx", "ty"), f"*{operands}")
+    types |= {"slab": "*fp16" if operands in ("bf16", "fp16") else f"*{total}"}
+    for kernel in (ours._forward_kernel, ours._backward_kernel):
+        signature = {name: types.get(name, f"*{total}") for name in kernel.arg_names}
+        constants = {name: value for name, value in options.items() if name in signature}
+        source = compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        rest = {name: value for name, value in options.items() if name not in signature}
+        compiled = triton.compile(source, target=target, options=rest)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 * 1024
+
+
+def batch(n: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Features of student and teacher on the device."""
+    return [unit_rows(n, width, seed, dtype).to(DEVICE) for seed in range(4)]
+
+
+def step(features: list[Tensor], scale: Tensor, **options: Any) -> list[Tensor]:
+    """Loss and gradients."""
+    image, text, teacher_image, teacher_text = features
+    inputs = image.detach().requires_grad_(), text.detach().requires_grad_(), scale.detach().requires_grad_()
+    options |= {"label_smoothing": 0.1, "distillation_weight": 1.5}
+    loss = carot_loss(*inputs, teacher_image, teacher_text, scale, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+BEYOND_THE_BUDGET = [{"impl": "triton"}, {"impl": "tiled"}, {"impl": "auto", "memory_budget": 0}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_runs_are_bit_equal(dtype: torch.dtype) -> None:
+    """Values and gradients: no atomics, one order of sums."""
+    features, scale = batch(3000, 512, dtype), torch.tensor(50.0)
+    first = step(features, scale, impl="triton")
+    for _ in range(3):
+        for a, b in zip(first, step(features, scale, impl="triton"), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", BEYOND_THE_BUDGET)
+def test_nothing_waits_for_the_device(options: dict[str, Any]) -> None:
+    """Neither forward nor backward, once kernels are compiled."""
+    features, scale = batch(700, 64, torch.bfloat16), torch.tensor(50.0)
+    step(features, scale, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(features, scale, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", BEYOND_THE_BUDGET)
+def test_a_step_is_captured_in_a_cuda_graph(options: dict[str, Any]) -> None:
+    """Replayed on other features it gives their loss and gradients."""
+    features, scale = batch(700, 64, torch.bfloat16), torch.tensor(50.0)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(features, scale, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(features, scale, **options)
+    for each, other in zip(features, [f.flip(1).roll(1, 0) for f in reversed(features)], strict=True):
+        each.copy_(other)
+    graph.replay()
+    for a, b in zip(captured, step(features, scale, **options), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"impl": "triton"}, {"impl": "tiled"}])
+def test_no_pair_matrix_is_held(options: dict[str, Any]) -> None:
+    """One float32 matrix of 24,576 pairs is 2.3 GB; with a student and a teacher a step holds less than half of one."""
+    n = 24_576
+    features, scale = batch(n, 256, torch.bfloat16), torch.tensor(50.0)
+    step([each[:512] for each in features], scale, **options)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(features, scale, **options)
+    assert torch.cuda.max_memory_allocated() - before <= 0.5 * 4 * n * n

@@ -28,6 +28,7 @@ extensions = [
     "swap",
 ]
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"calrobust {release}"
 html_static_path = ["_static"]
 html_css_files = ["calrobust.css"]

@@ -38,6 +38,11 @@ class PairLoss(nn.Module, ABC):
 
     Base class of :class:`~calrobust.MultimodalContrastiveLoss`, :class:`~calrobust.MultimodalDistillationLoss` and
     their sums.
+
+    Example:
+        >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
+        >>> sum([MultimodalContrastiveLoss(), 1.5 * MultimodalDistillationLoss()])
+        MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
     """
 
     @abstractmethod

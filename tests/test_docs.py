@@ -23,7 +23,7 @@ FENCE = re.compile(r"^ *(`{3,})(\S*)(.*)\n", re.MULTILINE)
 
 RUN_BY_THE_BUILD = {"{doctest}", "{testcode}", "{testoutput}", "{testsetup}"}
 FROM_FILES = {"{include}", "{literalinclude}", "{swap}"}
-NO_CODE = {"sh", "bash", "text", "{bibliography}", "{glossary}", "{raw}", "{toctree}"}
+NO_CODE = {"sh", "bash", "text", "{admonition}", "{bibliography}", "{glossary}", "{raw}", "{toctree}"}
 
 
 class Model(nn.Module):

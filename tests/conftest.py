@@ -6,6 +6,8 @@ import torch
 
 # A deadline on a shared machine fails on the neighbour's load, not on ours.
 hypothesis.settings.register_profile("calrobust", deadline=None, derandomize=True)
+# By hand or at night, with --hypothesis-profile=thorough: other examples each time, and twenty times as many.
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("calrobust")
 
 

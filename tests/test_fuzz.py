@@ -29,7 +29,7 @@ for targets, wrongs in (*losses.TABLE, *calibration.TABLE, *models.TABLE):
 
 
 @pytest.mark.parametrize("name", FUZZED)
-@settings(max_examples=10)
+@settings(max_examples=settings().max_examples // 10)
 @given(data=st.data())
 def test_anything_gives_a_value_or_says_what_is_wrong(name: str, data: st.DataObject) -> None:
     """One to three arguments of a good call replaced by anything."""

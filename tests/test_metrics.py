@@ -260,10 +260,21 @@ def test_clone_pickle_and_state_dict_keep_the_state(make: Make) -> None:
     loaded = make()
     loaded.persistent(True)
     loaded.load_state_dict(metric.state_dict())
-    loaded._update_count = 1
     for other in [*copies, loaded]:
         other._computed = None
         assert_close(other.compute(), expected, rtol=0, atol=0)
+
+
+def test_a_state_of_another_shape_is_not_loaded() -> None:
+    """Ten bins are no state of a metric of fifteen, which stays as it was."""
+    metric, other = updated(CalibrationError(), classifier(20, 5, 0)), CalibrationError(n_bins=10)
+    expected = metric.compute()
+    for each in (metric, other):
+        each.persistent(True)
+    with pytest.raises(RuntimeError, match=r"must have the states .*\[15\].* got .*\[10\]"):
+        metric.load_state_dict(other.state_dict())
+    assert_close(updated(metric).compute(), expected, rtol=0, atol=0)
+    assert metric.counts.shape == (15,)
 
 
 CASTS: list[Callable[[Metric], object]] = [

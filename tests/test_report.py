@@ -6,13 +6,16 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Predictions, classifier, predictions, seeds
 from torch.testing import assert_close
@@ -155,6 +158,31 @@ class TestMerging:
                 else:
                     report.add(method, domain, *scored_set(domain, seed=seed))
             assert {row["method"]: row for row in report.summary()} == expected
+
+    @settings(max_examples=settings().max_examples // 10)
+    @given(data=st.data())
+    def test_any_order_of_any_pieces_gives_the_same_report(self, data: st.DataObject) -> None:
+        """All data cut into pieces, which are shuffled among the fits and the reads: the figures of the whole."""
+        whole = ShiftReport(id_domain="photo")
+        calls: list[Callable[[ShiftReport], object]] = []
+        for (seed, method), domain in itertools.product(enumerate("AB"), DOMAINS):
+            p = scored_set(domain, 30, seed=seed)
+            whole.add(method, domain, *p)
+            cuts = [0, *sorted(data.draw(st.lists(st.integers(1, 29), max_size=3, unique=True))), 30]
+            for rows in itertools.starmap(slice, itertools.pairwise(cuts)):
+                calls.append(
+                    partial(ShiftReport.add, method=method, domain=domain, logits=p.logits[rows], target=p.target[rows])
+                )
+        for method in "AB":
+            whole.fit_temperature(method, *validation_set())
+            calls.append(methodcaller("fit_temperature", method, *validation_set()))
+            calls.append(lambda report: report.methods and report.per_domain())
+        report = ShiftReport(id_domain="photo")
+        for call in data.draw(st.permutations(calls)):
+            call(report)
+        rows_of = {row["method"]: row for row in report.summary()}
+        for row in whole.summary():
+            assert rows_of[row["method"]] == pytest.approx(row, abs=1e-12)
 
     def test_figures_follow_what_is_added_after_they_were_read(self) -> None:
         """No cached number outlives new data or a new temperature."""

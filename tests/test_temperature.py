@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
-from strategies import classifier
+from hypothesis import given
+from strategies import Predictions, classifier, predictions
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -43,6 +45,15 @@ def test_divides_logits_and_keeps_their_dtype(scaler: TemperatureScaler, dtype: 
     assert scaled.dtype == dtype
     assert_close(scaled, (logits.double() / scaler.temperature).to(dtype))
     assert_close(scaled.argsort(), logits.argsort())
+
+
+@given(predictions(min_classes=2), predictions(min_classes=2))
+def test_the_highest_logit_stays_the_highest(fitted: Predictions, p: Predictions) -> None:
+    """Whatever T is, and also where two logits come to be equal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # any T will do
+        scaled = TemperatureScaler().fit(*fitted)(p.logits)
+    assert torch.equal(scaled.gather(1, p.logits.argmax(1, keepdim=True))[:, 0], scaled.amax(1))
 
 
 def test_is_differentiable_in_the_logits_and_has_nothing_to_train(scaler: TemperatureScaler) -> None:

@@ -61,6 +61,26 @@ def test_the_average_of_two_models_is_the_middle_of_their_line(models: list[Stat
     assert_close(average(models), interpolate(models[0], models[1], 0.5))
 
 
+@given(state_dicts(2), st.floats(0, 1))
+def test_the_line_stays_between_its_ends_and_can_be_walked_backwards(models: list[State], alpha: float) -> None:
+    """Every weight lies between the two it comes from; 1 − α from the other end is the same model."""
+    first, second = (model["weight"] for model in models)
+    between = interpolate(models[0], models[1], alpha)["weight"]
+    assert torch.all((torch.minimum(first, second) <= between) & (between <= torch.maximum(first, second)))
+    assert_close(interpolate(models[1], models[0], 1 - alpha)["weight"], between, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_averages_of_averages_are_averages(groups: int, each: int, data: st.DataObject) -> None:
+    """Of groups of one size; and lines through averages give what averages of lines give."""
+    models = data.draw(state_dicts(groups * each))
+    whole = average(models)["weight"]
+    parts = [average(models[k * each : (k + 1) * each]) for k in range(groups)]
+    assert_close(average(parts)["weight"], whole, rtol=1e-12, atol=1e-12)
+    halves = average([interpolate(models[0], model, 0.5) for model in models])["weight"]
+    assert_close(halves, interpolate(models[0], average(models), 0.5)["weight"], rtol=1e-12, atol=1e-12)
+
+
 def stock(start: Tensor, models: list[Tensor]) -> Tensor:
     """Model Stock from the angles of all pairs, in float64, without clamping."""
     differences = [(model - start).flatten().double() for model in models]

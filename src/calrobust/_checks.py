@@ -235,6 +235,24 @@ def check_beside_state(device: torch.device, **preds: Tensor) -> None:
             )
 
 
+def check_mergeable(own: Mapping[str, Any], other: Any) -> None:
+    """Raises unless ``other`` maps the names of a metric's states to states of the same shapes and device."""
+    if not isinstance(other, Mapping):
+        raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(other).__name__}")
+    kinds = [
+        {
+            name: list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            for name, state in states.items()
+        }
+        for states in (own, other)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"incoming_state must have the states {kinds[0]}, got {kinds[1]}; make both metrics with the same arguments"
+        )
+    check_tensor(**{name: value for name, value in other.items() if not isinstance(value, list)})
+
+
 def check_confidences(confidences: Any, correct: Any) -> None:
     """Raises unless the two are a floating and a bool tensor of one shape ``[N]`` on one device."""
     check_floating(confidences=confidences)

@@ -21,6 +21,7 @@ from calrobust._checks import (
     check_ignore_index,
     check_kind,
     check_label_values,
+    check_mergeable,
     check_n_bins,
     check_predictions,
     check_softmax_exists,
@@ -116,6 +117,39 @@ class _PredictionMetric(Metric):
         except BaseException:
             self.__dict__.update(before)
             raise
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds what another metric of the same kind has seen, as if it had been seen here.
+
+        Args:
+            incoming_state: the other metric, or its ``metric_state``; it is not changed.
+
+        Raises:
+            TypeError: it is neither a metric nor a dict.
+            ValueError: its states are others than ours, or of another shape. The state is left as it was.
+        """
+        other = incoming_state if isinstance(incoming_state, Metric) else None
+        incoming: Any = incoming_state if other is None else other.metric_state
+        check_mergeable(self.metric_state, incoming)
+        self.__dict__.update({name: own + incoming[name] for name, own in self.metric_state.items()})
+        # torchmetrics' own would go on giving the value computed before.
+        self._update_count += any(map(_seen, incoming.values())) if other is None else other.update_count
+        self._computed = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        before, error_msgs = self.metric_state, args[-1]
+        super()._load_from_state_dict(state_dict, *args)
+        if all(after is before[name] for name, after in self.metric_state.items()):
+            return  # states are in a state_dict only if they are persistent
+        # torchmetrics takes whatever bears the name, and would go on giving the value computed before.
+        try:
+            check_mergeable(before, self.metric_state)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            self.__dict__.update(before)
+            return
+        self._computed = None
+        self._update_count = int(any(_seen(state) for state in self.metric_state.values()))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draws the value, or values given as ``val``, as every torchmetrics metric does.
@@ -467,6 +501,11 @@ class CalibrationSummary(_BinnedMetric):
             "rmsce": binned_error(self.bins, "l2"),
             "mce": binned_error(self.bins, "max"),
         }
+
+
+def _seen(state: Tensor | list[Tensor]) -> bool:
+    """Whether samples have left anything in a state."""
+    return len(state) > 0 if isinstance(state, list) else bool(state.any())
 
 
 def _add_scalar_states(metric: Metric, *names: str) -> None:

@@ -59,6 +59,15 @@ def called(make: Callable[..., Any], **options: Any) -> Target:
     )
 
 
+def merging(make: Callable[..., Any], **options: Any) -> Target:
+    """A metric that has seen a batch, about to take in another metric."""
+    return Target(
+        f"metrics.{make.__name__}.merge_state",
+        lambda metric, incoming_state: metric.merge_state(incoming_state),
+        lambda: {"metric": updating(make, **options).arguments()["metric"], "incoming_state": make(**options)},
+    )
+
+
 METRICS: list[tuple[Any, dict[str, Any]]] = [
     (metrics.CalibrationError, {}),
     (metrics.AdaptiveCalibrationError, {}),
@@ -69,6 +78,7 @@ METRICS: list[tuple[Any, dict[str, Any]]] = [
 ]
 UPDATES = [updating(make, **options) for make, options in METRICS]
 FORWARDS = [called(make, **options) for make, options in METRICS]
+MERGES = [merging(make, **options) for make, options in METRICS]
 NEW = [Target(f"metrics.{make.__name__}", make, options.copy) for make, options in METRICS]
 ERRORS = [
     Target(f"functional.{function.__name__}", function, batch)
@@ -342,6 +352,46 @@ TABLE: Table = [
                 {"debiased": True, "norm": "max"},
                 ValueError,
                 "debiased must be False unless norm is 'l2', whose bias is known, got norm='max'",
+            ),
+        ],
+    ),
+    (
+        MERGES,
+        [
+            Wrong(
+                {"incoming_state": None},
+                TypeError,
+                "incoming_state must be a metric or a dict of states, got NoneType",
+            ),
+            Wrong(
+                {"incoming_state": [1.0]},
+                TypeError,
+                "incoming_state must be a metric or a dict of states, got list",
+            ),
+        ],
+    ),
+    (
+        MERGES[:1],
+        [
+            Wrong(
+                {"incoming_state": metrics.CalibrationError(n_bins=1)},
+                ValueError,
+                "incoming_state must have the states {'counts': [15], 'confidence_sums': [15], "
+                "'correct_sums': [15]}, got {'counts': [1], 'confidence_sums': [1], 'correct_sums': [1]};"
+                " make both metrics with the same arguments",
+            ),
+            Wrong(
+                {"incoming_state": metrics.BrierScore()},
+                ValueError,
+                "incoming_state must have the states {'counts': [15], 'confidence_sums': [15], "
+                "'correct_sums': [15]}, got {'brier_sum': [], 'count': []}; make both metrics with the "
+                "same arguments",
+            ),
+            Wrong(
+                {"incoming_state": {}},
+                ValueError,
+                "incoming_state must have the states {'counts': [15], 'confidence_sums': [15], "
+                "'correct_sums': [15]}, got {}; make both metrics with the same arguments",
             ),
         ],
     ),

@@ -68,6 +68,25 @@ def test_does_not_depend_on_the_order_of_pairs_nor_on_which_modality_comes_first
     assert_close(multimodal_contrastive_loss(text, image, scale, label_smoothing=smoothing), value)
 
 
+@given(
+    n=st.integers(2, 12), own=st.integers(0, 11), rise=st.floats(0.01, 50), seed=seeds(), impl=st.sampled_from(IMPLS)
+)
+def test_falls_as_the_own_logit_rises(n: int, own: int, rise: float, seed: int, impl: Any) -> None:
+    """Of that pair, strictly, while the other pairs do not see it: their own logits are others."""
+    own %= n
+    logits = 2 * torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    raised = logits.clone()
+    raised[own, own] += rise
+    # With the unit matrix for texts, the images are the pair matrix itself.
+    before, after = (
+        multimodal_contrastive_loss(matrix, torch.eye(n, dtype=torch.float64), 1.0, reduction="none", impl=impl)
+        for matrix in (logits, raised)
+    )
+    others = torch.arange(n) != own
+    assert after[own] < before[own]
+    assert_close(after[others], before[others])
+
+
 @given(n=st.integers(1, 40), smoothing=fractions(), impl=st.sampled_from(IMPLS))
 def test_equal_features_give_log_of_the_batch(n: int, smoothing: float, impl: Any) -> None:
     """All logits alike: every candidate is as likely as any other."""

@@ -104,6 +104,20 @@ def test_the_teacher_never_receives_a_gradient(impl: Any) -> None:
     assert all(t.grad is None for t in teacher)
 
 
+@given(models=student_and_teacher(), seed=seeds())
+def test_does_not_depend_on_the_order_of_pairs_nor_on_which_modality_comes_first(
+    models: tuple[Pairs, Pairs], seed: int
+) -> None:
+    """The same permutation, or the same swap, of student's and teacher's pairs leaves the value."""
+    student, teacher = models
+    order = torch.randperm(len(student.image), generator=torch.Generator().manual_seed(seed))
+    value = multimodal_distillation_loss(*student, *teacher)
+    permuted = [Pairs(image[order], text[order], scale) for image, text, scale in models]
+    swapped = [Pairs(text, image, scale) for image, text, scale in models]
+    for a, b in (permuted, swapped):
+        assert_close(multimodal_distillation_loss(*a, *b), value, rtol=1e-9, atol=1e-9)
+
+
 @given(models=student_and_teacher())
 def test_is_never_negative(models: tuple[Pairs, Pairs]) -> None:
     """A divergence, up to rounding."""

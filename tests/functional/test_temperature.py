@@ -76,6 +76,19 @@ def test_a_shift_of_a_row_changes_nothing(seed: int) -> None:
     assert fit_temperature(logits + shift, target).item() == pytest.approx(quietly(logits, target), rel=1e-8)
 
 
+@given(predictions(min_samples=2, min_classes=2), seeds())
+def test_order_of_samples_and_of_classes_does_not_matter(p: Predictions, seed: int) -> None:
+    """For data that have an optimum."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randperm(size, generator=generator) for size in p.logits.shape)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        temperature = fit_temperature(*p).item()
+        permuted = fit_temperature(p.logits[rows][:, columns], columns.argsort()[p.target[rows]]).item()
+    if not caught:
+        assert permuted == pytest.approx(temperature, rel=1e-6)
+
+
 @given(predictions())
 def test_is_positive_finite_and_never_worse_than_one(p: Predictions) -> None:
     """Whatever the data, degenerate ones included (trap 29)."""

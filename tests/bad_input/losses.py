@@ -355,6 +355,17 @@ TABLE: Table = [
         ],
     ),
     (
+        FUNCTIONS,
+        [
+            Wrong(
+                {"impl": "triton"},
+                ValueError,
+                "impl='triton' must find torch >= 2.8, triton and features on a CUDA device of compute capability 8.0 "
+                "or more, got features on cpu; provide that, or pass impl='auto', which takes what there is",
+            ),
+        ],
+    ),
+    (
         [Target("losses.PairLoss.__mul__", lambda weight: weight * MCL, lambda: {"weight": 2})],
         [
             Wrong({"weight": math.inf}, ValueError, "weight must be finite, got inf"),

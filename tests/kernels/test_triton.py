@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -346,35 +347,52 @@ def test_only_impl_triton_loads_triton() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
-@pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize(
-    ("operands", "capability"), [("bf16", 80), ("bf16", 90), ("fp16", 90), ("fp32", 90), ("fp64", 80)]
+    ("operands", "capability", "teacher"),
+    [
+        (torch.bfloat16, 80, True),
+        (torch.bfloat16, 90, True),
+        (torch.float16, 90, False),
+        (torch.float32, 90, True),
+        (torch.float64, 80, True),
+    ],
 )
 def test_the_kernels_compile_and_fit_into_shared_memory(
-    operands: str, capability: int, teacher: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    operands: torch.dtype, capability: int, teacher: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """To machine code, without a device, at the blocks of the table: what the interpreter lets pass fails here."""
+    """To machine code, called as a device would call them: what the interpreter lets pass fails here."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    triton: Any = importlib.import_module("triton")
-    compiler: Any = importlib.import_module("triton.compiler")
+    triton: Any = importlib.import_module("calrobust.kernels.triton")
+    compiled: list[Any] = []
+
+    class Compiled:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    for name in ("_forward_kernel", "_backward_kernel"):
+        monkeypatch.setattr(triton, name, Compiled(getattr(triton, name)))
+    monkeypatch.setattr(triton, "_programs", lambda device: 8)
+    monkeypatch.setattr(triton, "_product", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
+    driver = importlib.import_module("triton.runtime").driver
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    ours = importlib.import_module("calrobust.kernels.triton")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}[operands]
-    total = "fp64" if operands == "fp64" else "fp32"
-    features = torch.empty(2, 768, device="cpu", dtype=dtype)
-    matrix = ours._Matrix((features, features, features), dtype)
-    options = ours._Launcher([matrix] * (1 + teacher), torch.float64 if operands == "fp64" else torch.float32).options
-    types = dict.fromkeys(("width", "t_width", "n", "m", "span", "first_partner"), "i32")
-    types |= dict.fromkeys(("x", "y", "tx", "ty"), f"*{operands}")
-    types |= {"slab": "*fp16" if operands in ("bf16", "fp16") else f"*{total}"}
-    for kernel in (ours._forward_kernel, ours._backward_kernel):
-        signature = {name: types.get(name, f"*{total}") for name in kernel.arg_names}
-        constants = {name: value for name, value in options.items() if name in signature}
-        source = compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-        rest = {name: value for name, value in options.items() if name not in signature}
-        compiled = triton.compile(source, target=target, options=rest)
-        assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= 99 * 1024
+    device = SimpleNamespace(
+        get_current_device=lambda: capability, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+    monkeypatch.setattr(driver, "_active", device)
+    total = torch.promote_types(operands, torch.float32)
+    with torch.device("cpu"):
+        models = factors(130, 200, 768, 0, scale=20.0, teacher=teacher)
+        inputs = [tensor.to(operands).to(total) for model in models for tensor in model]
+        matrices, _ = triton.forward(inputs, operands)
+        weights = [torch.ones(n, dtype=total) for n in (130, 200, 130, 200)]
+        triton.backward(weights, inputs, [tensor for matrix in matrices for tensor in matrix], operands, 0)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= 99 * 1024
 
 
 def batch(n: int, width: int, dtype: torch.dtype) -> list[Tensor]:

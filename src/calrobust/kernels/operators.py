@@ -31,17 +31,11 @@ def softmax_statistics(
     operands: torch.dtype | None = None,
     first_partner: int = 0,
 ) -> SoftmaxStatistics:
-    """As `dense.softmax_statistics`.
+    """As `dense.softmax_statistics`, by a form.
 
-    Args:
-        student: x, y and scale of a dtype in which gradients add up: float32 or float64.
-        teacher: likewise.
-        impl: ``"tiled"``, ``"triton"``, or ``"auto"``: tiled if the exponentials fit into ``memory_budget`` bytes,
-            kept then for a backward to come; else Triton where it runs.
-        memory_budget: of ``"auto"``.
-        operands: the dtype that the features came in. Nothing is lost if they are multiplied in it.
-        first_partner: the column of the first row's own pair, that of the next row the next; of them the gradient is
-            most exact.
+    ``"auto"`` is tiled if the exponentials fit into ``memory_budget`` bytes, kept then for a backward to come, and else
+    Triton where that runs. Factors are float32 or float64, in which gradients add up; ``operands`` is the dtype that
+    they came in: nothing is lost if they are multiplied in it. ``first_partner`` is the column of the first row's pair.
     """
     x, y, _ = student
     fits = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size() <= memory_budget

@@ -1,23 +1,15 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
 
-**Forward.** A program takes a block of rows and visits tiles of columns. In each it forms S and T, and folds them into
-what its rows need: a running maximum, the sum of exponentials below it and, with a teacher, the sum of ``p̃ (t − s)``.
-The same of the tile's columns is written out. What programs have found of a row or of a column are *parts*
-``[K, P, length]``: P programs have met it, K = 1 is the lse of S, K = 3 that, the lse of T and the mean of ``t − s``
-under T's softmax. `_merge` makes ``[K, length]`` of them. No atomics: all sums run in one order.
-
-**Divergence.** As in `tiled`, only differences of logits are weighted. Both matrices take the same steps, and no
-product is fused into the sum after it (one side of a difference would then be rounded and the other not), so a teacher
-equal to the student gives exactly zero.
+**Forward.** A program takes a block of rows and visits tiles of columns. It folds each tile into a running maximum of
+its rows, the sum of exponentials below it and, with a teacher, of ``p̃ (t − s)``, and writes the same of the tile's
+columns. What P programs find of a row or of a column are *parts* ``[K, P, length]``: K = 1 is the lse of S, K = 3 that,
+the lse of T and the mean of ``t − s`` under T's softmax. No atomics: all sums run in one order. No product is fused
+into the sum after it, which would round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
 
 **Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a slab of rows at a time,
-and torch's matrix product takes it to x and y. Of low-precision features the slab is float16, all by a power of two
-that takes the largest possible entry to the upper end: eight times the precision of bfloat16 at the same speed. One
-entry a row is left out of it, that of the row's partner, which all but cancels against the linear part once a model is
-trained. Those entries, a vector, stay in float32.
-
-**Precision.** Features are multiplied in the dtype in which they came, and summed in float32. float32 features are
-three TF32 products, which lose about 2⁻²²; float64 ones are float64 throughout.
+and torch's matrix product takes it to x and y. Of low-precision features the slab is float16, scaled by a power of two
+to its upper end: eight times as exact as bfloat16. A row's partner is left out: once a model is trained that entry all
+but cancels against the linear part. These entries, a vector, stay in float32.
 """
 
 from collections.abc import Sequence
@@ -43,7 +35,7 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# By bytes of an operand: large, to be worth the loads, and within the 99 KiB of shared memory that every card has.
+# By bytes of an operand; within the 99 KiB of shared memory that every card has.
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(64, 64, 16, 8, 2)}
 
 MASKED = tl.constexpr(-3e38)  # a logit outside the matrix: finite, so that the difference of two is 0
@@ -51,14 +43,11 @@ MASKED = tl.constexpr(-3e38)  # a logit outside the matrix: finite, so that the 
 
 @triton.jit
 def _logits(
-    x: tl.tensor,
-    y: tl.tensor,
-    scale: tl.tensor,
+    features: tl.tuple,
     row: tl.tensor,
     column: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
-    width: tl.tensor,
     TOTAL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -66,6 +55,7 @@ def _logits(
     DEPTH: tl.constexpr,
 ) -> tl.tensor:
     """A tile of ``scale · x yᵀ``."""
+    x, y, scale, width = features
     total = tl.zeros((ROWS, COLUMNS), TOTAL)
     x_row = x + row.to(tl.int64)[:, None] * width
     y_row = y + column.to(tl.int64)[None, :] * width
@@ -79,14 +69,8 @@ def _logits(
 
 @triton.jit
 def _forward_kernel(
-    x: tl.tensor,
-    y: tl.tensor,
-    scale: tl.tensor,
-    width: tl.tensor,
-    tx: tl.tensor,
-    ty: tl.tensor,
-    t_scale: tl.tensor,
-    t_width: tl.tensor,
+    student: tl.tuple,
+    teacher: tl.tuple,
     row_parts: tl.tensor,
     column_parts: tl.tensor,
     n: tl.tensor,
@@ -99,7 +83,7 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """The parts of a block of rows, program_id(0), in a span of columns, program_id(1)."""
+    """The parts of a block of rows in a span of columns."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     row_stride, column_stride = tl.num_programs(1).to(tl.int64) * n, tl.num_programs(0).to(tl.int64) * m
@@ -113,7 +97,7 @@ def _forward_kernel(
         inside = (row < n)[:, None] & (column < m)[None, :]
         column_part = column_parts + block.to(tl.int64) * m + column
 
-        s = _logits(x, y, scale, row, column, n, m, width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+        s = _logits(student, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
         s = tl.where(inside, s, MASKED)
         top = tl.maximum(s_top, tl.max(s, 1))
         s_sum = s_sum * tl.exp(s_top - top) + tl.sum(tl.exp(s - top[:, None]), 1)
@@ -123,7 +107,7 @@ def _forward_kernel(
         tl.store(column_part, top + tl.log(total), mask=column < m)
 
         if TEACHER:
-            t = _logits(tx, ty, t_scale, row, column, n, m, t_width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+            t = _logits(teacher, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
             t = tl.where(inside, t, MASKED)
             gap = t - s
             top = tl.maximum(t_top, tl.max(t, 1))
@@ -147,32 +131,34 @@ def _forward_kernel(
 
 @triton.jit
 def _weighted_softmaxes(
-    logits: tl.tensor, row_lse: tl.tensor, column_lse: tl.tensor, rows: tl.tensor, columns: tl.tensor
+    features: tl.tuple,
+    softmaxes: tl.tuple,
+    row: tl.tensor,
+    column: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ) -> tl.tensor:
     """``rows_i p_ij + columns_j q_ij``."""
-    p = tl.exp(logits - row_lse[:, None])
-    q = tl.exp(logits - column_lse[None, :])
+    row_lse, column_lse, rows, columns = softmaxes
+    s = _logits(features, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+    p = tl.exp(s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None])
+    q = tl.exp(s - tl.load(column_lse + column, mask=column < m, other=0.0)[None, :])
+    rows = tl.load(rows + row, mask=row < n, other=0.0)
+    columns = tl.load(columns + column, mask=column < m, other=0.0)
     return rows[:, None] * p + columns[None, :] * q
 
 
 @triton.jit
 def _backward_kernel(
-    x: tl.tensor,
-    y: tl.tensor,
-    scale: tl.tensor,
-    width: tl.tensor,
-    row_lse: tl.tensor,
-    column_lse: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    tx: tl.tensor,
-    ty: tl.tensor,
-    t_scale: tl.tensor,
-    t_width: tl.tensor,
-    t_row_lse: tl.tensor,
-    t_column_lse: tl.tensor,
-    t_rows: tl.tensor,
-    t_columns: tl.tensor,
+    student: tl.tuple,
+    teacher: tl.tuple,
+    student_softmaxes: tl.tuple,
+    teacher_softmaxes: tl.tuple,
     unit: tl.tensor,
     slab: tl.tensor,
     partners: tl.tensor,
@@ -191,22 +177,12 @@ def _backward_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_columns = row < n, column < m
 
-    s = _logits(x, y, scale, row, column, n, m, width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
     gradient = _weighted_softmaxes(
-        s,
-        tl.load(row_lse + row, mask=in_rows, other=0.0),
-        tl.load(column_lse + column, mask=in_columns, other=0.0),
-        tl.load(rows + row, mask=in_rows, other=0.0),
-        tl.load(columns + column, mask=in_columns, other=0.0),
+        student, student_softmaxes, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
     )
     if TEACHER:
-        t = _logits(tx, ty, t_scale, row, column, n, m, t_width, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
         gradient -= _weighted_softmaxes(
-            t,
-            tl.load(t_row_lse + row, mask=in_rows, other=0.0),
-            tl.load(t_column_lse + column, mask=in_columns, other=0.0),
-            tl.load(t_rows + row, mask=in_rows, other=0.0),
-            tl.load(t_columns + column, mask=in_columns, other=0.0),
+            teacher, teacher_softmaxes, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
         )
 
     # Of the tile's first row the partner is in this column of the tile, if it is in the tile.
@@ -232,12 +208,13 @@ class _Matrix:
             dtype = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
         self.x, self.y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
 
-    def arguments(self, tile: slice) -> tuple[Any, ...]:
+    def of(self, tile: slice) -> tuple[Any, ...]:
+        """``features`` of a kernel."""
         return self.x[tile], self.y, self.scale, self.x.shape[1]
 
 
 class _Launcher:
-    """Kernels at the blocks that fit the operands, for a student and, if there are two matrices, a teacher."""
+    """Kernels at the blocks that fit the operands."""
 
     def __init__(self, matrices: Sequence[_Matrix], total: torch.dtype) -> None:
         x = matrices[0].x
@@ -281,7 +258,7 @@ def forward(factors: list[Tensor], operands: torch.dtype) -> tuple[list[list[Ten
         span = triton.cdiv(width, triton.cdiv(_programs(x.device), height))  # in tiles, of a program
         grid = height, triton.cdiv(width, span)
         by_row, by_column = x.new_empty(kinds, grid[1], length), x.new_empty(kinds, height, m)
-        features = *matrices[0].arguments(tile), *matrices[-1].arguments(tile)
+        features = matrices[0].of(tile), matrices[-1].of(tile)
         launch(_forward_kernel, grid, *features, by_row, by_column, length, m, span * launch.columns)
         parts_by_row.append(_merge(by_row))
         parts_by_column.append(_merge(by_column))
@@ -311,10 +288,11 @@ def backward(
     for tile in tiles:
         length = tile.stop - tile.start
         grid = triton.cdiv(length, launch.rows), triton.cdiv(m, launch.columns)
-        student = *matrices[0].arguments(tile), row_lse[tile], column_lse, rows[tile], columns
-        teacher = *matrices[-1].arguments(tile), t_row_lse[tile], t_column_lse, t_rows[tile], t_columns
+        features = matrices[0].of(tile), matrices[-1].of(tile)
+        softmaxes = row_lse[tile], column_lse, rows[tile], columns
+        t_softmaxes = t_row_lse[tile], t_column_lse, t_rows[tile], t_columns
         sizes = length, m, first_partner + tile.start
-        launch(_backward_kernel, grid, *student, *teacher, unit, slab, partners[tile], *sizes)
+        launch(_backward_kernel, grid, *features, softmaxes, t_softmaxes, unit, slab, partners[tile], *sizes)
         x_gradient[tile] = _product(slab[:length], y_narrow, x.dtype)
         y_gradient += _product(slab[:length].T, x_narrow[tile], x.dtype)
     x_gradient.div_(unit).div_(y_unit)

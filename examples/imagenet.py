@@ -40,8 +40,8 @@ def run(options: Options, processes: Processes) -> None:
     check_disk(options, method)
     bad_images = BadImages(options.on_bad_image)
     evaluation = Evaluation(options, model, data, processes, bad_images)
-    step = load_checkpoint(options, method) if options.resume else 0
-    with Logs(options, step, writes=processes.is_first) as logs:
+    step, logged = load_checkpoint(options, method) if options.resume else (0, 0)
+    with Logs(options, step, logged, writes=processes.is_first) as logs:
         Training(options, model, method, data, processes, bad_images, logs, evaluation).run(start=step)
         report = evaluation.final(method, logs)
     if processes.is_first:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with Processes.started(options.device) as processes:
             run(options, processes)
-    except RunError as error:
+    except (RunError, OSError) as error:  # the latter when the disk is full, for example
         sys.exit(f"imagenet.py: error: {error}")
 
 

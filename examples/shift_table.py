@@ -80,7 +80,10 @@ def main() -> None:
         provenance += " With --fast, everything runs and the numbers mean nothing."
     summary = summarize(reports, provenance)
     print(f"\n{summary}\n")
-    write_results(options.out, summary, reports, data)
+    try:
+        write_results(options.out, summary, reports, data)
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: the results cannot be written: {error}\n")
     print(f"Written to {options.out}: {', '.join(FILES)}")
 
 

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -437,18 +438,13 @@ class TestTables:
             assert list(fields) == list(row)
             assert fields == {n: "" if isinstance(v, float) and v != v else str(v) for n, v in row.items()}
 
-    def test_csv_replaces_a_file_at_once_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """When writing fails midway, the old file stands and nothing else is left in the folder."""
+    def test_csv_replaces_a_file_at_once_or_not_at_all(self, tmp_path: Path) -> None:
+        """On a full disk, as /dev/full is, the old file stands and nothing else is left in the folder."""
         path = tmp_path / "results.csv"
         path.write_text("old")
-
-        def fail(*_: object) -> None:
-            raise OSError("disk full")
-
-        with monkeypatch.context() as context:
-            context.setattr(csv.DictWriter, "writerows", fail)
-            with pytest.raises(OSError, match="disk full"):
-                make_report().to_csv(path)
+        (tmp_path / f".results.csv.{os.getpid()}.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device"):
+            make_report().to_csv(path)
         assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.csv", "old")]
         make_report().to_csv(str(path))
         assert path.read_text().startswith("method,id_accuracy,id_accuracy_low,")

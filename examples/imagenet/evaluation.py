@@ -58,7 +58,7 @@ class Evaluation:
     def write(self, report: calrobust.ShiftReport, method: Method) -> None:
         """The tables, the classifier, and for both towers the whole model."""
         out = self.options.out
-        (out / "report.md").write_text(f"{report.to_markdown()}\n", encoding="utf-8")
+        write_atomically(out / "report.md", f"{report.to_markdown()}\n".encode())
         report.to_csv(out / "report.csv", per_domain=True)
         write_atomically(out / "classifier.pt", self.classifier.state_dict())
         if not isinstance(method, Classification):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping
 from typing import Any
 
+from imagenet.checkpoint import write_atomically
 from imagenet.errors import RunError
 from imagenet.options import Options
 
-HEAD = ["step", "name", "value"]
+HEAD = b"step,name,value\n"
 
 
 class Logs:
     """Writes where ``--log`` says, on the first process alone."""
 
-    def __init__(self, options: Options, step: int, *, writes: bool) -> None:
+    def __init__(self, options: Options, step: int, logged: int, *, writes: bool) -> None:
         self.path = options.out / "log.csv"
-        self.step = step
+        self.logged = logged
         self.csv = writes and "csv" in options.log
         self.tensorboard: Any = None
         if writes and "tensorboard" in options.log:
@@ -30,15 +30,8 @@ class Logs:
 
     def __enter__(self) -> Logs:
         if self.csv:
-            kept = [HEAD]
-            if self.step and self.path.exists():
-                with self.path.open(newline="") as file:
-                    rows = list(csv.reader(file))[1:]
-                kept += [row for row in rows if len(row) == 3 and int(row[0]) <= self.step]
-            temporary = self.path.with_suffix(".tmp")
-            with temporary.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(kept)
-            os.replace(temporary, self.path)
+            kept = self.path.read_bytes()[: self.logged] if self.path.exists() else b""
+            write_atomically(self.path, kept[: kept.rfind(b"\n") + 1] or HEAD)
             self.file = self.path.open("a", newline="")
             self.writer = csv.writer(self.file, lineterminator="\n")
         return self
@@ -57,9 +50,11 @@ class Logs:
             if self.tensorboard is not None:
                 self.tensorboard.add_scalar(name, value, step)
 
-    def flush(self) -> None:
-        """Puts everything on disk, as a checkpoint is about to rely on it."""
-        if self.csv:
-            self.file.flush()
+    def flush(self) -> int:
+        """Puts everything on disk, as a checkpoint is about to rely on it; gives the length of the CSV log."""
         if self.tensorboard is not None:
             self.tensorboard.flush()
+        if not self.csv:
+            return 0
+        self.file.flush()
+        return self.path.stat().st_size

@@ -74,8 +74,7 @@ class Training:
             if options.evaluate_every and step % (options.evaluate_every * a_epoch) == 0 and step < method.steps:
                 self.evaluation.log(self.evaluation.report(method.classifier()), self.logs, step)
             if processes.is_first and (step % options.checkpoint_every == 0 or step == method.steps):
-                self.logs.flush()
-                save_checkpoint(options, method, step)
+                save_checkpoint(options, method, step, logged=self.logs.flush())
 
     def _backward(self, network: nn.Module, batch: Batch, last: bool) -> dict[str, Tensor]:
         """Adds the gradient of one part of the batch; ranks average their gradients after the last one."""

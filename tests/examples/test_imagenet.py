@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import random
 import runpy
 import shutil
 import signal
@@ -17,74 +15,11 @@ import pytest
 import torch
 from imagenet.options import METHODS
 from imagenet.pictures import Order
-from PIL import Image
+from tiny_imagenet import SCRIPT, options, refusal
 from torch.testing import assert_close
 
 # An untrained model may well be wrong on the few pictures held out, and then no temperature is better than the others.
 pytestmark = pytest.mark.filterwarnings("ignore:the data do not determine a temperature")
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "imagenet.py"
-SYNSETS = {"n01": "red thing", "n02": "green thing", "n03": "blue thing"}
-COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
-CONFIG = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
-}
-
-
-def draw(root: Path, folders: dict[str, int], count: int) -> None:
-    """Pictures of one colour and some noise, ``count`` of them in each folder."""
-    noise = random.Random(root.name)
-    for folder, colour in folders.items():
-        (root / folder).mkdir(parents=True)
-        for index in range(count):
-            picture = Image.new("RGB", (20, 18))
-            shift = noise.randrange(-40, 40)
-            picture.putdata([tuple(c + shift + noise.randrange(16) for c in COLOURS[colour]) for _ in range(20 * 18)])
-            picture.save(root / folder / f"{index}.png")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes: train, val, shifts whose folders are synsets, indices or names of their own, and a tiny model."""
-    root = tmp_path_factory.mktemp("pictures")
-    own = {synset: index for index, synset in enumerate(SYNSETS)}
-    draw(root / "train", own, 7)
-    draw(root / "val", own, 3)
-    draw(root / "subset", {"n03": 2, "n01": 0}, 2)
-    draw(root / "numbered", {"0": 0, "1": 1, "2": 2}, 2)
-    draw(root / "renamed", {"warm": 0, "cold": 2, "no class": 1}, 2)
-    (root / "renamed.txt").write_text("cold\tn02\tn03\nwarm\tn01\n")
-    (root / "classes.txt").write_text("".join(f"{synset} {name}, other name\n" for synset, name in SYNSETS.items()))
-    (root / "tiny-clip.json").write_text(json.dumps(CONFIG))
-    return root
-
-
-def options(made: Path, out: Path, *more: str, method: str = "carot") -> list[str]:
-    """Two steps of eight pictures, on the CPU, in float32."""
-    return [
-        *("--method", method, "--model", "tiny-clip", "--model-config", str(made / "tiny-clip.json")),
-        *("--train", str(made / "train"), "--val", str(made / "val"), "--classes", str(made / "classes.txt")),
-        *("--out", str(out), "--device", "cpu", "--precision", "fp32", "--workers", "0", "--held-out", "0.2"),
-        *("--epochs", "1", "--batch-size", "8", "--warm-up", "1", "--log-every", "1", "--teacher-every", "1"),
-        *("--learning-rate", "0.01"),
-        *more,
-    ]
-
-
-@pytest.fixture(scope="module")
-def main() -> Callable[[list[str]], None]:
-    """The script's."""
-    found: Callable[[list[str]], None] = runpy.run_path(str(SCRIPT))["main"]
-    return found
-
-
-def refusal(main: Callable[[list[str]], None], arguments: list[str]) -> str:
-    """What it says when it stops."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    return str(stopped.value)
 
 
 def logged(out: Path) -> dict[tuple[int, str], float]:

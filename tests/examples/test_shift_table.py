@@ -16,17 +16,16 @@ from shift_table.checkpoint import load_or_build, write_atomically
 from shift_table.data import CLASSES, HELD_OUT_FONTS, OOD_STYLES, Data, Split, WebData, handwriting_indices
 from shift_table.findings import COLUMNS, Figures, findings
 from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier
-from shift_table.pretraining import Pretraining, pretrained_clip
-from shift_table.rows import ROWS, FineTuning, Trainer, fine_tuned_rows
+from shift_table.pretraining import pretrained_clip
+from shift_table.rows import ROWS, Trainer, fine_tuned_rows
 from shift_table.sheet import contact_sheet
 from shift_table.training import optimizer_for, optimizer_step
+from tiny_shift_table import TINY, TWO_STEPS, fewer
 from torch import Generator, Tensor
 from torch.testing import assert_close
 from tqdm import tqdm
 
 CPU = torch.device("cpu")
-TINY = Pretraining(steps=2, per_style=2)
-TWO_STEPS = FineTuning(epochs=1, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -433,13 +432,3 @@ class TestScript:
         with pytest.raises(SystemExit):
             script.main()
         assert message in capsys.readouterr().err
-
-
-def fewer(drawn: Data) -> Data:
-    """The data sets with few pictures in each."""
-
-    def thinned(split: Split, step: int) -> Split:
-        return Split(split.images[::step], split.target[::step])
-
-    test = {name: thinned(split, 20) for name, split in drawn.test.items()}
-    return Data(thinned(drawn.train, 15), thinned(drawn.validation, 4), test)

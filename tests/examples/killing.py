@@ -1,0 +1,159 @@
+"""Kills an example at every kind of moment, resumes it, and looks at its files: ``python killing.py example folder``.
+
+Apart from the tests, since processes are forked here: the example is imported once and every run is a fork.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path[:0] = [str(EXAMPLES), str(Path(__file__).parents[1])]
+ON_DISK = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")  # audit events that come before a change
+
+
+class Moment(NamedTuple):
+    """When a run dies: before its n-th touch of the file, or some bytes into what it then writes; or after seconds."""
+
+    file: str = ""
+    touch: int = 0
+    bytes_on: int = 0
+    seconds: float = 0.0
+
+
+def fork(run: Callable[[], None], folder: Path, moment: Moment) -> int:
+    """Runs in a fork that dies of a signal, which no handler notices; gives the signal, 0 if it came to its end."""
+    child = os.fork()
+    if not child:
+        touches = 0
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal touches
+            path = str(arguments[0]) if event in ON_DISK else ""
+            if str(folder) in path and moment.file in Path(path).name:
+                touches += 1
+                if touches == moment.touch and moment.bytes_on:  # the kernel kills who writes on
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (moment.bytes_on, moment.bytes_on))
+                elif touches == moment.touch:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sys.addaudithook(count)
+        status = 1
+        try:
+            run()
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    if moment.seconds:
+        time.sleep(moment.seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status > 0:
+        raise RuntimeError("the example failed")
+    return -status
+
+
+def same(ours: Path, whole: Path) -> bool:
+    """Whether two files hold the same; weights are compared as weights."""
+    if ours.suffix != ".pt":
+        return ours.read_bytes() == whole.read_bytes()
+    one, other = (torch.load(path, weights_only=True) for path in (ours, whole))
+    return all(torch.equal(one[name], other[name]) for name in other)
+
+
+def survive(
+    run: Callable[[Path], None],
+    folder: Path,
+    moments: list[Moment],
+    results: Sequence[str],
+    look: Callable[[Path], int],
+) -> None:
+    """A run that is killed time and again ends with the files of one that is not, and has none of them in part."""
+    whole, cut = folder / "whole", folder / "cut"
+    start = time.monotonic()
+    assert not fork(lambda: run(whole), whole, Moment())
+    moments = [*moments, Moment(seconds=random.Random(0).uniform(0.1, time.monotonic() - start)), Moment()]
+    done, deaths = 0, 0
+    for moment in moments:
+        died = fork(lambda: run(cut), cut, moment)
+        assert died in (0, signal.SIGKILL, signal.SIGXFSZ)
+        deaths += died > 0
+        for name in results:
+            assert not (cut / name).exists() or same(cut / name, whole / name), f"{name} after {moment}"
+        before, done = done, look(cut)
+        assert done >= before, f"went back from step {before} to {done} after {moment}"
+    assert not died
+    assert deaths >= len(moments) - 2  # the clock's may come too late
+    assert {path.name for path in cut.glob("[!.]*")} == {path.name for path in whole.glob("[!.]*")}
+    assert all(same(cut / name, whole / name) for name in results)
+
+
+def imagenet(folder: Path) -> None:
+    """Twelve steps in three epochs, a checkpoint every second one."""
+    from tiny_imagenet import CHECKPOINT, main_of_the_script, make_pictures, options
+
+    made = folder / "made"
+    make_pictures(made)
+    main = main_of_the_script()
+    more = ("--epochs", "3", "--batch-size", "4", "--checkpoint-every", "2", "--resume")
+
+    def steps(out: Path) -> int:
+        path = out / CHECKPOINT
+        return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
+
+    results = ("report.md", "report.csv", "classifier.pt", "model.pt")
+    moments = [
+        Moment("", 2),  # before there is a log
+        Moment(CHECKPOINT, 2, 1000),  # in the second write of a checkpoint
+        Moment("log.csv", 3, 50),  # in the log
+        *(Moment(CHECKPOINT, touch) for touch in (2, 3, 4, 6)),  # before a rename, in training; before a write
+        *(Moment(name, touch, bytes_on) for name in results for touch, bytes_on in ((1, 50), (2, 0))),
+    ]
+    survive(lambda out: main(options(made, out, *more)), folder, moments, results, steps)
+    logs = [(folder / name / "log.csv").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def shift_table(folder: Path) -> None:
+    """Two steps of pre-training, which the cache keeps, and two of each row."""
+    from shift_table import data, results
+    from shift_table.sheet import contact_sheet
+    from tiny_shift_table import TINY, TWO_STEPS, fewer
+
+    spec = importlib.util.spec_from_file_location("script", EXAMPLES / "shift_table.py")  # its package has its name
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    drawn = data.make_data()
+    few = fewer(drawn)
+    vars(script).update(make_data=lambda: few, FAST=(TINY, TWO_STEPS))
+    vars(results).update(contact_sheet=lambda _: contact_sheet(drawn))
+
+    def run(out: Path) -> None:
+        sys.argv = ["shift_table.py", "--fast", "--out", str(out), "--cache", str(out / "cache")]
+        script.main()
+
+    moments = [Moment("ckpt", 2, 1000), Moment("table.md", 1, 50)]
+    survive(run, folder, moments, results.FILES, lambda out: len([*(out / "cache").glob("*.ckpt")]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # so few pictures may not determine a temperature
+    {"imagenet": imagenet, "shift_table": shift_table}[sys.argv[1]](Path(sys.argv[2]))

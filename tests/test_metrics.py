@@ -330,8 +330,57 @@ def test_collection_shares_sums_only_between_metrics_of_the_same_sums() -> None:
         assert_close(value, updated(makers[name](), *batches).compute())
 
 
+def test_a_collection_forwards_resets_and_is_copied_as_its_metrics() -> None:
+    """Batch values by name, values of all by compute, also after a reset and in a clone, while groups share states."""
+    makers = {name: make for name, make in MAKERS.items() if name != "summary"}
+    collection = MetricCollection({name: make() for name, make in makers.items()}, prefix="val/")
+    batches = [classifier(n, 5, n) for n in (30, 40, 50)]
+    for _ in range(2):
+        for batch in batches[:2]:
+            values = collection(*batch)
+            assert_close(values, {f"val/{name}": updated(make(), batch).compute() for name, make in makers.items()})
+        twin = pickle.loads(pickle.dumps(collection.clone(prefix="test/")))
+        twin.update(*batches[2])
+        for copied, prefix, seen in ((collection, "val/", batches[:2]), (twin, "test/", batches)):
+            expected = {f"{prefix}{name}": updated(make(), *seen).compute() for name, make in makers.items()}
+            assert_close(copied.compute(), expected)
+        collection.reset()
+
+
+@every_maker
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_batches_are_summed_as_their_float32_values(make: Make, dtype: torch.dtype) -> None:
+    """The only loss is the rounding of the logits; the value is float64, also of a metric that was cast itself."""
+    batches = [classifier(30, 5, seed, dtype=dtype) for seed in range(2)]
+    expected = updated(make(), *((logits.float(), target) for logits, target in batches)).compute()
+    for metric in (make(), make().to(dtype).set_dtype(dtype)):
+        value = updated(metric, *batches).compute()
+        assert_close(value, expected, rtol=0, atol=0)
+        assert {v.dtype for v in (value.values() if isinstance(value, dict) else [value])} == {torch.float64}
+
+
+@every_maker
+def test_is_a_torchmetrics_metric_in_all_else(make: Make) -> None:
+    """Constants that cannot be set, a hash of its own, no state_dict unless asked for, arithmetic, no gradient."""
+    metric, p = make(), classifier(20, 5, 0)
+    for constant in ("is_differentiable", "higher_is_better"):
+        with pytest.raises(RuntimeError, match="Can't change const"):
+            setattr(metric, constant, True)
+    assert hash(updated(metric, p)) != hash(updated(make(), p))
+    assert metric.state_dict() == {}
+    metric.persistent(True)
+    assert set(metric.state_dict()) == set(metric.metric_state)
+    value = make()(p.logits.clone().requires_grad_(), p.target)
+    values = list(value.values()) if isinstance(value, dict) else [value]
+    assert not any(v.requires_grad for v in values)
+    if len(values) == 1:
+        sum_of_two = make() + 2 * make()
+        sum_of_two.update(*p)
+        assert_close(sum_of_two.compute(), 3 * values[0])
+
+
 def test_ranks_give_the_value_of_all_samples(tmp_path: Path) -> None:
-    """Two gloo processes with 30 and 70 samples, then with 100 and none, for every metric."""
+    """Two gloo processes, for every metric: uneven shares and none, reads on the way, synced steps, a collection."""
     script = Path(__file__).with_name("metrics_on_a_rank.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -347,10 +396,20 @@ def test_ranks_give_the_value_of_all_samples(tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     p = classifier(100, 5, 0)
-    expected = {name: updated(metric, p).compute() for name, metric in every_metric().items()}
+    first = {"read after step 0", "synced in step 0"}
+    last = {"synced in step 1"}
+    expected: dict[tuple[str, str | None], Any] = {}
+    for rows, moments in ((slice(40), first), (slice(40, None), last), (slice(None), None)):
+        for name, metric in every_metric().items():
+            value = updated(metric, (p.logits[rows], p.target[rows])).compute()
+            expected |= {(name, moment): value for moment in moments or [None]}
     for rank in range(2):
-        for values in torch.load(tmp_path / f"{rank}.pt"):
-            assert_close(values, expected, rtol=1e-12, atol=1e-15)
+        values = torch.load(tmp_path / f"{rank}.pt")
+        assert len(values) == 8 * len(every_metric()) - 1  # the collection does without the summary
+        for key, value in values.items():
+            name, moment = key.split(", ")
+            wanted = expected[name, moment if moment in first | last else None]
+            assert_close(value, wanted, rtol=1e-12, atol=1e-15)
 
 
 @every_maker

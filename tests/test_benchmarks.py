@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import ema, losses, measure, metrics, page, temperature, weight
+from benchmarks import cuda, ema, losses, measure, metrics, page, temperature, weight
 from benchmarks.measure import MIB, Row, Table
 
 TINY: dict[Any, dict[str, Any]] = {
     losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "WIDTH": 4, "REPEATS": 1},
+    cuda: {"SIZES": (8, 12), "WIDTHS": (4,), "JUDGED": (12, 4, torch.bfloat16), "ROWS": 60, "CLASSES": 5, "SQUARE": 4},
     ema: {"VOCABULARY": 8, "DEPTH": 1, "REPEATS": 1},
     metrics: {
         "ROWS": 60,
@@ -69,7 +70,7 @@ def test_every_table_has_a_figure_or_a_reason_in_every_row(module: Any) -> None:
     """And says what it was measured on."""
     for table in module.tables():
         assert table.rows
-        assert "thread" in table.conditions or "float64" in table.conditions
+        assert any(word in table.conditions for word in ("thread", "float64", "CUDA"))
         for row in table.rows:
             assert row.figure is not None or row.note
             assert len(row.cells()) == 6
@@ -90,6 +91,25 @@ def test_a_missing_peer_is_named(module: Any, monkeypatch: pytest.MonkeyPatch) -
     }
     for name in peers[module]:
         assert f"not installed: pip install '{name}'" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tables_of_a_cuda_device_are_filled_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in its place: every candidate runs, and each row has a figure or names the peer that is missing."""
+
+    def measured(candidates: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+        return measure.in_turn(candidates, 1), dict.fromkeys(candidates, 1.0)
+
+    monkeypatch.setattr(cuda, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(cuda, "KERNELS", "tiled")
+    monkeypatch.setattr(cuda, "measured", measured)
+    monkeypatch.setattr(cuda, "_blocks", lambda features: [])
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    tables = [cuda._losses("here", 4, dtype) for dtype in cuda.DTYPES] + [cuda._kernels("here"), cuda._library("here")]
+    for row in (row for table in tables for row in table.rows):
+        assert row.figure is not None or row.note.startswith(("not installed: pip install", "torch 2"))
+    assert sum("Inf-CL" in row.what for row in tables[0].rows) == 4
+    assert [row.limit for row in tables[0].rows if "DistillClipLoss" in row.what][4:6] == [0.5, 0.05]
 
 
 def test_a_peer_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

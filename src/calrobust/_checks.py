@@ -455,6 +455,6 @@ def check_triton(obstacle: str) -> None:
     """Raises ``ValueError`` if something keeps the Triton kernels from running."""
     if obstacle:
         raise ValueError(
-            "impl='triton' must find torch >= 2.8, triton and features on a CUDA device of compute capability 8.0 or "
-            f"more, got {obstacle}; provide that, or pass impl='auto', which takes what there is"
+            "impl='triton' must find triton and features on a CUDA device of compute capability 8.0 or more, "
+            f"got {obstacle}; provide that, or pass impl='auto', which takes what there is"
         )

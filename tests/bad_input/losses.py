@@ -360,8 +360,8 @@ TABLE: Table = [
             Wrong(
                 {"impl": "triton"},
                 ValueError,
-                "impl='triton' must find torch >= 2.8, triton and features on a CUDA device of compute capability 8.0 "
-                "or more, got features on cpu; provide that, or pass impl='auto', which takes what there is",
+                "impl='triton' must find triton and features on a CUDA device of compute capability 8.0 or more, "
+                "got features on cpu; provide that, or pass impl='auto', which takes what there is",
             ),
         ],
     ),

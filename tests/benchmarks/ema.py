@@ -44,7 +44,7 @@ def tables() -> Iterator[Table]:
         f"{count} tensors, {size / 1e6:.0f} million float32 parameters (ViT-B/16); {torch.get_num_threads()} thread, "
         f"CPU seconds of one update, medians of {REPEATS}.",
     )
-    calls = _copies(student)
+    calls = copies(student)
     calls["EMATeacher"] = build(student)
     seconds = in_turn(calls, REPEATS, time.process_time)
     for name, limit in (("copy_", 1.10), ("swa_utils.AveragedModel", None), ("timm ModelEmaV3", None)):
@@ -82,7 +82,8 @@ def build_teacher() -> Call:
     return make
 
 
-def _copies(student: Parameters) -> dict[str, Call]:
+def copies(student: Parameters) -> dict[str, Call]:
+    """What the peers do: one copy of all parameters, and their updates."""
     plain = copy.deepcopy(student)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     calls: dict[str, Call] = {

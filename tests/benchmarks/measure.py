@@ -32,6 +32,7 @@ PEERS = {  # module: what to install for it
     "torch_uncertainty.metrics.classification": "torch-uncertainty[cpu]",
     "torch_uncertainty.post_processing": "torch-uncertainty[cpu]",
     "calibration": "uncertainty-calibration",
+    "inf_cl": "inf_cl",
 }
 SLOW = 10.0  # seconds; what takes longer runs once, and its first run counts
 MIB = 2**20

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from benchmarks.measure import Table, header, slope
 
-MODULES = {"losses": "losses", "ema": "ema", "metrics": "metrics", "temperature": "temperature", "import": "weight"}
+MODULES = {
+    "losses": "losses",
+    "cuda": "cuda",
+    "ema": "ema",
+    "metrics": "metrics",
+    "temperature": "temperature",
+    "import": "weight",
+}
 PART = re.compile(r"<!-- (\w+) -->\n\n(.*?)\n\n<!-- end \1 -->", re.DOTALL)
 DOCS = Path(__file__).parents[2] / "docs"
 INTRODUCTION = """# Benchmarks
@@ -19,7 +26,7 @@ INTRODUCTION = """# Benchmarks
 
 ```bash
 pip install 'calrobust[bench]'
-python tests/benchmarks/run.py                # --only losses|ema|metrics|temperature|import
+python tests/benchmarks/run.py                # --only losses|cuda|ema|metrics|temperature|import
 ```
 
 Each figure is a ratio to a peer in the same run: candidates take turns in one process and medians are compared, so that

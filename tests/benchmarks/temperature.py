@@ -124,7 +124,7 @@ def _fits(logits: Tensor, target: Tensor) -> dict[str, Any]:
     """Functions that fit and return T."""
     fits: dict[str, Any] = {
         "ours": lambda: float(TemperatureScaler().fit(logits, target).temperature),
-        "L-BFGS with line search": lambda: _lbfgs(logits, target),
+        "L-BFGS with line search": lambda: lbfgs(logits, target),
     }
     if peer("sklearn.calibration") is not None:
         fits["scikit-learn"] = lambda: _scikit_learn(logits.numpy(), target.numpy())
@@ -143,7 +143,8 @@ def _fits(logits: Tensor, target: Tensor) -> dict[str, Any]:
     return fits
 
 
-def _lbfgs(logits: Tensor, target: Tensor) -> float:
+def lbfgs(logits: Tensor, target: Tensor) -> float:
+    """T by torch's optimiser."""
     log_temperature = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
 

@@ -18,7 +18,6 @@ from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors, SoftmaxStatistics
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
-_SUMS_FLOAT16_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8
 _CAPABILITY = (8, 0)  # from which on a device multiplies bfloat16 and TF32
 
 
@@ -33,9 +32,10 @@ def softmax_statistics(
 ) -> SoftmaxStatistics:
     """As `dense.softmax_statistics`, by a form.
 
-    ``"auto"`` is tiled if the exponentials fit into ``memory_budget`` bytes, kept then for a backward to come, and else
-    Triton where that runs. Factors are float32 or float64, in which gradients add up; ``operands`` is the dtype that
-    they came in: nothing is lost if they are multiplied in it. ``first_partner`` is the column of the first row's pair.
+    ``"auto"`` is tiled for float64, and if the exponentials fit into ``memory_budget`` bytes, kept then for a backward
+    to come; else it is Triton where that runs. Factors are float32 or float64, in which gradients add up; ``operands``
+    is the dtype that they came in: nothing is lost if they are multiplied in it. ``first_partner`` is the column of the
+    first row's pair.
     """
     x, y, _ = student
     fits = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size() <= memory_budget
@@ -52,8 +52,6 @@ def obstacle_to_triton(device: torch.device) -> str:
     """Why the Triton kernels do not run on a device; nothing if they do."""
     if not _TRITON_IS_INSTALLED:
         return "no triton to import"
-    if not _SUMS_FLOAT16_IN_FLOAT32:
-        return f"torch {torch.__version__}, older than 2.8"
     if device.type != "cuda":
         from calrobust.kernels import triton
 
@@ -64,15 +62,17 @@ def obstacle_to_triton(device: torch.device) -> str:
     return "" if (major, minor) >= _CAPABILITY else f"compute capability {major}.{minor}"
 
 
-def _uses_triton(impl: str, device: torch.device) -> bool:
-    return impl == "triton" or (impl == "fastest" and device.type == "cuda" and not obstacle_to_triton(device))
+def _uses_triton(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    if impl != "fastest":
+        return impl == "triton"
+    return device.type == "cuda" and dtype != torch.float64 and not obstacle_to_triton(device)
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
 def _forward(factors: list[Tensor], impl: str, operands: torch.dtype, first_partner: int) -> list[Tensor]:
     """Both lse and both divergences, then what backward needs of the student and of the teacher, if there is one."""
     x = factors[0]
-    if _uses_triton(impl, x.device):
+    if _uses_triton(impl, x.device, x.dtype):
         from calrobust.kernels import triton
 
         matrices, divergences = triton.forward(factors, operands)
@@ -95,7 +95,7 @@ def _backward(
     """The gradients of x, y and scale from a, b, c, d, the upstream gradients of the four statistics."""
     a, b, c, d = gradients
     weights = [a, b, c, d] if len(factors) == 3 else [a + c, b + d, c, d]
-    if _uses_triton(impl, a.device):
+    if _uses_triton(impl, a.device, a.dtype):
         from calrobust.kernels import triton
 
         return triton.backward(weights, factors, statistics, operands, first_partner)

@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 
 
 # By bytes of an operand; within the 99 KiB of shared memory that every card has.
-BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(64, 64, 16, 8, 2)}
+BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(32, 32, 16, 8, 2)}
 
 MASKED = tl.constexpr(-3e38)  # a logit outside the matrix: finite, so that the difference of two is 0
 
@@ -63,7 +63,10 @@ def _logits(
         depth = start + tl.arange(0, DEPTH)
         a = tl.load(x_row + depth[None, :], mask=(row < n)[:, None] & (depth < width)[None, :], other=0.0)
         b = tl.load(y_row + depth[:, None], mask=(column < m)[None, :] & (depth < width)[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TOTAL)
+        if a.dtype == tl.float64:  # tl.dot takes it from Triton 3.5 on
+            total += tl.sum(a[:, :, None] * b[None, :, :], 1)
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION)
     return total * tl.load(scale)
 
 

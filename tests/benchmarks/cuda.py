@@ -1,0 +1,288 @@
+"""A CUDA device: losses against open_clip, torch and Inf-CL; metrics, temperature and teacher against their peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from benchmarks import ema, temperature
+from benchmarks.data import classifier
+from benchmarks.measure import MIB, Call, Row, Table, in_turn, missing, peer, share, value
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassCalibrationError
+
+from calrobust import TemperatureScaler
+from calrobust.functional import carot_loss, multimodal_contrastive_loss
+from calrobust.kernels import Impl
+from calrobust.metrics import CalibrationError, NegativeLogLikelihood
+
+SIZES = (4096, 8192, 16384, 32768, 65536)
+WIDTHS = (512, 768)
+DTYPES = (torch.bfloat16, torch.float32)
+JUDGED = (32768, 512, torch.bfloat16)  # where the targets hold
+SCALE = 50.0
+REPEATS = 9
+ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
+SQUARE = 8192  # of the matrices that the rate of matrix products is measured on
+KERNELS: Impl = "triton"
+DEVICE = torch.device("cuda")
+
+PEERS_OF = {  # ours: what it is compared with
+    "triton": ("tiled", "dense", "ClipLoss", "ClipLoss, compiled", "linear_cross_entropy, chunked", "two Inf-CL"),
+    "triton + teacher": ("tiled + teacher", "dense + teacher", "DistillClipLoss", "DistillClipLoss, compiled"),
+}
+UNITS = {"triton": 4, "triton + teacher": 6}  # matrix products of 2·B²·D flop in a step
+TARGETS = {  # (ours, theirs): share of the time, share of the memory
+    ("triton", "two Inf-CL"): (0.5, None),
+    ("triton + teacher", "DistillClipLoss"): (0.5, 0.05),
+}
+MODULES = {"Clip": "open_clip.loss", "Inf-CL": "inf_cl"}  # part of a candidate's name: where it comes from
+PRECISION = {torch.bfloat16: 2e-3, torch.float32: 5e-6}
+LIBRARY = (
+    ("CalibrationError", "torchmetrics' Metric"),
+    ("NegativeLogLikelihood", "F.cross_entropy in 1,024s"),
+    ("TemperatureScaler.fit", "L-BFGS with line search"),
+    ("EMATeacher.update", "copy_"),
+    ("EMATeacher.update", "timm ModelEmaV3"),
+)
+
+
+def tables() -> Iterator[Table]:
+    """A table for each width and dtype, then precision and blocks of the kernels, and the rest of the library."""
+    if not torch.cuda.is_available():
+        yield _absent()
+        return
+    where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    for width in WIDTHS:
+        for dtype in DTYPES:
+            yield _losses(where, width, dtype)
+    yield _kernels(where)
+    yield _library(where)
+
+
+def _absent() -> Table:
+    """What there is to measure."""
+    table = Table("CUDA", "Not yet measured: there was no CUDA device. What there is to measure:")
+    size, width, _ = JUDGED
+    for (ours, theirs), (time, memory) in TARGETS.items():
+        case = f"B = {size}, D = {width}, bfloat16"
+        table.rows += [_unmeasured(f"{case}, time: {ours} / {theirs}", time)]
+        table.rows += [_unmeasured(f"{case}, memory: {ours} / {theirs}", memory)] if memory is not None else []
+    sizes = f"B = {SIZES[0]} ... {SIZES[-1]}, D = {' and '.join(map(str, WIDTHS))}, bfloat16 and float32"
+    for ours, peers in PEERS_OF.items():
+        table.rows.append(_unmeasured(f"{sizes}: {ours} / {'; '.join(peers)}"))
+        table.rows.append(_unmeasured(f"{sizes}, {ours}: share of the rate of a matrix product"))
+    for dtype, limit in PRECISION.items():
+        table.rows.append(_unmeasured(f"gradient error, {_name(dtype)}, against float64", limit))
+    table.rows += [_unmeasured(f"{ours} / {theirs}") for ours, theirs in LIBRARY]
+    return table
+
+
+def _unmeasured(what: str, limit: float | None = None) -> Row:
+    return Row(what, "-", "-", None, "≤", limit, "not yet measured")
+
+
+class Events:
+    """A clock of CUDA events: seconds on the device since it was made."""
+
+    def __init__(self) -> None:
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.start.record()
+
+    def __call__(self) -> float:
+        """Waits for the device."""
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        return float(self.start.elapsed_time(now)) / 1000
+
+
+def measured(candidates: Mapping[str, Call]) -> tuple[dict[str, float], dict[str, float]]:
+    """Median milliseconds by CUDA events, and peak MiB above what stands; of what fits into the device's memory."""
+    megabytes = {}
+    for name, call in candidates.items():
+        try:
+            call()  # compiles
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            megabytes[name] = (torch.cuda.max_memory_allocated() - before) / MIB
+        except torch.cuda.OutOfMemoryError:
+            continue
+    seconds = in_turn({name: candidates[name] for name in megabytes}, REPEATS, Events())
+    return {name: 1000 * each for name, each in seconds.items()}, megabytes
+
+
+def inputs(size: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Unit-norm features of student and teacher that share a direction, as those of CLIP do; the first two learn."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    common = 0.5 * torch.randn(1, width, generator=generator, device=DEVICE)
+    rows = (torch.randn(size, width, generator=generator, device=DEVICE) + common for _ in range(4))
+    image, text, *teacher = (F.normalize(features, dim=1).to(dtype) for features in rows)
+    return [image.requires_grad_(), text.requires_grad_(), *teacher]
+
+
+def steps(features: list[Tensor]) -> dict[str, Call]:
+    """Forward and backward of every candidate that is installed."""
+    image, text, teacher_image, teacher_text = features
+    scale = torch.tensor(SCALE, device=DEVICE, requires_grad=True)
+    typed = scale.detach().to(image.dtype).requires_grad_()  # theirs multiplies in the features' dtype
+    own = torch.arange(len(image), device=DEVICE)
+    teacher = (teacher_image, teacher_text, scale.detach())
+
+    def ours(impl: Impl) -> Tensor:
+        return multimodal_contrastive_loss(image, text, scale, impl=impl)
+
+    def ours_taught(impl: Impl) -> Tensor:
+        return carot_loss(image, text, scale, *teacher, label_smoothing=0.0, distillation_weight=1.0, impl=impl)
+
+    def distilled(loss: Any) -> Tensor:
+        contrastive, distillation = loss(image, text, typed, teacher_image, teacher_text, typed.detach())
+        total: Tensor = contrastive + 2 * distillation  # its distillation is the mean of both directions, ours the sum
+        return total
+
+    def linear(options: Any) -> Tensor:
+        rows = F.linear_cross_entropy(typed * image, text, own, options=options)
+        return (rows + F.linear_cross_entropy(typed * text, image, own, options=options)) / 2
+
+    def infinite(loss: Any) -> Tensor:
+        both: Tensor = (loss(image, text, scale=scale) + loss(text, image, scale=scale)) / 2
+        return both
+
+    losses: dict[str, Callable[[], Tensor]] = {}
+    for name, impl in (("triton", KERNELS), ("tiled", "tiled"), ("dense", "dense")):
+        losses[name], losses[f"{name} + teacher"] = partial(ours, impl), partial(ours_taught, impl)
+    if (open_clip := peer("open_clip.loss")) is not None:
+        clip, distill = open_clip.ClipLoss(), open_clip.DistillClipLoss()
+        losses["ClipLoss"], losses["DistillClipLoss"] = partial(clip, image, text, typed), partial(distilled, distill)
+        losses["ClipLoss, compiled"] = partial(torch.compile(clip), image, text, typed)
+        losses["DistillClipLoss, compiled"] = partial(distilled, torch.compile(distill))
+    if hasattr(F, "linear_cross_entropy"):
+        losses["linear_cross_entropy, chunked"] = partial(linear, torch.nn.LinearCrossEntropyOptions())
+    if (inf_cl := peer("inf_cl")) is not None:
+        losses["two Inf-CL"] = partial(infinite, inf_cl.cal_inf_loss)
+    return {name: partial(_gradients, loss, features) for name, loss in losses.items()}
+
+
+def _gradients(loss: Callable[[], Tensor], features: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(), features[:2])
+
+
+def _losses(where: str, width: int, dtype: torch.dtype) -> Table:
+    table = Table(
+        f"CUDA: losses, D = {width}, {_name(dtype)}",
+        f"{where}; forward + backward, by CUDA events, medians of {REPEATS}; memory: peak above the inputs.",
+    )
+    a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE).to(dtype) for _ in range(2))
+    rate = 2 * SQUARE**3 / measured({"mm": lambda: torch.mm(a, b)})[0]["mm"] * 1000
+    for size in SIZES:
+        milliseconds, megabytes = measured(steps(inputs(size, width, dtype)))
+        for ours, peers in PEERS_OF.items():
+            for theirs in peers:
+                limits = TARGETS.get((ours, theirs), (None, None)) if (size, width, dtype) == JUDGED else (None, None)
+                label = f"{ours} / {theirs}"
+                table.rows += [
+                    _ratio(f"B = {size}, time: {label}", milliseconds, limits[0], "ms"),
+                    _ratio(f"B = {size}, memory: {label}", megabytes, limits[1], "MiB"),
+                ]
+            if ours in milliseconds:
+                achieved = UNITS[ours] * 2 * size**2 * width / milliseconds[ours] * 1000
+                units = f"{achieved / 1e12:.3g} TFLOP/s", f"{rate / 1e12:.3g} TFLOP/s"
+                label = f"B = {size}, {ours}: share of the rate of a matrix product"
+                table.rows.append(Row(label, *units, achieved / rate))
+    return table
+
+
+def _ratio(label: str, figures: dict[str, float], limit: float | None, unit: str) -> Row:
+    ours, theirs = label.split(": ")[1].split(" / ")
+    if ours not in figures:
+        return Row(label, "-", "-", None, "≤", limit, "out of memory")
+    module = next((module for part, module in MODULES.items() if part in theirs), None)
+    note = missing(module) if module is not None and peer(module) is None else "theirs: out of memory"
+    if "linear" in theirs and not hasattr(F, "linear_cross_entropy"):
+        note = f"torch {torch.__version__} has none"
+    return share(label, figures[ours], figures.get(theirs), limit, unit, note)
+
+
+def _kernels(where: str) -> Table:
+    """What only a device can tell about the kernels: their precision, and whether their blocks are the best."""
+    size, width, dtype = JUDGED
+    table = Table("CUDA: the kernels", f"{where}; B = {size}, D = {width}; relative, in the Frobenius norm.")
+    for each, limit in PRECISION.items():
+        features = inputs(size, width, each)
+        exact = [rows.detach().double() for rows in features]
+        exact[:2] = [rows.requires_grad_() for rows in exact[:2]]
+        ours, reference = (_taught_gradients(rows) for rows in (features, exact))
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, reference, strict=True))
+        table.rows.append(value(f"gradient error, {_name(each)}, against float64", error, limit))
+    table.rows += _blocks(inputs(size, width, dtype))
+    return table
+
+
+def _taught_gradients(features: list[Tensor]) -> tuple[Tensor, ...]:
+    image, text, *teacher = features
+    loss = carot_loss(
+        image, text, SCALE, teacher[0], teacher[1], SCALE, label_smoothing=0.1, distillation_weight=1.5, impl=KERNELS
+    )
+    return torch.autograd.grad(loss, (image, text))
+
+
+def _blocks(features: list[Tensor]) -> list[Row]:
+    """The table's blocks against others: what to write into it."""
+    from triton import OutOfResources
+
+    from calrobust.kernels.triton import BLOCKS, Blocks
+
+    operand = features[0].element_size()
+    default = BLOCKS[operand]
+    shapes = ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))
+    others = [Blocks(*shape, depth, warps, 3) for shape in shapes for depth in (32, 64) for warps in (4, 8)]
+    milliseconds = {}
+    for blocks in dict.fromkeys((default, *others)):
+        BLOCKS[operand] = blocks
+        try:
+            milliseconds[blocks] = measured({"step": lambda: _taught_gradients(features)})[0]["step"]
+        except OutOfResources:
+            continue
+        finally:
+            BLOCKS[operand] = default
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    label = f"time at the blocks of the table / at the best blocks, {tuple(best)}"
+    return [share(label, milliseconds[default], milliseconds[best], None, "ms")]
+
+
+def _library(where: str) -> Table:
+    """Metrics, temperature and teacher."""
+    table = Table(
+        "CUDA: metrics, temperature, teacher",
+        f"{where}; {ROWS:,} x {CLASSES:,} float32 logits and the tensors of a ViT-B/16; by CUDA events, medians of "
+        f"{REPEATS}.",
+    )
+    logits, target = (tensor.to(DEVICE) for tensor in classifier(ROWS, CLASSES))
+    student = ema.Parameters().to(DEVICE)
+    calls: dict[str, Call] = {
+        "CalibrationError": lambda: CalibrationError(N_BINS).to(DEVICE)(logits, target),
+        "torchmetrics' Metric": lambda: MulticlassCalibrationError(CLASSES, N_BINS).to(DEVICE)(logits, target),
+        "NegativeLogLikelihood": lambda: NegativeLogLikelihood().to(DEVICE)(logits, target),
+        "F.cross_entropy in 1,024s": lambda: [
+            F.cross_entropy(block, labels, reduction="sum")
+            for block, labels in zip(logits.split(1024), target.split(1024), strict=True)
+        ],
+        "TemperatureScaler.fit": lambda: TemperatureScaler().fit(logits, target),
+        "L-BFGS with line search": lambda: temperature.lbfgs(logits, target),
+        "EMATeacher.update": ema.build(student),
+        **ema.copies(student),
+    }
+    milliseconds, _ = measured(calls)
+    for ours, theirs in LIBRARY:
+        note = missing("timm.utils")
+        table.rows.append(share(f"{ours} / {theirs}", milliseconds[ours], milliseconds.get(theirs), None, "ms", note))
+    return table
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -258,6 +258,19 @@ def gradients_of_row_lse(x: Tensor, y: Tensor, scale: Tensor, operands: torch.dt
 
 
 @kernels
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_does_not_lower_the_precision(inside: bool) -> None:
+    """Around forward, or around backward too."""
+    image, text = (unit_rows(40, 16, seed, torch.float32).to(DEVICE).requires_grad_() for seed in (0, 1))
+    expected = torch.autograd.grad(multimodal_contrastive_loss(image, text, 20.0, impl="triton"), (image, text))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = multimodal_contrastive_loss(image, text, 20.0, impl="triton")
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
+            found = torch.autograd.grad(loss, (image, text))
+    assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@kernels
 def test_layout_of_the_features_does_not_matter() -> None:
     """Transposed and strided features give the statistics of their contiguous copies."""
     x, y = unit_rows(8, 12, 0).to(DEVICE)[:, ::2], unit_rows(6, 8, 1).to(DEVICE).T

@@ -95,11 +95,12 @@ def _backward(
     """The gradients of x, y and scale from a, b, c, d, the upstream gradients of the four statistics."""
     a, b, c, d = gradients
     weights = [a, b, c, d] if len(factors) == 3 else [a + c, b + d, c, d]
-    if _uses_triton(impl, a.device, a.dtype):
-        from calrobust.kernels import triton
+    with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
+        if _uses_triton(impl, a.device, a.dtype):
+            from calrobust.kernels import triton
 
-        return triton.backward(weights, factors, statistics, operands, first_partner)
-    return tiled.backward(weights, factors, statistics)
+            return triton.backward(weights, factors, statistics, operands, first_partner)
+        return tiled.backward(weights, factors, statistics)
 
 
 @_forward.register_fake

@@ -28,9 +28,9 @@ PROGRAMS = 4  # for each multiprocessor, at least, if there are tiles enough
 class Blocks(NamedTuple):
     """The size of a tile, and how a program works on it."""
 
-    rows: int
-    columns: int
-    depth: int
+    ROWS: int
+    COLUMNS: int
+    DEPTH: int
     num_warps: int
     num_stages: int
 
@@ -202,72 +202,62 @@ def _backward_kernel(
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
 
 
-class _Matrix:
-    """One matrix ``scale · x yᵀ`` as kernels take it."""
-
-    def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
-        x, y, self.scale = factors
-        if INTERPRETED and dtype == torch.bfloat16:
-            dtype = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
-        self.x, self.y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
-
-    def of(self, tile: slice) -> tuple[Any, ...]:
-        """``features`` of a kernel."""
-        return self.x[tile], self.y, self.scale, self.x.shape[1]
-
-
 class _Launcher:
-    """Kernels at the blocks that fit the operands."""
+    """The matrices as kernels read them, and kernels at the blocks that fit them."""
 
-    def __init__(self, matrices: Sequence[_Matrix], total: torch.dtype) -> None:
-        x = matrices[0].x
-        widest = max(matrix.x.shape[1] for matrix in matrices)
-        blocks = BLOCKS[x.element_size()]
-        self.where = x
-        self.rows, self.columns = blocks.rows, blocks.columns
-        self.options = {
-            "TEACHER": len(matrices) == 2,
-            "TOTAL": tl.float64 if total == torch.float64 else tl.float32,
-            "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
-            "ROWS": blocks.rows,
-            "COLUMNS": blocks.columns,
-            "DEPTH": min(blocks.depth, max(16, triton.next_power_of_2(widest))),
-            "num_warps": blocks.num_warps,
-            "num_stages": blocks.num_stages,
-            "enable_fp_fusion": False,
-        }
+    def __init__(self, factors: Sequence[Tensor], operands: torch.dtype) -> None:
+        if INTERPRETED and operands == torch.bfloat16:
+            operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
+        self.total = factors[0].dtype
+        self.matrices = [
+            (x.to(operands).contiguous(), y.to(operands).contiguous(), scale)
+            for x, y, scale in zip(factors[::3], factors[1::3], factors[2::3], strict=True)
+        ]
+        widest = max(x.shape[1] for x in factors[::3])
+        blocks = BLOCKS[operands.itemsize]
+        self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(widest))))
+
+    def __call__(self, kernel: Any, grid: tuple[int, int], tile: slice, *arguments: Any) -> None:
+        """On a tile of rows of the student and of the teacher, or twice the student."""
+        features = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
+        with torch.cuda.device_of(self.matrices[0][0]):
+            kernel[grid](
+                features[0],
+                features[-1],
+                *arguments,
+                TEACHER=len(features) == 2,
+                TOTAL=tl.float64 if self.total == torch.float64 else tl.float32,
+                PRECISION="tf32x3" if self.matrices[0][0].dtype == torch.float32 else "ieee",
+                enable_fp_fusion=False,
+                **self.blocks._asdict(),
+            )
 
     def tiles(self, n: int, block_bytes: int, limit: int) -> list[slice]:
         """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
-        rows = self.rows * max(1, limit // block_bytes)
+        rows = self.blocks.ROWS * max(1, limit // block_bytes)
         return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-
-    def __call__(self, kernel: Any, grid: tuple[int, int], *arguments: Any) -> None:
-        with torch.cuda.device_of(self.where):
-            kernel[grid](*arguments, **self.options)
 
 
 def forward(factors: list[Tensor], operands: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
     """As `operators` asks for it."""
     x, y, _ = factors[:3]
     n, m = len(x), len(y)
-    matrices = [_Matrix(factors[k : k + 3], operands) for k in range(0, len(factors), 3)]
-    launch = _Launcher(matrices, x.dtype)
-    kinds = 2 * len(matrices) - 1
+    launch = _Launcher(factors, operands)
+    count = len(launch.matrices)
+    kinds = 2 * count - 1
     parts_by_row, parts_by_column = [], []
     for tile in launch.tiles(n, kinds * m * x.element_size(), PARTS_BYTES):
         length = tile.stop - tile.start
-        height, width = triton.cdiv(length, launch.rows), triton.cdiv(m, launch.columns)
+        height, width = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
         span = triton.cdiv(width, triton.cdiv(_programs(x.device), height))  # in tiles, of a program
         grid = height, triton.cdiv(width, span)
         by_row, by_column = x.new_empty(kinds, grid[1], length), x.new_empty(kinds, height, m)
-        features = matrices[0].of(tile), matrices[-1].of(tile)
-        launch(_forward_kernel, grid, *features, by_row, by_column, length, m, span * launch.columns)
+        launch(_forward_kernel, grid, tile, by_row, by_column, length, m, span * launch.blocks.COLUMNS)
         parts_by_row.append(_merge(by_row))
         parts_by_column.append(_merge(by_column))
     by_row, by_column = torch.cat(parts_by_row, 1), _merge(torch.stack(parts_by_column, 1))
-    statistics = [[by_row[k].clone(), by_column[k].clone(), x.new_empty(0, m)] for k in range(len(matrices))]
-    return statistics, [s - t + gap for s, t, gap in (by_row, by_column)] if len(matrices) == 2 else []
+    statistics = [[by_row[k].clone(), by_column[k].clone(), x.new_empty(0, m)] for k in range(count)]
+    return statistics, [s - t + gap for s, t, gap in (by_row, by_column)] if count == 2 else []
 
 
 def backward(
@@ -277,25 +267,23 @@ def backward(
     rows, columns, t_rows, t_columns = weights
     x, y, scale = factors[:3]
     n, m = len(x), len(y)
-    matrices = [_Matrix(factors[k : k + 3], operands) for k in range(0, len(factors), 3)]
     (row_lse, column_lse, _), (t_row_lse, t_column_lse, _) = statistics[:3], statistics[-3:]
-    launch = _Launcher(matrices, x.dtype)
+    launch = _Launcher(factors, operands)
 
     slab_dtype = torch.float16 if operands.itemsize == 2 else x.dtype
     bound = torch.stack([weight.abs().amax() for weight in weights if len(weight)]).sum()
     unit, x_unit, y_unit = (_unit(top, slab_dtype) for top in (bound, x.abs().amax(), y.abs().amax()))
     x_narrow, y_narrow = (x_unit * x).to(slab_dtype), (y_unit * y).to(slab_dtype)
     x_gradient, y_gradient, partners = torch.empty_like(x), torch.zeros_like(y), x.new_zeros(n)
-    tiles = launch.tiles(n, launch.rows * m * slab_dtype.itemsize, SLAB_BYTES)
+    tiles = launch.tiles(n, launch.blocks.ROWS * m * slab_dtype.itemsize, SLAB_BYTES)
     slab = x.new_empty(tiles[0].stop, m, dtype=slab_dtype)
     for tile in tiles:
         length = tile.stop - tile.start
-        grid = triton.cdiv(length, launch.rows), triton.cdiv(m, launch.columns)
-        features = matrices[0].of(tile), matrices[-1].of(tile)
+        grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
         softmaxes = row_lse[tile], column_lse, rows[tile], columns
         t_softmaxes = t_row_lse[tile], t_column_lse, t_rows[tile], t_columns
         sizes = length, m, first_partner + tile.start
-        launch(_backward_kernel, grid, *features, softmaxes, t_softmaxes, unit, slab, partners[tile], *sizes)
+        launch(_backward_kernel, grid, tile, softmaxes, t_softmaxes, unit, slab, partners[tile], *sizes)
         x_gradient[tile] = _product(slab[:length], y_narrow, x.dtype)
         y_gradient += _product(slab[:length].T, x_narrow[tile], x.dtype)
     x_gradient.div_(unit).div_(y_unit)

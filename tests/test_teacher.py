@@ -502,6 +502,22 @@ def test_loading_is_as_strict_as_torchs() -> None:
         EMATeacher(Student()).load_state_dict({**saved, "module.layer.weight": torch.zeros(9, 9)})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_copies_unless_told_to_assign(dtype: torch.dtype) -> None:
+    """As in torch: whoever holds the copy's tensors keeps them, and ``assign=True`` takes those of the state."""
+    _, teacher = moved_teacher(dtype)
+    saved = copy.deepcopy(teacher.state_dict())
+    held = {"step", "updates"} | {f"module.{name}" for name in teacher.module.state_dict()}
+    if teacher.masters is not None:
+        held |= {f"masters.{name}" for name in teacher.masters.state_dict()}
+    assert saved.keys() == held
+    own = teacher.module.get_parameter("layer.weight")
+    teacher.load_state_dict(saved)
+    assert teacher.module.get_parameter("layer.weight") is own
+    teacher.load_state_dict(saved, assign=True)
+    assert teacher.module.get_parameter("layer.weight").data_ptr() == saved["module.layer.weight"].data_ptr()
+
+
 # Swapping
 
 

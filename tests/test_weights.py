@@ -41,9 +41,12 @@ def test_interpolation_is_the_line_between_two_models(models: list[State], alpha
 
 @given(state_dicts(2))
 def test_the_ends_of_the_line_are_the_models(models: list[State]) -> None:
-    """Bit for bit."""
+    """Bit for bit, also beside a model that has diverged, where 0 * inf would be NaN."""
     for alpha, model in enumerate(models):
         assert torch.equal(interpolate(models[0], models[1], alpha)["weight"], model["weight"])
+        ends = [{"weight": torch.full_like(model["weight"], torch.inf)}] * 2
+        ends[alpha] = {"weight": model["weight"]}
+        assert torch.equal(interpolate(*ends, alpha)["weight"], model["weight"])
 
 
 @given(st.integers(1, 6).flatmap(state_dicts))

@@ -16,34 +16,36 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 Samples = tuple[Tensor, Tensor]
 
 
-def resampled(samples: Samples, n: int, seed: int) -> Tensor:
+def resampled(samples: Samples, n: int, seed: int, n_bins: int, norm: Norm) -> Tensor:
     """Errors of resamples, drawn and binned one by one."""
     generator = torch.Generator().manual_seed(seed)
     confidences, correct = samples
     errors = []
     for _ in range(n):
         draw = torch.randint(len(correct), (len(correct),), generator=generator)
-        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw])))
+        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw], n_bins), norm))
     return torch.stack(errors)
 
 
-@pytest.mark.parametrize("sharpness", [0.3, 1.0])
-def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float) -> None:
+@pytest.mark.parametrize(("sharpness", "n_bins", "norm"), [(0.3, 15, "l1"), (1.0, 15, "l1"), (0.3, 5, "l2")])
+def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float, n_bins: int, norm: Norm) -> None:
     """The ends are reflected quantiles of the naive loop, within the noise of the quantiles."""
     samples = top_label(*classifier(400, 10, 0, sharpness=sharpness))
-    value = binned_error(bin_confidences(*samples))
-    errors = resampled(samples, 3000, seed=1)
-    low, high = bootstrap_interval(*samples, n_resamples=3000, generator=torch.Generator().manual_seed(2))
+    value = binned_error(bin_confidences(*samples, n_bins), norm)
+    errors = resampled(samples, 3000, 1, n_bins, norm)
+    low, high = bootstrap_interval(
+        *samples, n_bins=n_bins, norm=norm, n_resamples=3000, generator=torch.Generator().manual_seed(2)
+    )
     noise = 4 * errors.std() / 3000**0.5 * 3  # a quantile at 2.5 % is about three times as noisy as a mean
     assert (low - (2 * value - errors.quantile(0.975)).clamp(min=0)).abs() < noise
     assert (high - torch.maximum(value, 2 * value - errors.quantile(0.025))).abs() < noise
 
 
-@given(confidences_and_correct(), st.sampled_from(NORMS))
-def test_bootstrap_interval_holds_the_value(samples: Samples, norm: Norm) -> None:
-    """For any data, within [0, 1]."""
-    value = binned_error(bin_confidences(*samples), norm)
-    low, high = bootstrap_interval(*samples, norm=norm, n_resamples=20)
+@given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
+def test_bootstrap_interval_holds_the_value(samples: Samples, n_bins: int, norm: Norm) -> None:
+    """For any data, bins and norm, within [0, 1]."""
+    value = binned_error(bin_confidences(*samples, n_bins), norm)
+    low, high = bootstrap_interval(*samples, n_bins=n_bins, norm=norm, n_resamples=20)
     assert 0 <= low <= value + 1e-12
     assert value - 1e-12 <= high <= 1
 

@@ -24,6 +24,7 @@ from calrobust.functional.calibration import (
     binned_error,
     calibration_error,
     classwise_calibration_error,
+    classwise_error,
     equal_mass_bins,
     inner_edges,
     top_label,
@@ -319,6 +320,29 @@ def test_classwise_error_is_the_definition(p: Predictions, n_bins: int, norm: No
     counts, _, correct_sums = bin_classes(*p, n_bins)
     assert counts.sum(1).tolist() == [n] * n_classes
     assert correct_sums.sum(1).tolist() == torch.bincount(p.target, minlength=n_classes).tolist()
+
+
+def test_sums_over_classes_are_those_of_all_blocks() -> None:
+    """A batch of several blocks has the sums of its parts."""
+    logits, target = classifier(900, 1000, 0)
+    whole = bin_classes(logits, target)
+    assert_close(whole, bin_classes(logits[:100], target[:100]) + bin_classes(logits[100:], target[100:]))
+    assert whole.counts.sum() == logits.numel()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_error_is_that_of_its_bins(norm: Norm) -> None:
+    """The functions of logits hand norm, bins and options on; 15 bins and "l1" unless told."""
+    logits, target = classifier(400, 6, 0)
+    samples = top_label(logits, target)
+    for error, bins_of in ((calibration_error, bin_confidences), (adaptive_calibration_error, equal_mass_bins)):
+        assert torch.equal(error(logits, target, norm=norm), binned_error(bins_of(*samples, 15), norm))
+        assert torch.equal(error(logits, target, n_bins=4, norm=norm), binned_error(bins_of(*samples, 4), norm))
+        assert torch.equal(error(logits, target), binned_error(bins_of(*samples, 15), "l1"))
+    debiased = binned_error(bin_confidences(*samples), "l2", debiased=True)
+    assert torch.equal(calibration_error(logits, target, norm="l2", debiased=True), debiased)
+    assert debiased < calibration_error(logits, target, norm="l2")
+    assert torch.equal(classwise_calibration_error(logits, target), classwise_error(bin_classes(logits, target, 15)))
 
 
 def test_classwise_error_sees_what_the_top_label_hides() -> None:

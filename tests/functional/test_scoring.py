@@ -85,6 +85,8 @@ def test_ignored_samples_are_as_good_as_absent(p: Predictions) -> None:
     target = torch.cat([torch.tensor([-1]), p.target])
     for function in (brier_score, negative_log_likelihood):
         assert_close(function(logits, target, ignore_index=-1), function(*p), rtol=1e-6, atol=1e-12)
+    kept = row_scores(logits, target, from_logits=True, ignore_index=-1)
+    assert all(len(values) == len(p.target) for values in kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

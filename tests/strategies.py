@@ -23,9 +23,10 @@ class Pairs(NamedTuple):
 
 
 def unit_rows(n: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``[n, width]`` rows of norm one, the same for the same seed."""
+    """``[n, width]`` rows of norm one on the CPU, the same for the same seed, whatever the default device."""
     generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, width, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+    rows = torch.randn(n, width, generator=generator, dtype=torch.float64, device="cpu")
+    return F.normalize(rows, dim=1).to(dtype)
 
 
 def seeds() -> st.SearchStrategy[int]:
@@ -61,7 +62,7 @@ def student_and_teacher(draw: st.DrawFn, max_pairs: int = 40) -> tuple[Pairs, Pa
 def class_labels(n: int, seed: int) -> Tensor:
     """``[n]`` integers of which some repeat, neither sorted nor contiguous."""
     generator = torch.Generator().manual_seed(seed)
-    return 7 * torch.randint(-2, 1 + n // 2, (n,), generator=generator)
+    return 7 * torch.randint(-2, 1 + n // 2, (n,), generator=generator, device="cpu")
 
 
 class Predictions(NamedTuple):

@@ -16,7 +16,16 @@ from benchmarks.measure import MIB, Row, Table
 
 TINY: dict[Any, dict[str, Any]] = {
     losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "WIDTH": 4, "REPEATS": 1},
-    cuda: {"SIZES": (8, 12), "WIDTHS": (4,), "JUDGED": (12, 4, torch.bfloat16), "ROWS": 60, "CLASSES": 5, "SQUARE": 4},
+    cuda: {
+        "SIZES": (8, 12),
+        "WIDTHS": (4,),
+        "JUDGED": (12, 4, torch.bfloat16),
+        "ROWS": 60,
+        "CLASSES": 5,
+        "SQUARE": 4,
+        "SHAPES": (),
+        "REPEATS": 1,
+    },
     ema: {"VOCABULARY": 8, "DEPTH": 1, "REPEATS": 1},
     metrics: {
         "ROWS": 60,

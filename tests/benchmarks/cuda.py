@@ -27,6 +27,7 @@ SCALE = 50.0
 REPEATS = 9
 ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
 SQUARE = 8192  # of the matrices that the rate of matrix products is measured on
+SHAPES = ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))  # of tiles, besides the default
 KERNELS: Impl = "triton"
 DEVICE = torch.device("cuda")
 
@@ -239,8 +240,7 @@ def _blocks(features: list[Tensor]) -> list[Row]:
 
     operand = features[0].element_size()
     default = BLOCKS[operand]
-    shapes = ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))
-    others = [Blocks(*shape, depth, warps, 3) for shape in shapes for depth in (32, 64) for warps in (4, 8)]
+    others = [Blocks(*shape, depth, warps, 3) for shape in SHAPES for depth in (32, 64) for warps in (4, 8)]
     milliseconds = {}
     for blocks in dict.fromkeys((default, *others)):
         BLOCKS[operand] = blocks

@@ -118,13 +118,6 @@ def test_lazy_modules_are_listed_and_unknown_names_are_errors() -> None:
         importlib.import_module("calrobust").nothing  # noqa: B018  (the access is the test)
 
 
-def test_the_readme_shows_the_quickstart() -> None:
-    """The code in the README is the file that runs."""
-    code = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
-    assert code.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(code.splitlines()) <= 60
-
-
 def test_the_quickstart_learns_and_scaling_helps() -> None:
     """As a user runs it: a table of two lines, accuracy far above chance, and a smaller NLL after scaling."""
     script = ROOT / "examples" / "quickstart.py"

@@ -46,7 +46,7 @@ def test_the_ends_of_the_line_are_the_models(models: list[State]) -> None:
         assert torch.equal(interpolate(models[0], models[1], alpha)["weight"], model["weight"])
         ends = [{"weight": torch.full_like(model["weight"], torch.inf)}] * 2
         ends[alpha] = {"weight": model["weight"]}
-        assert torch.equal(interpolate(*ends, alpha)["weight"], model["weight"])
+        assert torch.equal(interpolate(ends[0], ends[1], alpha)["weight"], model["weight"])
 
 
 @given(st.integers(1, 6).flatmap(state_dicts))

@@ -46,6 +46,23 @@ def check_number(**numbers: Any) -> None:
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
+def check_integer(**numbers: Any) -> None:
+    """Raises for an argument that is no int, or too large for a float."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    check_number(**numbers)
+
+
+def check_one_device(**tensors: Tensor) -> None:
+    """Raises ``ValueError`` unless the two tensors are on the same device."""
+    (first, a), (second, b) = tensors.items()
+    if a.device != b.device:
+        raise ValueError(
+            f"{first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()"
+        )
+
+
 def check_positive(**numbers: Any) -> None:
     """Raises for a number that is not > 0."""
     check_number(**numbers)
@@ -56,9 +73,7 @@ def check_positive(**numbers: Any) -> None:
 
 def check_positive_integer(**numbers: Any) -> None:
     """Raises for a number that is not one of 1, 2, 3, ...."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    check_integer(**numbers)
     check_positive(**numbers)
 
 
@@ -131,10 +146,7 @@ def check_features(**features: Any) -> None:
         raise ValueError(
             f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()"
         )
-    if a.device != b.device:
-        raise ValueError(
-            f"{first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()"
-        )
+    check_one_device(**features)
     if a.numel() == 0:
         raise ValueError(f"{first} and {second} must hold at least one pair and one dimension, got {list(a.shape)}")
 
@@ -160,11 +172,7 @@ def check_teacher(image_features: Tensor, teacher: tuple[Any, Any, Any]) -> None
             "teacher_image_features and image_features must hold the same pairs, got "
             f"{list(teacher_image_features.shape)} and {list(image_features.shape)}; run the teacher on the same batch"
         )
-    if teacher_image_features.device != image_features.device:
-        raise ValueError(
-            f"teacher_image_features and image_features must be on one device, "
-            f"got {teacher_image_features.device} and {image_features.device}; move one with .to()"
-        )
+    check_one_device(teacher_image_features=teacher_image_features, image_features=image_features)
 
 
 def check_module(**modules: Any) -> None:
@@ -197,10 +205,8 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
 
 def check_nonnegative_integer(**numbers: Any) -> None:
     """Raises for a number that is not one of 0, 1, 2, ...."""
+    check_integer(**numbers)
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-        check_number(**{name: value})
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value!r}")
 
@@ -264,11 +270,7 @@ def check_confidences(confidences: Any, correct: Any) -> None:
             f"confidences and correct must have the same shape [N], "
             f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
         )
-    if confidences.device != correct.device:
-        raise ValueError(
-            f"confidences and correct must be on one device, "
-            f"got {confidences.device} and {correct.device}; move one with .to()"
-        )
+    check_one_device(confidences=confidences, correct=correct)
 
 
 def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None = None) -> None:

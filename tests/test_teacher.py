@@ -198,9 +198,12 @@ def test_running_statistics_are_averaged_and_counters_copied() -> None:
 def test_infinite_masks_stay_and_unsaved_buffers_are_the_copys_own() -> None:
     """Infinity minus itself would be NaN; a buffer outside the state dict is no state to average."""
     student = Student()
+    student.register_buffer("last", torch.tensor(1.0))  # after the cache, in the order of the buffers
     teacher = EMATeacher(student, 0.5)
     student.cache.fill_(7.0)
+    student.get_buffer("last").fill_(5.0)
     teacher.update(student)
+    assert teacher.module.get_buffer("last") == 3.0
     assert torch.equal(teacher.module.get_buffer("mask"), torch.tensor([0.0, -torch.inf]))
     assert torch.equal(teacher.module.get_buffer("cache"), torch.zeros(2))
 

@@ -25,7 +25,7 @@ INTRODUCTION = """# Benchmarks
 *How fast and how lean is it, beside what you use now?* One command measures everything on your machine:
 
 ```bash
-pip install 'calrobust[bench]'
+pip install '.[bench]'
 python tests/benchmarks/run.py                # --only losses|cuda|ema|metrics|temperature|import
 ```
 

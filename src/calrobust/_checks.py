@@ -224,12 +224,14 @@ def check_predictions(target: Any, **preds: Any) -> None:
 
 
 def check_ignore_index(ignore_index: Any) -> None:
-    """Raises ``TypeError`` for what could never equal a label."""
+    """Raises for what could never equal a label."""
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         raise TypeError(
             f"ignore_index must be an int or None, got {type(ignore_index).__name__} {ignore_index!r}; "
             "pass the label of the samples to leave out"
         )
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a label, which has 64 bits, got {ignore_index!r}")
 
 
 def check_beside_state(device: torch.device, **preds: Tensor) -> None:

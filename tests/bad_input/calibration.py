@@ -217,6 +217,11 @@ TABLE: Table = [
         [
             Wrong({"from_logits": "False"}, TypeError, "from_logits must be True or False, got str 'False'"),
             Wrong(
+                {"ignore_index": 2**63},
+                ValueError,
+                "ignore_index must be a label, which has 64 bits, got 9223372036854775808",
+            ),
+            Wrong(
                 {"ignore_index": 2.0},
                 TypeError,
                 "ignore_index must be an int or None, got float 2.0; pass the label of the samples to leave out",
@@ -398,6 +403,11 @@ TABLE: Table = [
     (
         NEW,
         [
+            Wrong(
+                {"ignore_index": 2**63},
+                ValueError,
+                "ignore_index must be a label, which has 64 bits, got 9223372036854775808",
+            ),
             Wrong(
                 {"ignore_index": 2.0},
                 TypeError,

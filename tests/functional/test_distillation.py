@@ -150,6 +150,14 @@ def test_a_float64_teacher_raises_the_precision_of_the_student() -> None:
     assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("scale", "temperature"), [(1e39, 1.0), (1.0, 1e-39), (1e300, 1e-300), (1.0, 1e200)])
+def test_what_float32_cannot_hold_gives_no_finite_wrong_value(scale: float, temperature: float) -> None:
+    """A scale or a temperature beyond its range: NaN, infinity or a true 0, as far as the formula goes."""
+    rows = unit_rows(4, 3, 0, torch.float32), unit_rows(4, 3, 1, torch.float32)
+    loss = multimodal_distillation_loss(*rows, scale, *rows[::-1], 1.0, temperature=temperature)
+    assert not loss.isfinite() or loss == 0
+
+
 def test_contrastive_loss_is_what_remains_at_weight_zero() -> None:
     """A weight of 0 leaves MCL."""
     student, teacher = (unit_rows(5, 4, 0), unit_rows(5, 4, 1), 9.0), (unit_rows(5, 4, 2), unit_rows(5, 4, 3), 9.0)

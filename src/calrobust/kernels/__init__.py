@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -157,7 +158,9 @@ def _facts(image_features: Tensor | None, teacher: Teacher | None, labels: Tenso
 
 def _scale(logit_scale: Tensor | float, temperature: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     if not isinstance(logit_scale, Tensor):
-        return torch.full((), logit_scale / temperature, dtype=dtype, device=device)
+        scale = logit_scale / temperature
+        # What the dtype cannot hold is infinite there, and the loss NaN; torch would raise an error of its own.
+        return torch.full((), math.inf if scale > torch.finfo(dtype).max else scale, dtype=dtype, device=device)
     return _tracked(logit_scale).reshape(()).to(device, dtype) / temperature
 
 

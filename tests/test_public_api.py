@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from pytest_socket import SocketConnectBlockedError
 
 import calrobust
 from calrobust import functional, losses, metrics, plotting, schedules
@@ -116,6 +118,13 @@ def test_lazy_modules_are_listed_and_unknown_names_are_errors() -> None:
     assert {"metrics", "plotting"} <= set(dir(calrobust))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         importlib.import_module("calrobust").nothing  # noqa: B018  (the access is the test)
+
+
+def test_no_test_reaches_for_a_network() -> None:
+    """Sockets lead to this machine and nowhere else."""
+    blocked = pytest.raises(SocketConnectBlockedError)
+    with socket.socket() as connection, pytest.warns(UserWarning, match=r"192\.0\.2\.1"), blocked:
+        connection.connect(("192.0.2.1", 80))
 
 
 def test_the_quickstart_learns_and_scaling_helps() -> None:

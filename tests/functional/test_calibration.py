@@ -267,6 +267,31 @@ def test_debiased_l2_of_single_samples_is_zero() -> None:
     assert binned_error(bins, "l2", debiased=True) == 0
 
 
+@pytest.mark.parametrize(("norm", "debiased"), [("l1", False), ("l2", False), ("l2", True), ("max", False)])
+def test_leading_dimensions_are_errors_of_their_own(norm: Norm, debiased: bool) -> None:
+    """Sums ``[..., n_bins]`` give a value for each row, bins of one, two and no samples included."""
+    confidences = torch.tensor([0.1, 0.15, 0.3, 0.6, 0.65, 0.9])
+    rows = [
+        bin_confidences(confidences[:n], torch.tensor([False, True, True, False, False, True])[:n], n_bins=4)
+        for n in (2, 5, 6)
+    ]
+    stacked = Bins(*(torch.stack(sums) for sums in zip(*rows, strict=True)))
+    expected = torch.stack([binned_error(bins, norm, debiased=debiased) for bins in rows])
+    assert expected.unique().numel() > 1
+    assert torch.equal(binned_error(stacked, norm, debiased=debiased), expected)
+
+
+def test_debiased_l2_by_hand() -> None:
+    """Of two samples at 1/4 one is right: (1/4)² less (1/4) / 1 is negative. Four of four are right at 3/4: 1/4."""
+    two = bin_confidences(torch.tensor([0.25, 0.25]), torch.tensor([True, False]), n_bins=1)
+    assert binned_error(two, "l2") == 0.25
+    assert binned_error(two, "l2", debiased=True) == 0
+    four = bin_confidences(torch.full((4,), 0.75), torch.ones(4, dtype=torch.bool), n_bins=1)
+    assert binned_error(four, "l2", debiased=True) == 0.25
+    perfect = bin_confidences(torch.ones(1), torch.ones(1, dtype=torch.bool), n_bins=1)
+    assert binned_error(perfect, "l2", debiased=True) == 0
+
+
 def equal_mass_oracle(confidences: Tensor, correct: Tensor, n_bins: int, norm: Norm) -> float:
     """Ranks by counting, the middle rank of a tie decides."""
     values = confidences.tolist()

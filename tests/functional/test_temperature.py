@@ -224,6 +224,17 @@ def test_masked_classes_are_as_good_as_absent() -> None:
     )
 
 
+def test_masked_classes_do_not_change_what_degenerate_data_give() -> None:
+    """The documented T of anti-correlated and of separable data is that of the classes that are left."""
+    logits = classifier(200, 5, 0).logits
+    masked = torch.cat([logits, torch.full((200, 3), -torch.inf)], 1)
+    for target, cause in ((logits.argmin(1), "negatively correlated"), (logits.argmax(1), "separable")):
+        with pytest.warns(UserWarning, match=cause):
+            expected = fit_temperature(logits, target)
+        with pytest.warns(UserWarning, match=cause):
+            assert_close(fit_temperature(masked, target), expected, rtol=1e-6, atol=0)
+
+
 def test_no_graph_and_no_change_of_the_inputs() -> None:
     """Logits that need a gradient are only read."""
     logits, target = classifier(30, 3, 0, sharpness=0.5)

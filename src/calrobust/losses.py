@@ -275,7 +275,7 @@ class LossSum(PairLoss):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], _Term)):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
-        self.weighted = weighted
+        self.weighted = tuple((float(weight), loss) for weight, loss in weighted)  # torch takes no int of any size
         (_, first), *others = weighted
         for _, other in others:
             if other.options != first.options:

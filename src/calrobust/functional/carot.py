@@ -81,4 +81,6 @@ def carot_loss(
         memory_budget=memory_budget,
     )
     contrastive = contrastive_terms(statistics, label_smoothing)
-    return reduce(contrastive + distillation_weight * distillation_terms(statistics, 1.0), reduction, statistics.ranks)
+    return reduce(
+        contrastive + float(distillation_weight) * distillation_terms(statistics, 1.0), reduction, statistics.ranks
+    )

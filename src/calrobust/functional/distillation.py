@@ -85,5 +85,5 @@ def multimodal_distillation_loss(
 
 def distillation_terms(statistics: PairStatistics, temperature: float) -> Tensor:
     """MKD of each pair, shape ``[N]``, from statistics taken with a teacher and at this temperature."""
-    # Not temperature**2, where Python raises an error for what overflows.
-    return temperature * temperature * (statistics.rows.divergence + statistics.columns.divergence)
+    # Not temperature**2, where Python raises an error for what overflows; nor an int that torch has no room for.
+    return float(temperature) * temperature * (statistics.rows.divergence + statistics.columns.divergence)

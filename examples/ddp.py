@@ -61,6 +61,7 @@ def main() -> None:
         if rank == 0:
             error = ((averaged - whole).norm() / whole.norm()).item()
             print(f"gather={gather!s:5}  relative distance from the gradient of one process: {error:.1e}")
+    dist.barrier()  # a rank that leaves first would close the connections of the others
     dist.destroy_process_group()
 
 

@@ -63,6 +63,7 @@ def main() -> None:
         if rank == 0 and step % 19 == 0:
             held = sum(p.to_local().numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
             print(f"step {step:2}  loss {loss.item():.3f}  share of the weights on this process {held:.2f}")
+    dist.barrier()  # a rank that leaves first would close the connections of the others
     dist.destroy_process_group()
 
 

@@ -59,6 +59,7 @@ def main(rank: int, folder: Path) -> None:
         collection.update(*share)
     values |= {f"{name}, in a collection": value for name, value in collection.compute().items()}
     torch.save(values, folder / f"{rank}.pt")
+    dist.barrier()  # a rank that leaves first would close the connections of the others
     dist.destroy_process_group()
 
 

@@ -282,12 +282,12 @@ def test_leading_dimensions_are_errors_of_their_own(norm: Norm, debiased: bool) 
 
 
 def test_debiased_l2_by_hand() -> None:
-    """Of two samples at 1/4 one is right: (1/4)² less (1/4) / 1 is negative. Four of four are right at 3/4: 1/4."""
+    """Of two samples at 1/4 one is right: (1/4)² less (1/4) / 1 is negative. Both are right at 3/4: (1/4)² less 0."""
     two = bin_confidences(torch.tensor([0.25, 0.25]), torch.tensor([True, False]), n_bins=1)
     assert binned_error(two, "l2") == 0.25
     assert binned_error(two, "l2", debiased=True) == 0
-    four = bin_confidences(torch.full((4,), 0.75), torch.ones(4, dtype=torch.bool), n_bins=1)
-    assert binned_error(four, "l2", debiased=True) == 0.25
+    both = bin_confidences(torch.full((2,), 0.75), torch.ones(2, dtype=torch.bool), n_bins=1)
+    assert binned_error(both, "l2", debiased=True) == 0.25
     perfect = bin_confidences(torch.ones(1), torch.ones(1, dtype=torch.bool), n_bins=1)
     assert binned_error(perfect, "l2", debiased=True) == 0
 

@@ -118,7 +118,17 @@ def test_the_build_tells_of_links_that_lead_nowhere(tmp_path: Path) -> None:
     links = "".join(f'<a href="{link}">.</a>' for link in ("#here", "other.html", "search.html", "#nowhere", "no.html"))
     (tmp_path / "index.rst").write_text(f"Here\n====\n\n.. raw:: html\n\n   {links}\n\n.. toctree::\n\n   other\n")
     (tmp_path / "other.rst").write_text("Other\n=====\n")
-    command = [sys.executable, "-m", "sphinx", "-q", "-N", "-W", "--keep-going", str(tmp_path), str(tmp_path / "_build")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-N",
+        "-W",
+        "--keep-going",
+        str(tmp_path),
+        str(tmp_path / "_build"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     told = re.findall(r"that is not there: (\S+)", result.stderr)

@@ -128,9 +128,9 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
     kept: list[bool] = []
     original = tiled.forward
 
-    def noted(factors: list[Tensor], *, keep: bool) -> Any:
+    def noted(factors: list[Tensor], operands: torch.dtype, *, keep: bool) -> Any:
         kept.append(keep)
-        return original(factors, keep=keep)
+        return original(factors, operands, keep=keep)
 
     monkeypatch.setattr(tiled, "forward", noted)
     ((x, y, scale),) = factors(9, 9, 3, 0, scale=1.0, teacher=False)

@@ -124,9 +124,12 @@ def test_keeps_its_precision_at_its_own_blocks(operands: torch.dtype, teacher: b
 
 
 @kernels
+@pytest.mark.parametrize("options", [{"impl": "triton"}, {"impl": "tiled"}, {"impl": "auto"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("scale", "margin"), [(10.0, 1.0), (15.0, 0.5)])  # p of the own pair is 0.75 and 0.995
-def test_a_trained_model_gets_gradients_as_exact_as_its_dtype(dtype: torch.dtype, scale: float, margin: float) -> None:
+def test_a_trained_model_gets_gradients_as_exact_as_its_dtype(
+    dtype: torch.dtype, scale: float, margin: float, options: dict[str, Any]
+) -> None:
     """Where p of the own pair is near 1, two parts of its gradient cancel; within 2e-3 of float64's all the same."""
     images, noise, common = (unit_rows(n, 64, seed).to(DEVICE) for n, seed in ((60, 0), (60, 1), (1, 2)))
     rows = images, images + margin * noise
@@ -134,7 +137,7 @@ def test_a_trained_model_gets_gradients_as_exact_as_its_dtype(dtype: torch.dtype
     exact = [each.double().requires_grad_() for each in features]
     ours = [each.clone().requires_grad_() for each in features]
     multimodal_contrastive_loss(exact[0], exact[1], scale, impl="dense").backward()
-    multimodal_contrastive_loss(ours[0], ours[1], scale, impl="triton").backward()
+    multimodal_contrastive_loss(ours[0], ours[1], scale, **options).backward()
     for a, b in zip(ours, exact, strict=True):
         assert a.grad is not None
         assert b.grad is not None
@@ -383,7 +386,6 @@ def test_the_kernels_compile_and_fit_into_shared_memory(
     for name in ("_forward_kernel", "_backward_kernel"):
         monkeypatch.setattr(triton, name, Compiled(getattr(triton, name)))
     monkeypatch.setattr(triton, "_programs", lambda device: 8)
-    monkeypatch.setattr(triton, "_product", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     device = SimpleNamespace(
         get_current_device=lambda: capability, get_current_stream=lambda device: 0, get_current_target=lambda: target

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors, SoftmaxStatistics
+from calrobust.kernels.products import CAPABILITY
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
-_CAPABILITY = (8, 0)  # from which on a device multiplies bfloat16 and TF32
 
 
 def softmax_statistics(
@@ -59,7 +59,7 @@ def obstacle_to_triton(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "a device of ROCm"
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if (major, minor) >= _CAPABILITY else f"compute capability {major}.{minor}"
+    return "" if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}"
 
 
 def _uses_triton(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -77,7 +77,7 @@ def _forward(factors: list[Tensor], impl: str, operands: torch.dtype, first_part
 
         matrices, divergences = triton.forward(factors, operands)
     else:
-        matrices, divergences = tiled.forward(factors, keep=impl == "kept")
+        matrices, divergences = tiled.forward(factors, operands, keep=impl == "kept")
     row_lse, column_lse, _ = matrices[0]
     none = [x.new_empty(0), x.new_empty(0)]
     return [row_lse.clone(), column_lse.clone(), *(divergences or none), *(t for own in matrices for t in own)]
@@ -100,7 +100,7 @@ def _backward(
             from calrobust.kernels import triton
 
             return triton.backward(weights, factors, statistics, operands, first_partner)
-        return tiled.backward(weights, factors, statistics)
+        return tiled.backward(weights, factors, statistics, operands, first_partner)
 
 
 @_forward.register_fake

@@ -26,6 +26,8 @@ import math
 import torch
 from torch import Tensor
 
+from calrobust.kernels.products import FeatureGradients, are_narrow, product
+
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
 TILE_ROWS = 256  # at least: below, the matrix products slow down
@@ -34,14 +36,18 @@ TILE_ROWS = 256  # at least: below, the matrix products slow down
 class _Matrix:
     """One matrix ``scale · x yᵀ``, a tile of rows at a time, and what its row and column softmaxes need."""
 
-    def __init__(self, factors: list[Tensor], statistics: list[Tensor]) -> None:
-        self.x, self.y, self.scale = factors
+    def __init__(self, factors: list[Tensor], statistics: list[Tensor], operands: torch.dtype) -> None:
+        x, y, self.scale = factors
+        dtype = operands if are_narrow(x, operands) else x.dtype
+        self.x, self.y = x.to(dtype), y.to(dtype)
         # u [N]; column lse [M]; the row softmaxes [N, M] where they are kept, else [0, M]
         self.row_lse, self.column_lse, self.kept = statistics
 
-    def logits(self, tile: slice, out: Tensor | None = None) -> Tensor:
+    def logits(self, tile: slice, out: Tensor) -> Tensor:
         """Over all tiles, one GEMM unit."""
-        return torch.mm(self.scale * self.x[tile], self.y.T, out=out)
+        if self.x.dtype == out.dtype:
+            return torch.mm(self.scale * self.x[tile], self.y.T, out=out)
+        return torch.mul(self.scale, product(self.x[tile], self.y.T, out.dtype), out=out)
 
     def row_softmaxes(self, logits: Tensor, tile: slice, out: Tensor) -> Tensor:
         """``p``; sets the row lse of the tile."""
@@ -72,13 +78,13 @@ class _Matrix:
         return q.mul_(columns).addcmul_(p, row_factor)
 
 
-def forward(factors: list[Tensor], *, keep: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
+def forward(factors: list[Tensor], operands: torch.dtype, *, keep: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
     """As `operators` asks for it."""
     x, y, _ = factors[:3]
     n, m = len(x), len(y)
     tiles = _tiles(x, y)
     student, *teachers = matrices = [
-        _Matrix(factors[k : k + 3], _no_statistics(x, m, keep)) for k in range(0, len(factors), 3)
+        _Matrix(factors[k : k + 3], _no_statistics(x, m, keep), operands) for k in range(0, len(factors), 3)
     ]
     row_gap = x.new_zeros(n if teachers else 0)
     column_gap = student.column_lse.new_zeros(m if teachers else 0)  # Σ p̃ (t − s), Σ q̃ (t − s)
@@ -113,24 +119,27 @@ def forward(factors: list[Tensor], *, keep: bool) -> tuple[list[list[Tensor]], l
     return [[matrix.row_lse, matrix.column_lse.to(x.dtype, copy=True), matrix.kept] for matrix in matrices], divergences
 
 
-def backward(weights: list[Tensor], factors: list[Tensor], statistics: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    weights: list[Tensor], factors: list[Tensor], statistics: list[Tensor], operands: torch.dtype, first_partner: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `operators` asks for it."""
     rows, columns, teacher_rows, teacher_columns = weights
-    x, y, scale = factors[:3]
-    student, *teachers = (_Matrix(factors[k : k + 3], statistics[k : k + 3]) for k in range(0, len(factors), 3))
+    x, y, _ = factors[:3]
+    student, *teachers = (
+        _Matrix(factors[k : k + 3], statistics[k : k + 3], operands) for k in range(0, len(factors), 3)
+    )
     tiles = _tiles(x, y)
     buffers = x.new_empty(3 if teachers else 2, tiles[0].stop, len(y))
-    x_gradient, y_gradient, scale_gradient = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
+    rounded = are_narrow(x, operands)
+    slab = x.new_empty(tiles[0].stop if rounded else 0, len(y), dtype=torch.float16 if rounded else x.dtype)
+    gradients = FeatureGradients(factors, weights, slab, first_partner)
     for tile in tiles:
         scratch, s, *spare = buffers[:, : tile.stop - tile.start]
         student.weighted_softmaxes(tile, rows, columns, scratch, out=s)
         for teacher in teachers:
             s -= teacher.weighted_softmaxes(tile, teacher_rows, teacher_columns, scratch, out=spare[0])
-        product = torch.mm(s, y, out=x_gradient[tile])  # one GEMM unit over all tiles
-        scale_gradient += torch.linalg.vecdot(product, x[tile]).sum()
-        product *= scale
-        y_gradient.addmm_(s.T, scale * x[tile])  # and one more
-    return x_gradient, y_gradient, scale_gradient
+        gradients.add_tile(tile, s)
+    return gradients.results()
 
 
 def _tile_rows(x: Tensor, y: Tensor) -> int:

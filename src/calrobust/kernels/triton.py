@@ -7,9 +7,7 @@ the lse of T and the mean of ``t − s`` under T's softmax. No atomics: all sums
 into the sum after it, which would round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
 
 **Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a slab of rows at a time,
-and torch's matrix product takes it to x and y. Of low-precision features the slab is float16, scaled by a power of two
-to its upper end: eight times as exact as bfloat16. A row's partner is left out: once a model is trained that entry all
-but cancels against the linear part. These entries, a vector, stay in float32.
+as `products` takes it on to x and y.
 """
 
 from collections.abc import Sequence
@@ -19,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from calrobust.kernels.products import FeatureGradients
 
 PARTS_BYTES = 128 * 2**20  # of columns, before they are merged
 SLAB_BYTES = 256 * 2**20
@@ -265,36 +265,24 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `operators` asks for it."""
     rows, columns, t_rows, t_columns = weights
-    x, y, scale = factors[:3]
+    x, y, _ = factors[:3]
     n, m = len(x), len(y)
     (row_lse, column_lse, _), (t_row_lse, t_column_lse, _) = statistics[:3], statistics[-3:]
     launch = _Launcher(factors, operands)
 
-    slab_dtype = torch.float16 if operands.itemsize == 2 else x.dtype
-    bound = torch.stack([weight.abs().amax() for weight in weights if len(weight)]).sum()
-    unit, x_unit, y_unit = (_unit(top, slab_dtype) for top in (bound, x.abs().amax(), y.abs().amax()))
-    x_narrow, y_narrow = (x_unit * x).to(slab_dtype), (y_unit * y).to(slab_dtype)
-    x_gradient, y_gradient, partners = torch.empty_like(x), torch.zeros_like(y), x.new_zeros(n)
-    tiles = launch.tiles(n, launch.blocks.ROWS * m * slab_dtype.itemsize, SLAB_BYTES)
-    slab = x.new_empty(tiles[0].stop, m, dtype=slab_dtype)
+    dtype = torch.float16 if operands.itemsize == 2 else x.dtype
+    tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, SLAB_BYTES)
+    gradients = FeatureGradients(factors, weights, x.new_empty(tiles[0].stop, m, dtype=dtype), first_partner)
     for tile in tiles:
         length = tile.stop - tile.start
         grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
         softmaxes = row_lse[tile], column_lse, rows[tile], columns
         t_softmaxes = t_row_lse[tile], t_column_lse, t_rows[tile], t_columns
+        outputs = gradients.slab[:length], gradients.partners[tile]
         sizes = length, m, first_partner + tile.start
-        launch(_backward_kernel, grid, tile, softmaxes, t_softmaxes, unit, slab, partners[tile], *sizes)
-        x_gradient[tile] = _product(slab[:length], y_narrow, x.dtype)
-        y_gradient += _product(slab[:length].T, x_narrow[tile], x.dtype)
-    x_gradient.div_(unit).div_(y_unit)
-    y_gradient.div_(unit).div_(x_unit)
-
-    partnered = min(n, m - first_partner)
-    own = slice(first_partner, first_partner + partnered)
-    x_gradient[:partnered].addcmul_(partners[:partnered, None], y[own])
-    y_gradient[own].addcmul_(partners[:partnered, None], x[:partnered])
-    scale_gradient = torch.linalg.vecdot(x_gradient, x).sum()
-    return x_gradient.mul_(scale), y_gradient.mul_(scale), scale_gradient
+        launch(_backward_kernel, grid, tile, softmaxes, t_softmaxes, gradients.unit, *outputs, *sizes)
+        gradients.add_slab(tile, outputs[0])
+    return gradients.results()
 
 
 def _merge(parts: Tensor) -> Tensor:
@@ -303,20 +291,6 @@ def _merge(parts: Tensor) -> Tensor:
     if len(parts) == 1:
         return lse
     return torch.cat([lse, (parts[1].softmax(0) * parts[2]).sum(0, keepdim=True)])
-
-
-def _unit(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """The power of two by which what is at most ``bound`` fills the range of float16; 1 for another dtype."""
-    if dtype != torch.float16:
-        return torch.ones_like(bound)
-    return torch.ldexp(torch.ones_like(bound), 15 - torch.frexp(bound.clamp_min(1e-30)).exponent)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b``, summed and returned in ``dtype``."""
-    if a.dtype == dtype:
-        return torch.mm(a, b)
-    return torch.mm(a.to(dtype), b.to(dtype)) if INTERPRETED else torch.mm(a, b, out_dtype=dtype)
 
 
 def _programs(device: torch.device) -> int:

@@ -1,0 +1,130 @@
+"""Matrix products of low-precision features: what they round, and what they must not."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import factors, value_and_gradients
+from strategies import seeds, unit_rows
+from torch import Tensor
+from torch.nn import functional as F
+
+from calrobust.functional import multimodal_contrastive_loss
+from calrobust.kernels import dense, operators, products, tiled
+
+ROUNDING = {torch.float64: 1e-14, torch.float16: 2**-11}
+
+
+@given(
+    n=st.integers(1, 40),
+    m=st.integers(1, 40),
+    rows=st.integers(1, 40),
+    first_partner=st.integers(0, 40),
+    dtype=st.sampled_from(sorted(ROUNDING, key=str)),
+    size=st.sampled_from([1e-30, 1e-6, 1.0, 1e6]),
+    seed=seeds(),
+)
+def test_slabs_of_any_size_give_the_gradients_of_the_factors(
+    n: int, m: int, rows: int, first_partner: int, dtype: torch.dtype, size: float, seed: int
+) -> None:
+    """Whatever tiles they come in and wherever the partners are, within the rounding of the slab's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = unit_rows(n, 5, seed), unit_rows(m, 5, seed + 1)
+    if dtype != torch.float64:
+        x, y = x.to(dtype).float(), y.to(dtype).float()
+    scale = torch.tensor(30.0, dtype=x.dtype)
+    gradient = size * (2 * torch.rand(n, m, generator=generator, dtype=torch.float64) - 1)
+    slab = x.new_empty(min(rows, n), m, dtype=dtype)
+    bound = torch.full((n,), size, dtype=x.dtype)
+    found = products.FeatureGradients([x, y, scale], [bound], slab, first_partner)
+    for start in range(0, n, rows):
+        tile = slice(start, min(start + rows, n))
+        found.add_tile(tile, gradient[tile].to(x.dtype, copy=True))
+    x, y = x.double(), y.double()
+    expected = 30 * gradient @ y, 30 * gradient.T @ x, (gradient * (x @ y.T)).sum()
+    terms = (
+        30 * gradient.abs() @ y.abs(),
+        30 * gradient.abs().T @ x.abs(),
+        (gradient.abs() * (x.abs() @ y.abs().T)).sum(),
+    )
+    for a, b, sum_of_sizes in zip(found.results(), expected, terms, strict=True):
+        assert ((a.double() - b).abs() <= ROUNDING[dtype] * sum_of_sizes).all()
+
+
+def test_partners_are_not_rounded() -> None:
+    """A gradient of partners alone is as exact as float32."""
+    x, y = (unit_rows(30, 8, seed).float() for seed in (0, 1))
+    diagonal = torch.linspace(0.9, 1.1, 30)
+    found = products.FeatureGradients(
+        [x, y, torch.tensor(1.0)], [diagonal], torch.empty(30, 30, dtype=torch.float16), 0
+    )
+    found.add_tile(slice(0, 30), diagonal.diag())
+    assert torch.equal(found.results()[0], diagonal[:, None] * y)
+
+
+@pytest.mark.parametrize("budget", [0, 2**40])
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiles_may_be_formed_in_low_precision(
+    dtype: torch.dtype, teacher: bool, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CUDA device: statistics within 5e-6, gradients within 1e-3 of float64's, with kept exponentials too."""
+    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 40)
+    monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: True)
+    models = factors(150, 140, 70, 0, scale=20.0, teacher=teacher)
+    models = [(x.to(dtype).float(), y.to(dtype).float(), scale.float()) for x, y, scale in models]
+    ours = partial(operators.softmax_statistics, memory_budget=budget, operands=dtype)
+    exact = [(x.double(), y.double(), scale.double()) for x, y, scale in models]
+    expected, expected_gradients = value_and_gradients(dense.softmax_statistics, exact)
+    outputs, gradients = value_and_gradients(ours, models)
+    for a, b in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=5e-6, atol=5e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert (a.double() - b).norm() <= 1e-3 * b.norm()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("budget", [0, 2**40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scale", "margin"), [(10.0, 1.0), (15.0, 0.5)])  # p of the own pair is 0.75 and 0.995
+def test_a_trained_model_gets_gradients_as_exact_as_its_dtype(
+    scale: float, margin: float, dtype: torch.dtype, budget: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where p of the own pair is near 1, two parts of its gradient cancel; within 2e-3 of float64's all the same."""
+    monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: narrow)
+    images, noise, common = (unit_rows(n, 64, seed) for n, seed in ((60, 0), (60, 1), (1, 2)))
+    features = [F.normalize(0.5 * common + rows).to(dtype) for rows in (images, images + margin * noise)]
+    exact = _gradients([each.double() for each in features], scale, impl="dense")
+    found = _gradients(features, scale, impl="auto", memory_budget=budget)
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+def _gradients(features: list[Tensor], scale: float, **options: Any) -> tuple[Tensor, ...]:
+    image, text = (each.clone().requires_grad_() for each in features)
+    return torch.autograd.grad(multimodal_contrastive_loss(image, text, scale, **options), (image, text))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "operands", "expected"),
+    [
+        ("cuda", (8, 0), torch.bfloat16, True),
+        ("cuda", (9, 0), torch.float16, True),
+        ("cuda", (9, 0), torch.float32, False),
+        ("cuda", (7, 5), torch.float16, False),
+        ("cpu", (9, 0), torch.bfloat16, False),
+        ("mps", (9, 0), torch.float16, False),
+    ],
+)
+def test_low_precision_is_for_devices_that_have_it(
+    device: str, capability: tuple[int, int], operands: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, and for float32 features, products are float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert products.are_narrow(SimpleNamespace(device=torch.device(device)), operands) == expected  # type: ignore[arg-type]

@@ -23,7 +23,6 @@ TINY: dict[Any, dict[str, Any]] = {
         "ROWS": 60,
         "CLASSES": 5,
         "SQUARE": 4,
-        "SHAPES": (),
         "REPEATS": 1,
     },
     ema: {"VOCABULARY": 8, "DEPTH": 1, "REPEATS": 1},

@@ -27,7 +27,6 @@ SCALE = 50.0
 REPEATS = 9
 ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
 SQUARE = 8192  # of the matrices that the rate of matrix products is measured on
-SHAPES = ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))  # of tiles, besides the default
 KERNELS: Impl = "triton"
 DEVICE = torch.device("cuda")
 
@@ -234,25 +233,19 @@ def _taught_gradients(features: list[Tensor]) -> tuple[Tensor, ...]:
 
 def _blocks(features: list[Tensor]) -> list[Row]:
     """The table's blocks against others: what to write into it."""
-    from triton import OutOfResources
+    from calrobust.kernels.triton import BLOCKS, tune
 
-    from calrobust.kernels.triton import BLOCKS, Blocks
+    def milliseconds() -> float:
+        return measured({"step": step})[0]["step"]
 
-    operand = features[0].element_size()
-    default = BLOCKS[operand]
-    others = [Blocks(*shape, depth, warps, 3) for shape in SHAPES for depth in (32, 64) for warps in (4, 8)]
-    milliseconds = {}
-    for blocks in dict.fromkeys((default, *others)):
-        BLOCKS[operand] = blocks
-        try:
-            milliseconds[blocks] = measured({"step": lambda: _taught_gradients(features)})[0]["step"]
-        except OutOfResources:
-            continue
-        finally:
-            BLOCKS[operand] = default
-    best = min(milliseconds, key=milliseconds.__getitem__)
+    step = partial(_taught_gradients, features)
+    dtype = features[0].dtype
+    default, before = BLOCKS[dtype.itemsize], milliseconds()
+    best = tune(step, dtype)
     label = f"time at the blocks of the table / at the best blocks, {tuple(best)}"
-    return [share(label, milliseconds[default], milliseconds[best], None, "ms")]
+    row = share(label, before, milliseconds(), None, "ms")
+    BLOCKS[dtype.itemsize] = default
+    return [row]
 
 
 def _library(where: str) -> Table:

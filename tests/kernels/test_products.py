@@ -35,11 +35,12 @@ def test_slabs_of_any_size_give_the_gradients_of_the_factors(
 ) -> None:
     """Whatever tiles they come in and wherever the partners are, within the rounding of the slab's dtype."""
     generator = torch.Generator().manual_seed(seed)
-    x, y = unit_rows(n, 5, seed), unit_rows(m, 5, seed + 1)
+    x, y = unit_rows(n, 5, seed), 1000 * unit_rows(m, 5, seed + 1)
     if dtype != torch.float64:
         x, y = x.to(dtype).float(), y.to(dtype).float()
     scale = torch.tensor(30.0, dtype=x.dtype)
-    gradient = size * (2 * torch.rand(n, m, generator=generator, dtype=torch.float64) - 1)
+    signs = torch.randint(0, 2, (n, m), generator=generator) * 2 - 1
+    gradient = size * signs * 1e-6 ** torch.rand(n, m, generator=generator, dtype=torch.float64)
     slab = x.new_empty(min(rows, n), m, dtype=dtype)
     bound = torch.full((n,), size, dtype=x.dtype)
     found = products.FeatureGradients([x, y, scale], [bound], slab, first_partner)

@@ -10,7 +10,8 @@ into the sum after it, which would round one side of ``t − s`` alone: a teache
 as `products` takes it on to x and y.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,14 @@ class Blocks(NamedTuple):
 
 # By bytes of an operand; within the 99 KiB of shared memory that every card has.
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(32, 32, 16, 8, 2)}
+
+# What `tune` tries.
+CANDIDATES = [
+    Blocks(rows, columns, depth, num_warps, 3)
+    for rows, columns in ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))
+    for depth in (32, 64)
+    for num_warps in (4, 8)
+]
 
 MASKED = tl.constexpr(-3e38)  # a logit outside the matrix: finite, so that the difference of two is 0
 
@@ -283,6 +292,29 @@ def backward(
         launch(_backward_kernel, grid, tile, softmaxes, t_softmaxes, gradients.unit, *outputs, *sizes)
         gradients.add_slab(tile, outputs[0])
     return gradients.results()
+
+
+def tune(step: Callable[[], object], operands: torch.dtype, candidates: Sequence[Blocks] = CANDIDATES) -> Blocks:
+    """Times a step at several sizes of blocks, and keeps the fastest for the rest of the process.
+
+    Args:
+        step: takes a loss with ``impl="triton"`` forward and backward, on features as large as those to come.
+        operands: their dtype; where student and teacher differ, that to which both are promoted.
+        candidates: blocks to try, besides those in use.
+
+    Returns:
+        The blocks that are in use from now on.
+    """
+    seconds: dict[Blocks, float] = {}
+    before = BLOCKS[operands.itemsize]
+    try:
+        for blocks in dict.fromkeys((before, *candidates)):
+            BLOCKS[operands.itemsize] = blocks
+            with suppress(triton.OutOfResources):  # of a block too large for the device
+                seconds[blocks] = triton.testing.do_bench(step, return_mode="median")
+    finally:
+        BLOCKS[operands.itemsize] = min(seconds, key=seconds.__getitem__, default=before)
+    return BLOCKS[operands.itemsize]
 
 
 def _merge(parts: Tensor) -> Tensor:

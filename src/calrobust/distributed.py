@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,10 @@ if TYPE_CHECKING or dist.is_available():
 else:  # a torch built without it has no such name, and no group to pass
     ProcessGroup = Any
 
-__all__ = ["REFUSED", "ProcessGroup", "Ranks", "agree"]
+__all__ = ["REDUCTIONS", "REFUSED", "ProcessGroup", "Ranks", "Reduction", "agree"]
 
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 REFUSED = -1  # in the place of a number of rows: this rank has found its batch wrong
 
 
@@ -53,6 +55,13 @@ class Ranks:
             return value
         total: Tensor = _Sum.apply(value, self)
         return total
+
+    def reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
+        """The mean or the sum over the rows of all ranks, or the values of this one's."""
+        if reduction == "none":
+            return values
+        total = self.sum(values.sum())
+        return total / self.total if reduction == "mean" else total
 
     @torch.no_grad()
     def maximum(self, values: Tensor) -> Tensor:

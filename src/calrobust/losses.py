@@ -16,8 +16,7 @@ from calrobust._checks import (
     check_number,
     check_positive,
 )
-from calrobust.distributed import ProcessGroup
-from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
+from calrobust.distributed import REDUCTIONS, ProcessGroup, Reduction
 from calrobust.functional.contrastive import contrastive_terms, multimodal_contrastive_loss
 from calrobust.functional.distillation import distillation_terms, multimodal_distillation_loss
 from calrobust.functional.orthogonality import orthogonality_loss
@@ -96,7 +95,7 @@ class _Term(PairLoss):
 
     def reduced(self, statistics: PairStatistics) -> Tensor:
         """The loss, as ``reduction`` asks."""
-        return reduce(self.values(statistics), self.reduction, statistics.ranks)
+        return statistics.ranks.reduce(self.values(statistics), self.reduction)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_fraction, check_number
-from calrobust.distributed import ProcessGroup
-from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
+from calrobust.distributed import REDUCTIONS, ProcessGroup, Reduction
 from calrobust.functional.contrastive import contrastive_terms
 from calrobust.functional.distillation import distillation_terms
 from calrobust.kernels import MEMORY_BUDGET, Impl, pair_statistics
@@ -81,6 +80,5 @@ def carot_loss(
         memory_budget=memory_budget,
     )
     contrastive = contrastive_terms(statistics, label_smoothing)
-    return reduce(
-        contrastive + float(distillation_weight) * distillation_terms(statistics, 1.0), reduction, statistics.ranks
-    )
+    values = contrastive + float(distillation_weight) * distillation_terms(statistics, 1.0)
+    return statistics.ranks.reduce(values, reduction)

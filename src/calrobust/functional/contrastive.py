@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_fraction
-from calrobust.distributed import ProcessGroup
-from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
+from calrobust.distributed import REDUCTIONS, ProcessGroup, Reduction
 from calrobust.kernels import MEMORY_BUDGET, Direction, Impl, PairStatistics, pair_statistics
 
 
@@ -76,7 +75,7 @@ def multimodal_contrastive_loss(
         impl=impl,
         memory_budget=memory_budget,
     )
-    return reduce(contrastive_terms(statistics, label_smoothing), reduction, statistics.ranks)
+    return statistics.ranks.reduce(contrastive_terms(statistics, label_smoothing), reduction)
 
 
 def contrastive_terms(statistics: PairStatistics, label_smoothing: float) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_positive
-from calrobust.distributed import ProcessGroup
-from calrobust.functional._reduction import REDUCTIONS, Reduction, reduce
+from calrobust.distributed import REDUCTIONS, ProcessGroup, Reduction
 from calrobust.kernels import MEMORY_BUDGET, Impl, PairStatistics, pair_statistics
 
 
@@ -80,7 +79,7 @@ def multimodal_distillation_loss(
         impl=impl,
         memory_budget=memory_budget,
     )
-    return reduce(distillation_terms(statistics, temperature), reduction, statistics.ranks)
+    return statistics.ranks.reduce(distillation_terms(statistics, temperature), reduction)
 
 
 def distillation_terms(statistics: PairStatistics, temperature: float) -> Tensor:

@@ -1,13 +1,10 @@
 """Matrix products of features that came in low precision: as fast as a CUDA device has them, as exact as their dtype.
 
-**Logits.** Such features are multiplied as they are and summed in float32, which loses nothing.
+**Logits** of such features are their products as they are, summed in float32, which loses nothing.
 
 **Gradients.** The gradient in S is rounded to float16, a slab of rows at a time, scaled by a power of two to its upper
-end: eight times as exact as bfloat16. A row's partner is left out: once a model is trained that entry all but cancels
-against the linear part. These entries, a vector, stay in float32.
-
-Elsewhere features are multiplied in float32: float16 is slow on a CPU, and the gradient in S rounded to bfloat16 moves
-that of the features by up to 2.2e-3, more than rounding the latter does.
+end: eight times as exact as bfloat16, which would be too coarse. A row's partner is left out: once a model is trained
+that entry all but cancels against the linear part. These entries, a vector, stay in float32.
 """
 
 import torch

@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
     "swap",
 ]
@@ -32,7 +33,7 @@ pygments_dark_style = "github-dark"
 html_title = f"calrobust {release}"
 html_static_path = ["_static"]
 html_css_files = ["calrobust.css"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery"]
 templates_path = ["_templates"]
 
 extlinks = {"arxiv": ("https://arxiv.org/abs/%s", "arXiv:%s")}
@@ -52,6 +53,23 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+
+# docs/gallery/*.py, run at the first build and whenever one of them changes. Strings, as Sphinx cannot keep functions.
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto_gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "reset_modules": ("matplotlib", "pictures.reset"),
+    "image_srcset": ["2x"],
+    "backreferences_dir": "auto_gallery/backreferences",
+    "doc_module": ("calrobust",),
+    "reference_url": {"calrobust": None},
+    "remove_config_comments": True,
+    "show_signature": False,
+    "write_computation_times": False,
+    "download_all_examples": False,
+}
 
 # Names of other projects: the build must be green without a network, so their inventories cannot be fetched.
 nitpick_ignore_regex = [

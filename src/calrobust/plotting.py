@@ -23,6 +23,7 @@ __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatching differ as well.
 BLUE, VERMILION, SKY, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00"
+COLOURS = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY  # in the order in which methods take them
 GREY = "#767676"
 MARKERS = "osD^v<>"  # more than the colours, so that the pair of the two repeats after 42 methods
 FONT = 7.5  # points, as read in a column 3.4 inches wide
@@ -172,12 +173,11 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         ax = _figure(COLUMN, 0.8 * COLUMN).add_subplot()
     ax.set_xlabel("OOD accuracy (%)", fontsize=FONT)
     ax.set_ylabel("OOD ECE (%)", fontsize=FONT)
-    colours = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY
     points = []
     for i, row in enumerate(rows):
         x, left, right = (100 * row[f"ood_accuracy{end}"] for end in ("", "_low", "_high"))
         y, bottom, top = (100 * row[f"ood_ece{end}"] for end in ("", "_low", "_high"))
-        colour = colours[i % len(colours)]
+        colour = COLOURS[i % len(COLOURS)]
         ax.plot(x, y, MARKERS[i % len(MARKERS)], color=colour, markersize=5, clip_on=False, zorder=3)
         ax.hlines(y, left, right, color=colour, linewidth=0.8, alpha=0.6)
         ax.vlines(x, bottom, top, color=colour, linewidth=0.8, alpha=0.6)

@@ -1,9 +1,10 @@
 """What does each target ask of the similarity map?
-===================================================
+================================================
 
-A batch of eight pairs, in which the second and the third resemble each other, and so do the sixth and the seventh. The
-student, in training, sees that a little; the teacher sees it clearly. The losses take features, but their gradient on the map itself is not far: let the
-rows of the map be the image features, and unit vectors the text features, then the products of the two are the map.
+A batch of eight pairs, in which the second and the third resemble each other, and so do the sixth and the seventh.
+The student, in training, sees that a little; the teacher sees it clearly. The losses take features, but their
+gradient on the map itself is not far: let the rows of the map be the image features, and unit vectors the text
+features, then the products of the two are the map.
 """
 
 import matplotlib.pyplot as plt
@@ -21,8 +22,8 @@ teacher = 4.0 * own + 3.2 * alike + 0.2 * torch.randn(n, n)
 
 # %%
 # Each loss compares the student's softmax, over rows and over columns, with a target. Its gradient on the map is the
-# difference of the two: blue cells are pulled up, red ones are pushed down. Both losses are shown as the mean of the two
-# directions; MKD is their sum, hence the half.
+# difference of the two: blue cells are pulled up, red ones are pushed down. Both losses are shown as the mean of the
+# two directions; MKD is their sum, hence the half.
 
 smoothing = 0.3
 losses = {
@@ -47,8 +48,9 @@ for name, loss in losses.items():
     print(f"{name:10} {value:6.3f} {means[0]:+9.3f} {means[1]:+11.3f} {means[2]:+7.3f}")
 
 # %%
-# The hard target pushes the look-alikes apart as if they were wrong. Smoothing pushes all others less, alike or not. The
-# teacher's map asks for the look-alikes, so the student is pulled towards them, and it stops where the teacher stops.
+# The hard target pushes the look-alikes apart as if they were wrong. Smoothing pushes all others less, alike or not.
+# The teacher's map asks for the look-alikes, so the student is pulled towards them, and it stops where the teacher
+# stops.
 
 figure, axes = plt.subplots(2, 4, figsize=(7.2, 3.8))
 maps = {"student": student.softmax(1), **targets}

@@ -1,8 +1,8 @@
 """Is my model overconfident, or is it noise?
-============================================
+==========================================
 
-A reliability diagram shows, bin by bin, how often a prediction is right beside how sure it was. A bin of few samples is
-noisy, and so is the gap in it. Drawing the samples anew, with replacement, shows by how much: the bootstrap band.
+A reliability diagram shows, bin by bin, how often a prediction is right beside how sure it was. A bin of few samples
+is noisy, and so is the gap in it. Drawing the samples anew, with replacement, shows by how much: the bootstrap band.
 """
 
 import matplotlib.pyplot as plt
@@ -21,8 +21,8 @@ held_out, test = slice(0, n), slice(n, 2 * n)
 
 # %%
 # :func:`~calrobust.functional.bin_confidences` sums over the bins, and
-# :func:`~calrobust.plotting.reliability_diagram` draws the sums: bars are accuracy, hatched is the gap to the confidence,
-# grey the histogram of confidences. Black is the bootstrap band: the accuracies of 95 % of 500 resamples.
+# :func:`~calrobust.plotting.reliability_diagram` draws the sums: bars are accuracy, hatched is the gap to the
+# confidence, grey the histogram of confidences. Black is the bootstrap band: the accuracies of 95 % of 500 resamples.
 
 scaler = cr.TemperatureScaler().fit(logits[held_out], target[held_out])
 versions = {"as trained": logits[test], f"divided by T = {scaler.temperature:.2f}": scaler(logits[test])}
@@ -46,5 +46,5 @@ axes[0].set_ylabel("accuracy")
 plt.show()
 
 # %%
-# As trained, the bands lie below the diagonal where most samples are: the model is overconfident. Divided by T they cross
-# it, and the gaps that are left are as large as noise makes them.
+# As trained, the bands lie below the diagonal where most samples are: the model is overconfident. Divided by T they
+# cross it, and the gaps that are left are as large as noise makes them.

@@ -1,8 +1,9 @@
 """Why does my ECE change when my model does not?
-=================================================
+==============================================
 
-The ECE of a sample depends on how it was computed: on the number of bins, on the number of samples, and on whether batches
-were averaged. Here the truth is known: one model is right as often as it says, the other five points less often.
+The ECE of a sample depends on how it was computed: on the number of bins, on the number of samples, and on whether
+batches were averaged. Here the truth is known: one model is right as often as it says, the other five points less
+often.
 """
 
 import matplotlib.pyplot as plt
@@ -52,12 +53,12 @@ for ax, (name, (values, measure)) in zip(axes, measurements.items(), strict=True
         ax.fill_between(values, 100 * low, 100 * high, color=f"C{i}", alpha=0.25, linewidth=0)
         ax.axhline(100 * truth, color=f"C{i}", linestyle=":")
         print(f"  {model:31}" + "".join(f"{100 * value:8.1f}" for value in found.mean(1)))
-    ax.set(xscale="log", xlabel=name, ylim=(-0.5, None))
+    ax.set(xscale="log", xlabel=name, ylim=(-0.5, 15))
 axes[0].set_ylabel("ECE (%)")
 axes[0].legend(loc="upper left")
 plt.show()
 
 # %%
-# Dotted is the truth. The noise of each bin's accuracy counts as error, so that more bins, fewer samples, or smaller batches
-# read as worse calibration. Averaging batches gives the error of one batch, however large the data set:
+# Dotted is the truth. The noise of each bin's accuracy counts as error, so that more bins, fewer samples, or smaller
+# batches read as worse calibration. Averaging batches gives the error of one batch, however large the data set:
 # :class:`~calrobust.metrics.CalibrationError` adds sums instead, so that batches do not matter.

@@ -1,9 +1,9 @@
 """Where is the best temperature, and is it the same under shift?
-=================================================================
+==============================================================
 
-Temperature scaling picks the T with the lowest negative log-likelihood (NLL) on held-out data. Features here are Gaussian
-around a direction for each class, so that the right logits are known. The model's are twice too large; under shift the
-classes lie closer together, and the model does not know.
+Temperature scaling picks the T with the lowest negative log-likelihood (NLL) on held-out data. Features here are
+Gaussian around a direction for each class, so that the right logits are known. The model's are twice too large; under
+shift the classes lie closer together, and the model does not know.
 """
 
 import matplotlib.pyplot as plt
@@ -51,6 +51,6 @@ axes[0].legend()
 plt.show()
 
 # %%
-# Markers are the fits, the dotted line is the T that one would use, fitted in distribution. It halves the logits, as it
-# should. Under shift it helps, and not enough: the best T there is larger, but finding it takes labels from there.
-# :doc:`/guides/temperature` tells when it harms.
+# Markers are the fits, the dotted line is the T that one would use, fitted in distribution. It takes the factor of
+# two out again, but for noise. Under shift it helps, and not enough: the best T there is larger, but finding it takes
+# labels from there. :doc:`/guides/temperature` tells when it harms.

@@ -1,5 +1,5 @@
 """Which path does the teacher take behind its student?
-=======================================================
+====================================================
 
 A model of two weights, so that the path can be drawn. The student descends on noisy gradients of a narrow valley; the
 teacher is the moving average of where it has been. The decay decides how much of the start it keeps.
@@ -44,7 +44,7 @@ def loss(weights):
 
 x, y = torch.meshgrid(torch.linspace(-3.4, 1.4, 120), torch.linspace(-1.6, 1.6, 120), indexing="xy")
 figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6), sharex=True, sharey=True)
-print(f"{'':26} {'left of the start':>18} {'loss at the end':>16} {'mean loss, last 20':>19}")
+print(f"{'':26} {'weight on the start':>20} {'loss at the end':>16} {'mean loss, last 20':>19}")
 for ax, (name, decay) in zip(axes.flat, decays.items(), strict=True):
     student, teacher = run(decay)
     ax.contour(x, y, loss(torch.stack((x, y), -1)), levels=[0.1, 0.5, 1, 2, 4, 8], colors="0.8", linewidths=0.7)
@@ -56,12 +56,12 @@ for ax, (name, decay) in zip(axes.flat, decays.items(), strict=True):
     left = 1.0
     for n in range(steps):
         left *= decay(n) if callable(decay) else decay
-    print(f"{name:26} {left:18.1%} {loss(teacher[-1]):16.2f} {loss(teacher[-20:]).mean():19.2f}")
-print(f"{'student':26} {0:18.1%} {loss(student[-1]):16.2f} {loss(student[-20:]).mean():19.2f}")
+    print(f"{name:26} {left:20.1%} {loss(teacher[-1]):16.2f} {loss(teacher[-20:]).mean():19.2f}")
+print(f"{'student':26} {0:20.1%} {loss(student[-1]):16.2f} {loss(student[-20:]).mean():19.2f}")
 axes[0, 0].legend(loc="lower right")
 plt.show()
 
 # %%
-# The square is the pre-trained model, the star the minimum. A small decay follows the noise, a large one stays at home, and
-# between them the average runs down the middle of the valley. The paper's warm-up leaves the start at the first updates:
-# 95 % of the teacher is the student after one. :doc:`/guides/choosing` is about which one to take.
+# The square is the pre-trained model, the star the minimum. A small decay follows the noise, a large one stays at
+# home, and between them the average runs down the middle of the valley. The paper's warm-up leaves the start at the
+# first updates: 95 % of the teacher is the student after one. :doc:`/guides/choosing` is about which one to take.

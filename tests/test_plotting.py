@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import subprocess
@@ -23,6 +24,7 @@ from calrobust.functional.calibration import Bins, bin_confidences, binned_error
 from calrobust.plotting import BLUE, GREY, reliability_diagram, reliability_grid, shift_scatter
 from calrobust.report import ShiftReport
 
+TOLERANCE = 1.0  # root mean square of the differences between two pictures, of 255
 METHODS = ("ZS", "FT", "FT w/ LS", "WiSE-FT", "WiSE-FT w/ LS", "FLYP", "FLYP w/ LS", "CaRot", "CaRot (NeurIPS)")
 
 
@@ -49,6 +51,70 @@ def bars(ax: Axes, index: int) -> list[tuple[float, float, float]]:
 def method_labels(ax: Axes) -> list[Annotation]:
     """The names in a scatter, without the lines that join them to markers."""
     return [text for text in ax.texts if isinstance(text, Annotation) and text.get_text()]
+
+
+PLOTS: dict[str, Callable[[], Figure]] = {
+    "diagram": lambda: cast(Figure, reliability_diagram(toy_bins()).figure),
+    "grid": lambda: reliability_grid(make_report(METHODS[:2])),
+    "scatter": lambda: cast(Figure, shift_scatter(make_report()).figure),
+}
+
+
+def picture(draw: Callable[[], Figure]) -> Callable[[], Figure]:
+    """A test that what is drawn looks as it did: as the picture in ``tests/baseline``, to which pytest-mpl compares it.
+
+    Without letters and in fixed places, so that another FreeType changes nothing: other tests read the text. To draw
+    the baselines anew, after a change that is meant: ``pytest tests/test_plotting.py
+    --mpl-generate-path=tests/baseline``.
+    """
+
+    @pytest.mark.mpl_image_compare(style="default", tolerance=TOLERANCE, savefig_kwargs={"dpi": 100})
+    @functools.wraps(draw)
+    def test() -> Figure:
+        figure = draw()
+        figure.set_layout_engine("none")
+        figure.subplotpars.update(left=0.17, bottom=0.17, right=0.97, top=0.83)
+        for ax in figure.axes:
+            ax.set_position(cast(Any, ax.get_subplotspec()).get_position(figure))
+        for text in figure.findobj(Text):
+            text.set_alpha(0)
+        return figure
+
+    return cast("Callable[[], Figure]", test)
+
+
+def test_pictures_are_compared(pytestconfig: pytest.Config) -> None:
+    """Without ``--mpl`` the three tests below would draw and look at nothing."""
+    assert pytestconfig.getoption("mpl")
+
+
+@picture
+def test_a_diagram_looks_as_it_did() -> Figure:
+    """Bars, both kinds of gap, histogram, diagonal, keys of the legend."""
+    return PLOTS["diagram"]()
+
+
+@picture
+def test_a_grid_looks_as_it_did() -> Figure:
+    """The same for each method, in rows, in and out of distribution."""
+    return PLOTS["grid"]()
+
+
+@picture
+def test_a_scatter_looks_as_it_did() -> Figure:
+    """Markers, intervals, axes from zero."""
+    return PLOTS["scatter"]()
+
+
+@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
+def test_a_plot_can_be_read_at_the_width_of_a_column(draw: Callable[[], Figure]) -> None:
+    """It is 3.3 inches wide, and no text is below 6 points."""
+    figure = draw()
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert figure.get_figwidth() == pytest.approx(3.3)
+    assert texts
+    assert min(float(text.get_fontsize()) for text in texts) >= 6
 
 
 def test_a_diagram_shows_accuracy_and_the_gap_to_confidence_of_each_bin_that_has_samples() -> None:
@@ -144,15 +210,7 @@ def test_labels_do_not_overlap(same: int, seed: int) -> None:
     assert all(frame.containsx(box.x0) and frame.containsx(box.x1) for box in boxes)
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda: reliability_diagram(toy_bins()).figure,
-        lambda: reliability_grid(make_report()),
-        lambda: shift_scatter(make_report()).figure,
-    ],
-    ids=["diagram", "grid", "scatter"],
-)
+@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
 def test_every_plot_renders_and_leaves_settings_alone(draw: Callable[[], Figure]) -> None:
     """As a PNG without a warning; rcParams are the user's."""
     before = dict(mpl.rcParams)
@@ -175,15 +233,7 @@ def test_pyplot_is_never_imported() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda: reliability_diagram(toy_bins()),
-        lambda: reliability_grid(make_report()),
-        lambda: shift_scatter(make_report()),
-    ],
-    ids=["diagram", "grid", "scatter"],
-)
+@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
 def test_without_matplotlib_the_error_names_the_extra(draw: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As one would paste it."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

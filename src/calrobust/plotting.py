@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatching differ as well.
-BLUE, VERMILION, SKY, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00"
-COLOURS = BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY  # in the order in which methods take them
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # in the order in which methods take them
+BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
 MARKERS = "osD^v<>"  # more than the colours, so that the pair of the two repeats after 42 methods
 FONT = 7.5  # points
@@ -116,7 +116,7 @@ def reliability_grid(report: ShiftReport) -> Figure:
     methods = [row["method"] for row in report.summary()]
     groups = {"ID": [report.id_domain], "OOD, pooled": report.domains[1:]}
     columns = {title: domains for title, domains in groups.items() if domains}
-    figure = _figure(0.35 + 1.75 * len(columns), 0.7 + 1.15 * len(methods))
+    figure = _figure(COLUMN * (0.1 + 0.45 * len(columns)), 0.7 + 1.15 * len(methods))
     axes = figure.subplots(len(methods), len(columns), sharex=True, sharey=True, squeeze=False)
     for title, ax in zip(columns, axes[0], strict=True):
         ax.set_title(title, fontsize=FONT + 0.5)

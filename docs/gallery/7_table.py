@@ -19,9 +19,9 @@ table = {}
 for row in rows:
     method, *cells = row.split(" | ")
     table[method] = {column: tuple(map(float, cell.split(" ± "))) for column, cell in zip(columns, cells, strict=True)}
-print(f"{'':16}" + "".join(f"{column:>20}" for column in columns[:4]))
+print(f"{'':16}" + "".join(f"{column:>14}" for column in columns[:4]))
 for method, cells in table.items():
-    print(f"{method:16}" + "".join(f"{mean:13.1f} ± {std:4.1f}" for mean, std in list(cells.values())[:4]))
+    print(f"{method:16}" + "".join(f"{mean:8.1f} ± {std:3.1f}" for mean, std in list(cells.values())[:4]))
 
 # %%
 # Each row is a method, each marker the mean of three seeds, with one standard deviation.

@@ -62,13 +62,14 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": ("matplotlib", "pictures.reset"),
     "image_srcset": ["2x"],
-    "backreferences_dir": "auto_gallery/backreferences",
+    "backreferences_dir": "auto_gallery/backreferences",  # pictures on the pages of the API, by _templates
     "doc_module": ("calrobust",),
-    "reference_url": {"calrobust": None},
     "remove_config_comments": True,
-    "show_signature": False,
+    "min_reported_time": 30,  # a page that takes longer says so, and should not
     "write_computation_times": False,
+    "show_signature": False,
     "download_all_examples": False,
+    "notebook_extensions": set(),
 }
 
 # Names of other projects: the build must be green without a network, so their inventories cannot be fetched.

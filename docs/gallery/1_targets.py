@@ -37,7 +37,8 @@ targets = {
     "distilled": teacher.softmax(1),
 }
 gradients = {}
-print(f"{'target':10} {'loss':>6} {'own pair':>9} {'look-alike':>11} {'others':>7}   (mean gradient x N)")
+print("mean gradients, times N")
+print(f"{'target':10} {'own pair':>9} {'look-alike':>11} {'others':>7} {'(loss)':>9}")
 for name, loss in losses.items():
     similarities = student.clone().requires_grad_()
     features = (similarities, texts, 1.0)
@@ -45,7 +46,7 @@ for name, loss in losses.items():
     value.backward()
     gradients[name] = n * similarities.grad
     means = [gradients[name][cells].mean() for cells in (own, alike, ~(own | alike))]
-    print(f"{name:10} {value:6.3f} {means[0]:+9.3f} {means[1]:+11.3f} {means[2]:+7.3f}")
+    print(f"{name:10} {means[0]:+9.3f} {means[1]:+11.3f} {means[2]:+7.3f} {value:9.3f}")
 
 # %%
 # The hard target pushes the look-alikes apart as if they were wrong. Smoothing pushes all others less, alike or not.

@@ -16,7 +16,7 @@ torch.manual_seed(0)
 n, classes, n_bins = 4000, 10, 10
 target = torch.randint(classes, (2 * n,))
 signal = 2.5 * torch.nn.functional.one_hot(target, classes) + torch.randn(2 * n, classes)
-logits = 2.0 * 2.5 * signal  # the right logits of this problem are 2.5 * signal; these are twice too sharp
+logits = 2.0 * 2.5 * signal  # twice too sharp: the right ones are 2.5 * signal
 held_out, test = slice(0, n), slice(n, 2 * n)
 
 # %%
@@ -25,22 +25,28 @@ held_out, test = slice(0, n), slice(n, 2 * n)
 # confidence, grey the histogram of confidences. Black is the bootstrap band: the accuracies of 95 % of 500 resamples.
 
 scaler = cr.TemperatureScaler().fit(logits[held_out], target[held_out])
-versions = {"as trained": logits[test], f"divided by T = {scaler.temperature:.2f}": scaler(logits[test])}
+versions = {
+    "as trained": logits[test],
+    f"divided by T = {scaler.temperature:.2f}": scaler(logits[test]),
+}
 
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.7), sharey=True)
 for ax, (name, scores) in zip(axes, versions.items(), strict=True):
     confidences, correct = top_label(scores, target[test])
     bins = bin_confidences(confidences, correct, n_bins)
     low, high = bootstrap_interval(confidences, correct, n_bins=n_bins)
-    print(f"{name:20}  ECE {100 * binned_error(bins):4.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %")
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+    print(f"{name:20}  ECE {100 * binned_error(bins):4.1f} %, {interval}")
 
-    draws = [bin_confidences(confidences[i], correct[i], n_bins) for i in torch.randint(n, (500, n))]
+    resamples = torch.randint(n, (500, n))
+    draws = [bin_confidences(confidences[i], correct[i], n_bins) for i in resamples]
     accuracies = torch.stack([drawn.correct_sums / drawn.counts for drawn in draws])
-    bottom, top = torch.nanquantile(accuracies, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    bottom, top = (accuracies.nanquantile(q, dim=0) for q in (0.025, 0.975))
 
     reliability_diagram(bins, ax)
     centres = (torch.arange(n_bins) + 0.5) / n_bins
-    ax.errorbar(centres, (bottom + top) / 2, (top - bottom) / 2, fmt="none", color="black", capsize=2.5)
+    middle, half = (bottom + top) / 2, (top - bottom) / 2
+    ax.errorbar(centres, middle, half, fmt="none", color="black", capsize=2.5)
     ax.set(title=name, xlabel="confidence")
 axes[0].set_ylabel("accuracy")
 plt.show()

@@ -24,7 +24,10 @@ def logits(distance):
 
 
 domains = {"ID": logits(2.5), "OOD": logits(1.5)}
-fitted = {name: cr.TemperatureScaler().fit(scores, target).temperature.item() for name, scores in domains.items()}
+fitted = {
+    name: cr.TemperatureScaler().fit(scores, target).temperature.item()
+    for name, scores in domains.items()
+}
 for name, T in fitted.items():
     print(f"best T on {name:4} {T:.2f}")
 

@@ -10,7 +10,8 @@ import torch
 
 import calrobust as cr
 
-curvature, steps = torch.tensor([0.6, 6.0]), 60  # the loss is half their product with the squared weights
+steps = 60
+curvature = torch.tensor([0.6, 6.0])  # the loss is half its product with the squared weights
 start = torch.tensor([-3.0, 1.0])
 decays = {
     "decay 0.5": 0.5,
@@ -42,12 +43,14 @@ def loss(weights):
     return (curvature * weights.square()).sum(-1) / 2
 
 
-x, y = torch.meshgrid(torch.linspace(-3.4, 1.4, 120), torch.linspace(-1.6, 1.6, 120), indexing="xy")
+sides = torch.linspace(-3.4, 1.4, 120), torch.linspace(-1.6, 1.6, 120)
+x, y = torch.meshgrid(*sides, indexing="xy")
+heights = loss(torch.stack((x, y), -1))
 figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6), sharex=True, sharey=True)
 print(f"{'':26} {'weight on the start':>20} {'loss at the end':>16} {'mean loss, last 20':>19}")
 for ax, (name, decay) in zip(axes.flat, decays.items(), strict=True):
     student, teacher = run(decay)
-    ax.contour(x, y, loss(torch.stack((x, y), -1)), levels=[0.1, 0.5, 1, 2, 4, 8], colors="0.8", linewidths=0.7)
+    ax.contour(x, y, heights, levels=[0.1, 0.5, 1, 2, 4, 8], colors="0.8", linewidths=0.7)
     ax.plot(*student.T, color="C5", linewidth=0.8, label="student")
     ax.plot(*teacher.T, ".-", color="C1", markersize=3, linewidth=1.2, label="teacher")
     ax.plot(*start, "ks", markersize=4)

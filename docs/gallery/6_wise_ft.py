@@ -22,7 +22,8 @@ pretraining, training, test = order[:900], order[900:1200], order[1200:]
 def distort(pictures):
     """Moves by up to a pixel, adds noise, and paints a grey bar."""
     shifts = torch.randint(-1, 2, (len(pictures), 2)).tolist()
-    moved = torch.stack([picture.roll(shift, (0, 1)) for picture, shift in zip(pictures, shifts, strict=True)])
+    pairs = zip(pictures, shifts, strict=True)
+    moved = torch.stack([picture.roll(shift, (0, 1)) for picture, shift in pairs])
     moved[torch.arange(len(moved)), torch.randint(8, (len(moved),))] = 0.6
     return moved + 0.25 * torch.randn_like(moved)
 
@@ -38,7 +39,8 @@ def train(model, rows, prepare, epochs, lr):
 
 
 def network():
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 10))
+    first, last = torch.nn.Linear(64, 128), torch.nn.Linear(128, 10)
+    return torch.nn.Sequential(torch.nn.Flatten(), first, torch.nn.GELU(), last)
 
 
 zero_shot = network()
@@ -50,15 +52,20 @@ train(fine_tuned, training, lambda clean: clean, epochs=40, lr=3e-3)
 # %%
 # :func:`~calrobust.interpolate` gives the weights in between: α = 0 is the pre-trained model, 1 the fine-tuned one.
 
+
+def accuracy(model, pictures):
+    with torch.no_grad():
+        predicted = model(pictures).argmax(1).view(-1, len(test))
+    return 100 * (predicted == target[test]).float().mean().item()
+
+
 sets = {"ID": pictures[test], "OOD": torch.cat([distort(pictures[test]) for _ in range(4)])}
 alphas = torch.linspace(0, 1, 11).tolist()
 model, curve = network(), []
 print("alpha   ID accuracy  OOD accuracy")
 for alpha in alphas:
     model.load_state_dict(cr.interpolate(zero_shot, fine_tuned, alpha))
-    with torch.no_grad():
-        hits = [model(x).argmax(1) == target[test].repeat(len(x) // len(test)) for x in sets.values()]
-    curve.append([100 * hit.float().mean().item() for hit in hits])
+    curve.append([accuracy(model, x) for x in sets.values()])
     print(f"{alpha:5.1f} {curve[-1][0]:13.1f} {curve[-1][1]:13.1f}")
 
 figure, ax = plt.subplots(figsize=(4.6, 3.4))

@@ -18,10 +18,12 @@ columns = header.split(" | ")[1:]
 table = {}
 for row in rows:
     method, *cells = row.split(" | ")
-    table[method] = {column: tuple(map(float, cell.split(" ± "))) for column, cell in zip(columns, cells, strict=True)}
+    values = [tuple(map(float, cell.split(" ± "))) for cell in cells]  # mean, standard deviation
+    table[method] = dict(zip(columns, values, strict=True))
 print(f"{'':16}" + "".join(f"{column:>14}" for column in columns[:4]))
 for method, cells in table.items():
-    print(f"{method:16}" + "".join(f"{mean:8.1f} ± {std:3.1f}" for mean, std in list(cells.values())[:4]))
+    shown = [f"{mean:8.1f} ± {std:3.1f}" for mean, std in cells.values()]
+    print(f"{method:16}" + "".join(shown[:4]))
 
 # %%
 # Each row is a method, each marker the mean of three seeds, with one standard deviation.
@@ -36,7 +38,8 @@ figure, axes = plt.subplots(1, 3, figsize=(7.2, 3.2), sharey=True, width_ratios=
 places = range(len(table))
 for ax, (label, pair) in zip(axes, panels.items(), strict=True):
     first, second = ([cells[column] for cells in table.values()] for column in pair)
-    ax.hlines(places, [mean for mean, _ in first], [mean for mean, _ in second], color="0.8", linewidth=2)
+    ends = [[mean for mean, _ in values] for values in (first, second)]
+    ax.hlines(places, *ends, color="0.8", linewidth=2)
     for i, values in enumerate((first, second)):
         means, stds = zip(*values, strict=True)
         style = {"fmt": "os"[i], "color": f"C{i}", "elinewidth": 0.8, "markersize": 4.5}
@@ -48,7 +51,8 @@ for ax in axes[1:]:
 axes[0].set_yticks(places, table)
 axes[0].invert_yaxis()
 for ax in axes[:2]:
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1, handletextpad=0.3)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+    ax.legend(**above, ncols=2, columnspacing=1, handletextpad=0.3)
 plt.show()
 
 # %%

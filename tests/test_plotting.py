@@ -130,7 +130,7 @@ def test_a_diagram_shows_accuracy_and_the_gap_to_confidence_of_each_bin_that_has
 def test_a_legend_names_what_bars_and_hatching_are() -> None:
     """Its keys are painted as the bars of the same name, in a diagram of its own and once over a grid."""
     ax = reliability_diagram(toy_bins())
-    for legend in (ax.get_legend(), *reliability_grid(make_report()).legends):
+    for legend in (cast(Legend, ax.get_legend()), *reliability_grid(make_report()).legends):
         assert [text.get_text() for text in legend.get_texts()] == [
             "accuracy",
             "overconfident by",

@@ -127,14 +127,8 @@ def reliability_grid(report: ShiftReport) -> Figure:
         row[0].set_ylabel(method, fontsize=FONT, fontweight="bold")
     figure.supxlabel("Confidence", fontsize=FONT)
     figure.supylabel("Accuracy", fontsize=FONT)
-    figure.legend(
-        handles=_legend(),
-        loc="outside upper center",
-        ncols=len(BARS),
-        fontsize=FONT - 1,
-        frameon=False,
-        columnspacing=1,
-    )
+    style: dict[str, Any] = {"fontsize": FONT - 1, "frameon": False, "ncols": 3, "columnspacing": 1}
+    figure.legend(handles=_legend(), loc="outside upper center", **style)
     return figure
 
 
@@ -225,13 +219,9 @@ def _draw_bins(ax: Axes, bins: Bins) -> None:
         for values in (bins.counts, bins.confidence_sums / bins.counts, bins.correct_sums / bins.counts)
     )
     centres = [(i + 0.5) * width for i in filled]
-    spans = [
-        [(0.0, accuracy) for accuracy in accuracies],
-        list(zip(accuracies, confidences, strict=True)),
-        list(zip(confidences, accuracies, strict=True)),
-    ]
+    spans = ([0.0] * len(filled), accuracies), (accuracies, confidences), (confidences, accuracies)
     for style, span in zip(BARS.values(), spans, strict=True):
-        shown = [(centre, low, high - low) for centre, (low, high) in zip(centres, span, strict=True) if high > low]
+        shown = [(centre, low, high - low) for centre, low, high in zip(centres, *span, strict=True) if high > low]
         places, bottoms, heights = zip(*shown, strict=True) if shown else ((), (), ())
         ax.bar(places, heights, 0.92 * width, bottoms, **style)
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=(0, (4, 3)))
@@ -247,10 +237,9 @@ def _draw_bins(ax: Axes, bins: Bins) -> None:
         fontsize=FONT - 1,
         bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
     )
-    ax.set_xlim(0, 1)
-    ax.set_ylim(-STRIP, 1)
-    ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-    ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    ax.set(xlim=(0, 1), ylim=(-STRIP, 1))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks([0, 0.5, 1], ["0", "0.5", "1"])
     _style(ax)
 
 
@@ -280,7 +269,7 @@ def _label(ax: Axes, points: Sequence[_Point]) -> None:
     labels: list[_Box] = []
     for i, point in enumerate(points):
         text = ax.annotate(
-            point.label, point.place, (0, 0), textcoords="offset points", fontsize=FONT - 0.5, va="center"
+            point.label, point.place, (0, 0), textcoords="offset points", va="center", fontsize=FONT - 0.5
         )
         width, height = text.get_window_extent().size
         x, y = ax.transData.transform(point.place).tolist()

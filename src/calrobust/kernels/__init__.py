@@ -101,8 +101,8 @@ def pair_statistics(
         else:
             classes, counts = _classes(ranks.gather(labels, labels.dtype), dtype)
             own = classes[ranks.own]
-            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, ranks.total)[own]) / counts[ranks.own]
-            texts = scale * torch.linalg.vecdot(y, _class_sums(x, own, ranks.total)[classes]) / counts
+            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, own)) / counts[ranks.own]
+            texts = scale * torch.linalg.vecdot(y, _class_sums(x, own, classes)) / counts
             column_mean, column_positive = ranks.scatter_sum(torch.stack([columns, texts], 1)).T
         row_mean = scale * (x @ y.mean(0))
         student, frozen = (x, y, scale), None
@@ -181,5 +181,7 @@ def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return classes, torch.zeros_like(ones).index_add(0, classes, ones)[classes]
 
 
-def _class_sums(features: Tensor, classes: Tensor, n_classes: int) -> Tensor:
-    return features.new_zeros(n_classes, features.shape[1]).index_add(0, classes, features)
+def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor) -> Tensor:
+    """For each of the ``wanted`` classes the sum of its features, which there may be none of."""
+    sums = features.new_zeros(max(len(classes), len(wanted)), features.shape[1]).index_add(0, classes, features)
+    return sums.index_select(0, wanted)  # its backward adds rows, that of indexing entries

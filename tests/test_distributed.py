@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from calrobust import CaRotLoss, EMATeacher, MultimodalContrastiveLoss, MultimodalDistillationLoss
+from calrobust import CaRotLoss, EMATeacher, MultimodalContrastiveLoss, MultimodalDistillationLoss, functional
 
 SIZES = {2: [5, 3], 3: [4, 1, 6]}  # uneven, one of them a single pair
 
@@ -231,16 +233,26 @@ def check_low_precision(rank: int, world: int) -> None:
 
 
 def check_subgroup(rank: int, world: int) -> None:
-    """A group of some ranks contrasts among themselves; a group of one rank is no group."""
+    """A group of some ranks contrasts among themselves; a group of one rank is no group, nor is any without gather."""
     groups: list[Any] = [dist.new_group([0, 1]), dist.new_group([2])]
     group, members = (groups[0], [0, 1]) if rank < 2 else (groups[1], [2])
-    n = sum(SIZES[world])
-    images, texts, _ = batch(n)
-    model = TwoTowers(seed=0)
-    student = model(images[own_rows(world, rank)], texts[own_rows(world, rank)])
-    loss = MultimodalContrastiveLoss(gather=True, group=group)(*student)
-    rows = torch.cat([torch.arange(n)[own_rows(world, member)] for member in members])
-    assert_close(loss, MultimodalContrastiveLoss()(*model(images[rows], texts[rows])), rtol=1e-10, atol=1e-12)
+    images, texts, _ = batch(sum(SIZES[world]))
+    own = torch.arange(len(images))[own_rows(world, rank)]
+    all_members = torch.cat([torch.arange(len(images))[own_rows(world, member)] for member in members])
+    carot = partial(functional.carot_loss, label_smoothing=0.1, distillation_weight=0.7)
+    losses: list[tuple[Callable[..., Tensor], int]] = [
+        (functional.multimodal_contrastive_loss, 1),
+        (functional.multimodal_distillation_loss, 2),
+        (carot, 2),
+    ]
+    for loss, models in losses:
+
+        def value(rows: Tensor, loss: Callable[..., Tensor] = loss, models: int = models, **options: Any) -> Tensor:
+            return loss(*(f for seed in range(models) for f in TwoTowers(seed)(images[rows], texts[rows])), **options)
+
+        together = value(own, gather=True, group=group)
+        assert_close(together, value(all_members, gather=False), rtol=1e-10, atol=1e-12)
+        assert_close(value(own), value(own, gather=False), rtol=0, atol=0)
 
 
 def check_bytes(rank: int, world: int) -> None:
@@ -276,19 +288,29 @@ def check_refusals(rank: int, world: int) -> None:
     good = (unit_rows(3, 4, 0), unit_rows(3, 4, 1), 5.0)
     empty = (good[0][:0], good[1][:0], 5.0)
     narrow = (unit_rows(3, 2, 0), unit_rows(3, 2, 1), 5.0)
-    criterion: Any = MultimodalContrastiveLoss(gather=True)
     labels = torch.arange(3)
     last = world - 1
-    for wrong, options, own, others in (
-        (empty, {}, "at least one pair", rf"rank \[{last}\] did not; its own error"),
-        ((*good[:2], -1.0), {}, "logit_scale must be > 0", rf"rank \[{last}\] did not"),
-        (narrow, {}, "the width of the features must be the same", "the width of the features must be the same"),
-        (good, {"labels": labels}, "whether labels are given must be the same", "whether labels are given must"),
+    contrastive: Any = MultimodalContrastiveLoss(gather=True)
+    distillation: Any = MultimodalDistillationLoss(gather=True)
+    width, teacher_width, labelled = (
+        f"^{fact} must be the same on every rank"
+        for fact in ("the width of the features", "the width of the teacher's features", "whether labels are given")
+    )
+    refused = rf"rank \[{last}\] did not; its own error"
+    for criterion, wrong, options, own, others in (
+        (contrastive, empty, {}, "at least one pair", refused),
+        (contrastive, (*good[:2], -1.0), {}, "logit_scale must be > 0", refused),
+        (contrastive, narrow, {}, width, width),
+        (contrastive, good, {"labels": labels}, labelled, labelled),
+        (distillation, (*good, *narrow), {}, teacher_width, teacher_width),
     ):
-        arguments_here = wrong if rank == last else good
+        right = good if criterion is contrastive else (*good, *good)
         with pytest.raises(ValueError, match=own if rank == last else others):
-            criterion(*arguments_here, **(options if rank == last else {}))
-        assert criterion(*good).isfinite()
+            criterion(*(wrong if rank == last else right), **(options if rank == last else {}))
+        assert criterion(*right).isfinite()
+    thin = unit_rows(3, 1, 0), unit_rows(3, 1, 1), 5.0
+    with pytest.raises(ValueError, match=teacher_width):  # another loss on one rank
+        distillation(*good, *thin) if rank == last else contrastive(*good)
 
 
 CHECKS = {
@@ -309,7 +331,8 @@ CHECKS = {
 def on_rank(rank: int, world: int, store: str) -> None:
     """Every check of this world size, in one process group: starting processes takes longer than checking."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    limit = timedelta(minutes=5)  # a rank that waits in vain for another fails after that, not after half an hour
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     try:
         for check in CHECKS[world]:
             try:

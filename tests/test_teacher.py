@@ -315,9 +315,12 @@ def test_the_teacher_follows_its_parent_to_another_dtype_and_device() -> None:
     teacher.masters.get_parameter("layer.bias").fill_(1 + 2**-20)
     parent.half().bfloat16()
     assert torch.all(teacher.masters.get_parameter("layer.bias") == 1 + 2**-20)
-    parent.to("meta")
-    for module, dtype in ((teacher.module, torch.bfloat16), (teacher.masters, torch.float32)):
+    parent.to("meta", torch.float16)
+    for module, dtype in ((teacher.module, torch.float16), (teacher.masters, torch.float32)):
         assert {(p.dtype, p.device.type) for p in module.parameters()} == {(dtype, "meta")}
+    parent.to_empty(device="cpu")  # nothing can be copied from there, only made anew
+    for module, dtype in ((teacher.module, torch.float16), (teacher.masters, torch.float32)):
+        assert {(p.dtype, p.device.type) for p in module.parameters()} == {(dtype, "cpu")}
 
 
 def test_the_copy_can_live_on_another_device() -> None:
@@ -519,6 +522,14 @@ def test_loading_copies_unless_told_to_assign(dtype: torch.dtype) -> None:
     assert teacher.module.get_parameter("layer.weight") is own
     teacher.load_state_dict(saved, assign=True)
     assert teacher.module.get_parameter("layer.weight").data_ptr() == saved["module.layer.weight"].data_ptr()
+
+
+def test_a_state_dict_can_hold_the_parameters_themselves() -> None:
+    """With ``keep_vars=True``, as torch's; without it they are detached."""
+    teacher = EMATeacher(Student())
+    own = teacher.module.get_parameter("layer.weight")
+    assert teacher.state_dict(keep_vars=True)["module.layer.weight"] is own
+    assert teacher.state_dict()["module.layer.weight"] is not own
 
 
 # Swapping

@@ -67,7 +67,8 @@ def test_is_differentiable_in_the_logits_and_has_nothing_to_train(scaler: Temper
 
 def test_forward_before_fit_raises() -> None:
     """Never a silent division by one."""
-    with pytest.raises(RuntimeError, match=r"TemperatureScaler is not fitted; call fit\(val_logits, val_target\)"):
+    message = r"^TemperatureScaler is not fitted; call fit\(val_logits, val_target\) or load a fitted state$"
+    with pytest.raises(RuntimeError, match=message):
         TemperatureScaler()(torch.zeros(1, 2))
 
 
@@ -103,6 +104,31 @@ def test_a_state_without_the_flag_is_refused() -> None:
     loaded = TemperatureScaler()
     loaded.load_state_dict(state, strict=False)
     assert not loaded.is_fitted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": None}, r'Missing key\(s\) in state_dict: "temperature"'),
+        ({"extra": torch.zeros(1)}, r'Unexpected key\(s\) in state_dict: "extra"'),
+        ({"temperature": torch.ones(2, dtype=torch.float64)}, r"size mismatch for temperature"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(
+    scaler: TemperatureScaler, change: dict[str, Tensor | None], message: str
+) -> None:
+    """What is missing, unexpected or of another shape is told as torch tells it."""
+    state = {name: value for name, value in {**scaler.state_dict(), **change}.items() if value is not None}
+    with pytest.raises(RuntimeError, match=message):
+        TemperatureScaler().load_state_dict(state)
+
+
+def test_the_temperature_is_where_its_scaler_is(data: tuple[Tensor, Tensor], scaler: TemperatureScaler) -> None:
+    """Moved with a cast, and fitted on logits from elsewhere; a state dict can hold the buffer itself."""
+    assert scaler.state_dict(keep_vars=True)["temperature"] is scaler.temperature
+    scaler.to("meta", torch.float16)
+    assert (scaler.temperature.device.type, scaler.temperature.dtype) == ("meta", torch.float64)
+    assert scaler.fit(*data).temperature.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import classifier, confidences_and_correct
 from torch import Tensor
 
-from calrobust.functional.bootstrap import bootstrap_interval
+from calrobust.functional.bootstrap import bootstrap_interval, reflected_interval
 from calrobust.functional.calibration import Norm, bin_confidences, binned_error, top_label
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -80,6 +80,27 @@ def test_bootstrap_repeats_with_its_generator() -> None:
     first, second = (bootstrap_interval(*samples, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_ends_are_reflected_quantiles_of_each_column() -> None:
+    """By hand: of 0, 0.01, ..., 1 around 1/2 at level 0.9 they are 0.05 and 0.95, of their halves 0.025 and 0.475."""
+    resampled = torch.arange(101, dtype=torch.float64)[:, None] / 100 * torch.tensor([1.0, 0.5])
+    low, high = reflected_interval(torch.tensor([0.5, 0.25], dtype=torch.float64), resampled, 0.9)
+    assert low.tolist() == pytest.approx([0.05, 0.025])
+    assert high.tolist() == pytest.approx([0.95, 0.475])
+
+
+def test_bootstrap_has_its_documented_defaults() -> None:
+    """15 bins, "l1", a level of 0.95 and a thousand resamples."""
+    samples, (first, second) = top_label(*classifier(300, 5, 0)), (torch.Generator().manual_seed(7) for _ in range(2))
+    told = bootstrap_interval(*samples, n_bins=15, norm="l1", level=0.95, n_resamples=1000, generator=first)
+    assert bootstrap_interval(*samples, generator=second) == told
+
+
+def test_bootstrap_of_a_single_sample_has_no_width() -> None:
+    """Drawn anew it is itself: both ends are the value."""
+    low, high = bootstrap_interval(torch.tensor([0.25]), torch.tensor([True]))
+    assert low == high == 0.75
 
 
 def test_bootstrap_of_no_samples_is_nan() -> None:

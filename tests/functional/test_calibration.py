@@ -342,7 +342,7 @@ def test_classwise_error_is_the_definition(p: Predictions, n_bins: int, norm: No
     expected = oracles.calibration_error(probs.flatten(), hits.flatten(), n_bins, norm, bins)
     value = classwise_calibration_error(*p, n_bins=n_bins, norm=norm)
     assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    counts, _, correct_sums = bin_classes(*p, n_bins)
+    counts, _, correct_sums = bin_classes(*p, n_bins, from_logits=True, ignore_index=None)
     assert counts.sum(1).tolist() == [n] * n_classes
     assert correct_sums.sum(1).tolist() == torch.bincount(p.target, minlength=n_classes).tolist()
 
@@ -350,9 +350,22 @@ def test_classwise_error_is_the_definition(p: Predictions, n_bins: int, norm: No
 def test_sums_over_classes_are_those_of_all_blocks() -> None:
     """A batch of several blocks has the sums of its parts."""
     logits, target = classifier(900, 1000, 0)
-    whole = bin_classes(logits, target)
-    assert_close(whole, bin_classes(logits[:100], target[:100]) + bin_classes(logits[100:], target[100:]))
+    whole, start, end = (
+        bin_classes(logits[rows], target[rows], 15, from_logits=True, ignore_index=None)
+        for rows in (slice(None), slice(100), slice(100, None))
+    )
+    assert_close(whole, start + end)
     assert whole.counts.sum() == logits.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_classes_are_float64_whatever_the_logits(dtype: torch.dtype) -> None:
+    """Those of low precision have the sums of their float32 copies, to the bit (trap 19)."""
+    logits, target = classifier(900, 100, 0, dtype=dtype)
+    low, full = (
+        bin_classes(scores, target, 15, from_logits=True, ignore_index=None) for scores in (logits, logits.float())
+    )
+    assert_close(low, full, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -367,7 +380,9 @@ def test_an_error_is_that_of_its_bins(norm: Norm) -> None:
     debiased = binned_error(bin_confidences(*samples), "l2", debiased=True)
     assert torch.equal(calibration_error(logits, target, norm="l2", debiased=True), debiased)
     assert debiased < calibration_error(logits, target, norm="l2")
-    assert torch.equal(classwise_calibration_error(logits, target), classwise_error(bin_classes(logits, target, 15)))
+    bins = bin_classes(logits, target, 15, from_logits=True, ignore_index=None)
+    assert torch.equal(classwise_calibration_error(logits, target, norm=norm), classwise_error(bins, norm))
+    assert torch.equal(classwise_calibration_error(logits, target), classwise_error(bins, "l1"))
 
 
 def test_classwise_error_sees_what_the_top_label_hides() -> None:

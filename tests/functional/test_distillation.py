@@ -150,6 +150,16 @@ def test_a_float64_teacher_raises_the_precision_of_the_student() -> None:
     assert gradient.dtype == torch.float32
 
 
+def test_a_low_precision_logit_scale_is_divided_in_float32() -> None:
+    """A bfloat16 parameter of 100 at a temperature of 3 is 33.3, not the 33.25 of its dtype."""
+    image, text, teacher_image, teacher_text = (unit_rows(9, 4, seed, torch.float32) for seed in range(4))
+    ours, expected = (
+        multimodal_distillation_loss(image, text, scale, teacher_image, teacher_text, scale, temperature=3.0)
+        for scale in (torch.tensor(100.0, dtype=torch.bfloat16), torch.tensor(100.0))
+    )
+    assert_close(ours, expected)
+
+
 @pytest.mark.parametrize(("scale", "temperature"), [(1e39, 1.0), (1.0, 1e-39), (1e300, 1e-300), (1.0, 1e200)])
 def test_what_float32_cannot_hold_gives_no_finite_wrong_value(scale: float, temperature: float) -> None:
     """A scale or a temperature beyond its range: NaN, infinity or a true 0, as far as the formula goes."""

@@ -112,8 +112,9 @@ def test_a_fitted_temperature_is_fitted_again_as_one() -> None:
     assert fit_temperature(logits / fit_temperature(logits, target), target).item() == pytest.approx(1, rel=1e-7)
 
 
-def test_few_passes_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to look and at most three to solve, after a start on a subset."""
+@pytest.mark.parametrize("masked", [0, 3])
+def test_few_passes_over_many_rows(masked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to look and at most three to solve, after a start on a subset; also where classes are masked."""
     passes = []
     derivatives = module._derivatives
 
@@ -124,7 +125,8 @@ def test_few_passes_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_derivatives", counted)
     for seed in range(5):
         passes.clear()
-        fit_temperature(*classifier(20000, 20, seed, sharpness=0.4, spread=3.0))
+        logits, target = classifier(20000, 20, seed, sharpness=0.4, spread=3.0)
+        fit_temperature(torch.cat([logits, torch.full((20000, masked), -torch.inf)], 1), target)
         assert 1 <= passes.count(20000) <= 3
 
 

@@ -15,6 +15,7 @@ from strategies import class_labels, seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
 
+from calrobust import kernels
 from calrobust.kernels import operators, pair_statistics, tiled
 from calrobust.kernels.dense import Factors
 
@@ -139,6 +140,49 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
     assert kept == [needs_gradient and enabled]
 
 
+@pytest.mark.parametrize(("budget", "times"), [(KEEP, 1), (RECOMPUTE, 2)])
+def test_kept_exponentials_are_not_formed_again(budget: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a tile are multiplied once, and once more in backward only if nothing was kept."""
+    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
+    formed: list[slice] = []
+    original = tiled._Matrix.logits
+
+    def noted(matrix: Any, tile: slice, out: Tensor) -> Tensor:
+        formed.append(tile)
+        return original(matrix, tile, out)
+
+    monkeypatch.setattr(tiled._Matrix, "logits", noted)
+    value_and_gradients(tiled_with(budget), factors(6, 6, 3, 0, scale=1.0, teacher=False))
+    assert len(formed) == 3 * times
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "device", "dtype", "rows"),
+    [
+        (100_000, 1000, "cpu", torch.float32, 2**23 // 4000),
+        (100_000, 1000, "cpu", torch.float64, 2**23 // 8000),
+        (100_000, 1000, "meta", torch.float32, 2**26 // 4000),
+        (100_000, 100_000, "cpu", torch.float32, 256),
+        (5, 1000, "cpu", torch.float32, 5),
+    ],
+)
+def test_a_tile_fits_the_cache_and_is_never_thin(n: int, m: int, device: str, dtype: torch.dtype, rows: int) -> None:
+    """8 MiB of logits on the CPU and 64 MiB elsewhere, but 256 rows at least, as far as there are so many."""
+    x, y = (torch.empty(length, 1, device=device, dtype=dtype) for length in (n, m))
+    assert tiled._tile_rows(x, y) == rows
+
+
+def test_only_what_autograd_cannot_keep_is_copied() -> None:
+    """A tensor made in inference mode, once outside of it; all others are taken as they are."""
+    ordinary = torch.ones(2)
+    with torch.inference_mode():
+        frozen = torch.ones(2)
+        assert kernels._tracked(frozen) is frozen
+        assert kernels._tracked(ordinary) is ordinary
+    assert kernels._tracked(ordinary) is ordinary
+    assert not kernels._tracked(frozen).is_inference()
+
+
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
 def test_a_nan_feature_gives_nan_statistics(impl: Any) -> None:
     """Never a finite wrong value."""
@@ -174,5 +218,5 @@ def test_differentiating_the_tiled_form_twice_is_refused() -> None:
     (x, y, scale), *_ = factors(5, 5, 3, 0, scale=1.0, teacher=False)
     statistics = operators.softmax_statistics((x.requires_grad_(), y, scale))
     (gradient,) = torch.autograd.grad(statistics.row_lse.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='only the dense losses have a second derivative; pass impl="dense"'):
+    with pytest.raises(RuntimeError, match=r'^only the dense losses have a second derivative; pass impl="dense"$'):
         torch.autograd.grad(gradient.sum(), x)

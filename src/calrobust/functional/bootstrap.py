@@ -107,8 +107,6 @@ def bootstrap_interval(
     if generator is not None:
         check_instance(torch.Generator, "pass torch.Generator().manual_seed(seed)", generator=generator)
     value = binned_error(bin_confidences(confidences, correct, n_bins), norm)
-    if len(confidences) == 0:
-        return Interval(value, value.clone())
     resampled = resampled_bins(confidences, correct, n_bins, n_resamples, generator)
     return reflected_interval(value, binned_error(resampled, norm), level)
 
@@ -116,7 +114,7 @@ def bootstrap_interval(
 def resampled_bins(
     confidences: Tensor, correct: Tensor, n_bins: int, n_resamples: int, generator: torch.Generator | None
 ) -> Bins:
-    """Sums ``[n_resamples, n_bins]`` of N samples drawn from the N ≥ 1 with replacement; arguments as above."""
+    """Sums ``[n_resamples, n_bins]`` of N samples drawn from the N with replacement; arguments as above."""
     confidences = valid_confidences(confidences)
     # What differs within a cell, right or wrong predictions of one bin, is at most a bin's width of confidence.
     cell = 2 * bin_index(confidences, n_bins) + correct.long()
@@ -126,7 +124,7 @@ def resampled_bins(
     deviations = (confidences - means[cell]).square()
     variances = torch.zeros_like(counts).index_add(0, cell, deviations) / counts.clamp(min=1)
     drawn = _multinomial(counts, n_resamples, generator)
-    noise = torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device)
+    noise = torch.empty_like(drawn).normal_(generator=generator)
     drawn_sums = drawn * means + (drawn * variances).sqrt() * noise
     pairs = drawn.unflatten(1, (n_bins, 2))
     return Bins(pairs.sum(2), drawn_sums.unflatten(1, (n_bins, 2)).sum(2), pairs[..., 1])

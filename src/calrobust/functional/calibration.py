@@ -130,7 +130,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> B
     return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
 
 
-def equal_mass_bins(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> Bins:
+def equal_mass_bins(confidences: Tensor, correct: Tensor, n_bins: int) -> Bins:
     """Sums over bins that hold equally many samples, as far as equal confidences, which are never split, allow.
 
     Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
@@ -264,7 +264,6 @@ def calibration_error(
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
     """
-    check_norm(norm, debiased=debiased)
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     return binned_error(bin_confidences(confidences, correct, n_bins), norm, debiased=debiased)
 
@@ -312,14 +311,11 @@ def adaptive_calibration_error(
 
     Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`, adaptive binning.
     """
-    check_norm(norm)
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     return binned_error(equal_mass_bins(confidences, correct, n_bins), norm)
 
 
-def bin_classes(
-    preds: Tensor, target: Tensor, n_bins: int = 15, *, from_logits: bool = True, ignore_index: int | None = None
-) -> Bins:
+def bin_classes(preds: Tensor, target: Tensor, n_bins: int, *, from_logits: bool, ignore_index: int | None) -> Bins:
     """Sums ``[C, n_bins]`` over every sample's probability of every class, "correct" where the class is the label.
 
     Arguments and errors are those of :func:`~calrobust.functional.classwise_calibration_error`.
@@ -352,7 +348,7 @@ def bin_classes(
     return Bins(*(sums.view(n_classes, n_bins) for sums in (counts, confidence_sums, correct_sums)))
 
 
-def classwise_error(bins: Bins, norm: Norm = "l1") -> Tensor:
+def classwise_error(bins: Bins, norm: Norm) -> Tensor:
     """:func:`binned_error` over the bins of all classes at once: each has N samples, so all classes weigh the same."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm)
 
@@ -399,5 +395,4 @@ def classwise_calibration_error(
 
     Reference: Nixon et al., 2019, :arxiv:`1904.01685`, static calibration error.
     """
-    check_norm(norm)
     return classwise_error(bin_classes(preds, target, n_bins, from_logits=from_logits, ignore_index=ignore_index), norm)

@@ -36,7 +36,6 @@ def squared_errors(block: Block) -> Tensor:
 
 def row_scores(preds: Tensor, target: Tensor, *, from_logits: bool, ignore_index: int | None) -> RowScores:
     """Everything a summary needs, from one pass over ``preds``."""
-    check_predictions(target, preds=preds)
     blocks = probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     rows = [RowScores(b.confidences, b.correct, log_losses(b), squared_errors(b)) for b in blocks]
     return RowScores(*(torch.cat(values) for values in zip(*rows, strict=True)))

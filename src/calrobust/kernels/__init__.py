@@ -99,7 +99,7 @@ def pair_statistics(
             row_positive = column_positive = scale * torch.linalg.vecdot(x, y[ranks.own])
             column_mean = ranks.scatter_sum(columns)
         else:
-            classes, counts = _classes(ranks.gather(labels, labels.dtype), dtype)
+            classes, counts = _classes(ranks.gather(labels, labels.dtype))
             own = classes[ranks.own]
             row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, own)) / counts[ranks.own]
             texts = scale * torch.linalg.vecdot(y, _class_sums(x, own, classes)) / counts
@@ -171,13 +171,13 @@ def _tracked(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
-def _classes(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Class indices from 0, and each row's class size; no shape depends on values, so nothing waits for a device."""
     ordered, order = labels.sort()
     first = torch.ones_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]
     classes = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
-    ones = torch.ones_like(labels, dtype=dtype)
+    ones = torch.ones_like(labels)
     return classes, torch.zeros_like(ones).index_add(0, classes, ones)[classes]
 
 

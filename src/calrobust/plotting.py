@@ -41,9 +41,8 @@ STRIP = 0.2  # height of the histogram under a reliability diagram, in units of 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     """Accuracy against confidence, bin by bin, with the gap between the two and, below, where the samples lie.
 
-    A bar is a bin's accuracy. Hatched is what lies between it and the bin's mean confidence: beyond the end of the bar
-    where predictions are too confident, at its end where they are not confident enough. The grey strip under the axis
-    is the histogram of confidences; a tall gap over few samples is little evidence.
+    A bar is a bin's accuracy. Hatched is what lies between it and the bin's mean confidence. The grey strip under the
+    axis is the histogram of confidences: a tall gap over few samples is little evidence.
 
     Args:
         bins: sums of shape ``[n_bins]`` over bins of equal width, as :func:`~calrobust.functional.bin_confidences` or

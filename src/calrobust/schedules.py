@@ -58,8 +58,8 @@ class linear_warmup:
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
     The paper goes from 0.05 to 0.9 over the first 20 % of training. A low start gives the pre-trained model up at
-    once: after one update the teacher is 95 % student, and the ten updates below leave a weight of 2e-5 on it. Where
-    the teacher is to be an anchor, start high or use :class:`constant`.
+    once: the ten updates below leave a weight of 2e-5 on it. Where it is to be an anchor, start high or use
+    :class:`constant`.
 
     Args:
         start: the decay of update 0, in ``[0, 1]``.
@@ -106,8 +106,8 @@ class power:
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
     The warm-up of timm's ``ModelEmaV3``, whose ``warmup_power`` is ``exponent``, ``warmup_gamma`` is ``scale``,
-    ``min_decay`` is ``start``, ``decay`` is ``end`` and step ``n + 1`` is update ``n``; but timm's first update copies
-    the student whatever ``min_decay`` says. So does ours with ``start=0``: nothing is left of the pre-trained model.
+    ``min_decay`` is ``start`` and ``decay`` is ``end``; but timm's first update copies the student whatever
+    ``min_decay`` says, ours only with ``start=0``.
 
     Args:
         exponent: how fast the decay rises, > 0. At 1 (and ``scale=1``) the teacher is the mean of the students it

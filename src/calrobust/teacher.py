@@ -60,9 +60,7 @@ class EMATeacher(nn.Module):
         >>> teacher(torch.ones(1, 1))
         tensor([[2.]])
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the teacher of its self-distillation. Buffers:
-    ``torch.optim.swa_utils.AveragedModel`` leaves them unless told, and takes the student as it is at the first update;
-    here both follow the formula.
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the teacher of its self-distillation.
     """
 
     module: nn.Module
@@ -133,9 +131,8 @@ class EMATeacher(nn.Module):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student, to evaluate them inside it; its own come back at the end.
 
-        The values change in place, so wrappers and optimisers that hold the student's parameters stay valid; they
-        are restored bit for bit, also after an exception. Train and eval modes are left alone. Takes the memory of
-        one more copy of the student while it lasts.
+        The values change in place, so wrappers and optimisers stay valid; they are restored bit for bit, also after an
+        exception. Train and eval modes are left alone. Takes the memory of one more copy while it lasts.
 
         Args:
             student: as in :meth:`update`.

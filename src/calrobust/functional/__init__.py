@@ -10,9 +10,8 @@ from calrobust.functional.calibration import (
     classwise_calibration_error,
     top_label,
 )
-from calrobust.functional.carot import carot_loss
 from calrobust.functional.contrastive import multimodal_contrastive_loss
-from calrobust.functional.distillation import multimodal_distillation_loss
+from calrobust.functional.distillation import carot_loss, multimodal_distillation_loss
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.scoring import brier_score, negative_log_likelihood
 from calrobust.functional.temperature import fit_temperature

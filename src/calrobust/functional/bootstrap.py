@@ -62,15 +62,14 @@ def bootstrap_interval(
         \min\bigl(1,\; \max(\hat e,\; 2 \hat e - q_\alpha)\bigr)\Bigr]
 
     The noise of each bin's accuracy raises :math:`\hat e`, and resampling raises :math:`\hat e^*` once more. The plain
-    percentiles :math:`[q_\alpha, q_{1-\alpha}]` would carry that bias twice, reflected ones take it off: for samples
-    whose noise outweighs their miscalibration they hold the true value far more often, though at a true value near 0
-    still less often than ``level``. The interval always holds :math:`\hat e`, so that it can stand next to the value it
-    belongs to. An interval that reaches 0 says that the value may be noise alone: at N = 1,000 a
-    perfectly calibrated model has an ECE of about 0.03 over 15 bins.
+    percentiles :math:`[q_\alpha, q_{1-\alpha}]` would carry that bias twice, reflected ones take it off: they hold the
+    true value far more often, though at a true value near 0 still less often than ``level``. The interval always holds
+    :math:`\hat e`. One that reaches 0 says that the value may be noise alone: at N = 1,000 a perfectly calibrated model
+    has an ECE of about 0.03 over 15 bins.
 
-    How many right and wrong predictions each bin gets is drawn from its exact distribution, a multinomial one; the sum
-    of their confidences, which differ by less than a bin's width, is drawn as a normal number of its exact mean and
-    variance. So a thousand resamples take milliseconds, whatever N.
+    The right and wrong predictions of each bin are drawn from their exact distribution, a multinomial one, the sums of
+    their confidences from a normal one of the exact mean and variance. So a thousand resamples take milliseconds,
+    whatever N.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1].

@@ -282,8 +282,7 @@ def adaptive_calibration_error(
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
     Samples of equal confidence are never split: they share the bin in which the middle one of them ranks. So the value
-    does not depend on the order of the samples, and many ties make for fewer, unequal bins. (Peers split ties by their
-    order, or raise.)
+    does not depend on the order of the samples, and many ties make for fewer, unequal bins.
 
     Args:
         preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.

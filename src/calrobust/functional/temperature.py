@@ -48,9 +48,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
 
-    The sum is convex in 1/T. A safeguarded Newton iteration finds its minimum in three or four passes over the logits;
-    there is no learning rate and no number of iterations to choose. Scaling the logits scales T, shifting a row changes
-    nothing.
+    The sum is convex in 1/T. A safeguarded Newton iteration finds its minimum in three or four passes over the logits,
+    with nothing to tune. Scaling the logits scales T, shifting a row changes nothing.
 
     Some data have no such minimum. They give a :class:`UserWarning` that names the cause and, with the spread
     s = the mean distance of a logit from the highest of its row,

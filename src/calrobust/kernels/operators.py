@@ -33,9 +33,9 @@ def softmax_statistics(
     """As `dense.softmax_statistics`, by a form.
 
     ``"auto"`` is tiled for float64, and if the exponentials fit into ``memory_budget`` bytes, kept then for a backward
-    to come; else it is Triton where that runs. Factors are float32 or float64, in which gradients add up; ``operands``
-    is the dtype that they came in: nothing is lost if they are multiplied in it. ``first_partner`` is the column of the
-    first row's pair.
+    to come; else it is Triton where that runs. Gradients add up in the dtype of the factors, which came as
+    ``operands``: nothing is lost if they are multiplied in that. ``first_partner`` is the column of the first row's
+    pair.
     """
     x, y, _ = student
     fits = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size() <= memory_budget

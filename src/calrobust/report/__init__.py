@@ -52,10 +52,10 @@ class ShiftReport:
         \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id_domain}\}
 
     All figures are fractions, except in the printed tables (:meth:`to_markdown`, :meth:`to_latex`, ``print(report)``),
-    which are in per cent. Every accuracy and ECE comes with a 95 % bootstrap interval: samples are resampled within
-    each domain, independently of the other domains, T is held fixed, and the percentiles are reflected as in
-    :func:`~calrobust.functional.bootstrap_interval`. The draws depend on nothing but the data and the name of the
-    domain, so a report is reproducible and neither the order of calls nor the split into batches matters.
+    which are in per cent. Every accuracy and ECE comes with a 95 % interval as that of
+    :func:`~calrobust.functional.bootstrap_interval`, with samples resampled within each domain and T held fixed. The
+    draws depend on nothing but the data and the name of the domain, so neither the order of calls nor the split into
+    batches matters.
 
     Memory, on the CPU: a method without a temperature keeps its logits, ``N * C`` numbers in each domain, since one may
     come. Once it has one, some 20 bytes a sample are left. So call :meth:`fit_temperature` before :meth:`add` for large
@@ -151,9 +151,8 @@ class ShiftReport:
         Raises:
             TypeError: ``method`` is not a string, ``logits`` is not floating or ``target`` is not int64.
             ValueError: as :func:`~calrobust.functional.fit_temperature`; the method has a temperature already; or more
-                than 1 % of the samples are also scored in a domain: a T chosen on the test set flatters its ECE.
-                Samples are compared by logits and label, in any order and however they are split into batches; the
-                1 % leaves room for duplicates in the data.
+                than 1 % of the samples, which leaves room for duplicates, are also scored in a domain: a T chosen on
+                the test set flatters its ECE. Samples are compared by logits and label.
         """
         check_text(method=method)
         check_unfitted(method, self._temperature(method))

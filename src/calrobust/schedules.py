@@ -58,8 +58,8 @@ class linear_warmup:
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
     The paper goes from 0.05 to 0.9 over the first 20 % of training. A low start gives the pre-trained model up at
-    once: the ten updates below leave a weight of 2e-5 on it. Where it is to be an anchor, start high or use
-    :class:`constant`.
+    once: after one update the teacher is 95 % student, and the ten updates below leave a weight of 2e-5 on it. Where it
+    is to be an anchor, start high or use :class:`constant`.
 
     Args:
         start: the decay of update 0, in ``[0, 1]``.

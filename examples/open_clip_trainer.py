@@ -1,7 +1,7 @@
 """open_clip's own trainer, not a line of it changed, with calrobust's loss and teacher.
 
 ``python examples/open_clip_trainer.py`` trains a tiny CLIP with random weights for two epochs on pictures it makes
-(``pip install 'calrobust[open_clip]'``; CPU, seconds). Options of ``open_clip_train`` may follow and win over the ones
+(``pip install 'calrobust[open-clip]'``; CPU, seconds). Options of ``open_clip_train`` may follow and win over the ones
 below: ``python examples/open_clip_trainer.py --epochs 4``, then ``--epochs 6 --resume latest``.
 
 open_clip makes its loss in ``create_loss`` and offers no place for a teacher that learns, but ``main`` looks up

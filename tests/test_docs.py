@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -102,6 +105,16 @@ def test_the_other_sides_of_the_swaps_run(name: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_extras_are_named_as_every_pip_knows_them() -> None:
+    """With hyphens, in a way that exists: pip before 23.3 warns of an underscore, and installs nothing."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [name for name in extras if not re.fullmatch("[a-z0-9-]+", name)] == []
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+    places += [path for folder in ("src", "examples") for path in (ROOT / folder).rglob("*.py")]
+    named = [re.findall(r"'(?:\.|calrobust)\[([^]]+)\]'", path.read_text(encoding="utf-8")) for path in places]
+    assert {name for names in itertools.chain(*named) for name in names.split(",")} == set(extras)
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
 def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
     """To files of the repository; the build follows those of the site."""
@@ -140,3 +153,24 @@ def test_drawings_are_what_their_program_draws() -> None:
     drawings = runpy.run_path(str(DOCS / "drawings.py"))["DRAWINGS"]
     committed = {path.stem: path.read_text(encoding="utf-8") for path in (DOCS / "drawings").glob("*.svg")}
     assert {name: draw() for name, draw in drawings.items()} == committed
+
+
+def test_the_readme_takes_the_table_that_the_example_prints() -> None:
+    """In the place of the one it has, and nothing else changes."""
+    with_table = runpy.run_path(str(DOCS / "figures.py"))["with_table"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_table(readme, readme) == readme
+    old = re.search(r"^\| CaRot \|.*$", readme, re.MULTILINE)
+    assert old
+    new = "| CaRot | 12.3 ± 4.5 |"
+    assert with_table(readme, readme.replace(old[0], new)) == readme.replace(old[0], new)
+
+
+def test_badges_are_true() -> None:
+    """Of Python and of the licence, what the package says; of the paper, what CITATION.cff does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    badges = re.findall(r"badge/(.+?)-([^-]*(?:--[^-]*)*)-", (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = {name: unquote(value).replace("--", "-") for name, value in badges}
+    paper = said.pop("arXiv")
+    assert said == {"python": project["requires-python"].replace(">=", "≥"), "licence": project["license"]}
+    assert paper in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import ast
 import functools
 import io
 import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
@@ -233,6 +236,25 @@ def test_every_plot_renders_and_leaves_settings_alone(draw: Callable[[], Figure]
     draw().savefig(picture, format="png")
     assert picture.getvalue().startswith(b"\x89PNG")
     assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
+def test_text_stays_text_in_files_saved_as_the_guide_says(draw: Callable[[], Figure]) -> None:
+    """Words in an SVG, TrueType in a PDF, where matplotlib's defaults have outlines and Type 3."""
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "shift.md").read_text(encoding="utf-8")
+    recommended = ast.literal_eval(guide.split("rc_context(")[1].split(")")[0])
+    svg, pdf = io.StringIO(), io.BytesIO()
+    with mpl.rc_context(recommended):
+        figure = draw()
+        figure.savefig(svg, format="svg")
+        figure.savefig(pdf, format="pdf")
+    shown = {line for text in figure.findobj(Text) if text.get_visible() for line in text.get_text().split("\n")}
+    texts = ElementTree.fromstring(svg.getvalue()).iter("{http://www.w3.org/2000/svg}text")
+    written = {"".join(text.itertext()).strip() for text in texts}
+    assert written <= shown
+    assert [line for line in shown - written if not line.isdigit()] == [""]  # a tick may lie outside the axes
+    assert b"/CIDFontType2" in pdf.getvalue()
+    assert b"/Type3" not in pdf.getvalue()
 
 
 def test_pyplot_is_never_imported() -> None:

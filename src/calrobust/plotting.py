@@ -284,20 +284,14 @@ def _label(ax: Axes, points: Sequence[_Point]) -> None:
                 hidden = width * height - _overlap(box, frame)
                 hidden += sum(_overlap(box, other) for other in [*others, markers[i]])
                 hidden += sum(_overlap(box, interval) for interval in intervals) / 2  # thin lines: less of a loss
-                if distance > FAR:
-                    end_x, end_y = _nearest(box, x, y)
-                    for share in (0.2, 0.4, 0.6, 0.8):
-                        dot_x, dot_y = x + share * (end_x - x), y + share * (end_y - y)
-                        dot = _Box(dot_x - unit, dot_y - unit, dot_x + unit, dot_y + unit)
-                        hidden += 4 * sum(_overlap(dot, other) for other in others)
                 boxes[hidden + distance * unit, -right] = box, distance  # to the right, if nothing else matters
         box, distance = boxes[min(boxes)]
         labels.append(_Box(box.x0 - unit, box.y0 - unit, box.x1 + unit, box.y1 + unit))
         text.set_position(((box.x0 - x) / unit, ((box.y0 + box.y1) / 2 - y) / unit))
         if distance > FAR:
-            end_x, end_y = _nearest(box, x, y)
             line = {"arrowstyle": "-", "linewidth": 0.6, "color": point.colour, "shrinkA": 0, "shrinkB": 0}
-            offset = (end_x - x) / unit, (end_y - y) / unit
+            nearest = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+            offset = (nearest[0] - x) / unit, (nearest[1] - y) / unit
             ax.annotate("", point.place, offset, textcoords="offset points", arrowprops=line)
 
 
@@ -308,11 +302,6 @@ class _Box(NamedTuple):
     y0: float
     x1: float
     y1: float
-
-
-def _nearest(box: _Box, x: float, y: float) -> tuple[float, float]:
-    """The point of ``box`` nearest to another."""
-    return min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
 
 
 def _overlap(a: _Box, b: _Box) -> float:

@@ -253,6 +253,10 @@ def check_subgroup(rank: int, world: int) -> None:
         together = value(own, gather=True, group=group)
         assert_close(together, value(all_members, gather=False), rtol=1e-10, atol=1e-12)
         assert_close(value(own), value(own, gather=False), rtol=0, atol=0)
+    if rank < 2:  # what is wrong is told within the group
+        brought = own if rank == 0 else own[:0]
+        with pytest.raises(ValueError, match=r"rank \[1\] did not" if rank == 0 else "at least one pair"):
+            MultimodalContrastiveLoss(gather=True, group=group)(*TwoTowers(0)(images[brought], texts[brought]))
 
 
 def check_bytes(rank: int, world: int) -> None:

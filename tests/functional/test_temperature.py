@@ -106,6 +106,17 @@ def test_a_step_too_far_does_not_make_it_go_round_in_circles() -> None:
     assert fit_temperature(logits, target).item() == pytest.approx(1 / math.log(999), rel=1e-8)
 
 
+def test_a_start_where_all_is_flat_finds_its_way_back() -> None:
+    """Rows that know nothing make the spread small and 1/T start so high that no probability changes with it."""
+    logits = torch.zeros(10_004, 2, dtype=torch.float64)
+    logits[:4, 1] = -1
+    target = torch.arange(10_004) % 2
+    target[:4] = torch.tensor(
+        [0, 0, 0, 1]
+    )  # where the model does know, it is right three times of four: exp(1 / T) = 3
+    assert fit_temperature(logits, target).item() == pytest.approx(1 / math.log(3), rel=1e-8)
+
+
 def test_a_fitted_temperature_is_fitted_again_as_one() -> None:
     """Scaled logits need no more scaling."""
     logits, target = classifier(500, 10, 0, sharpness=0.3, dtype=torch.float64)

@@ -90,6 +90,33 @@ def test_tiles_may_be_formed_in_low_precision(
         assert (a.double() - b).norm() <= 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize(("narrow", "dtype"), [(True, torch.float16), (False, torch.float32)])
+def test_gradients_are_multiplied_in_float16_where_that_is_fast(
+    narrow: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both factors of every product; elsewhere both are float32."""
+    monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: narrow)
+    dtypes: set[torch.dtype] = set()
+    original = products._add_product
+
+    def noted(total: Tensor, a: Tensor, b: Tensor) -> None:
+        dtypes.update((a.dtype, b.dtype))
+        original(total, a, b)
+
+    monkeypatch.setattr(products, "_add_product", noted)
+    models = [(x.float(), y.float(), scale.float()) for x, y, scale in factors(9, 9, 3, 0, scale=1.0, teacher=True)]
+    value_and_gradients(partial(operators.softmax_statistics, operands=torch.bfloat16), models)
+    assert dtypes == {dtype}
+
+
+@pytest.mark.parametrize("bound", [1e-30, 1e-6, 0.5, 1 - 2**-24, 1.0, 1 + 2**-23, 3.7, 1e6])
+def test_a_slab_fills_the_range_of_float16_and_never_leaves_it(bound: float) -> None:
+    """In its unit the largest entry lies in the last octave but one, and the unit is a power of two."""
+    unit = products._unit(torch.tensor(bound))
+    assert 2**14 <= bound * unit.item() < 2**15
+    assert unit.frexp().mantissa == 0.5
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("budget", [0, 2**40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,9 +21,7 @@ def are_narrow(x: Tensor, operands: torch.dtype) -> bool:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b``, summed and returned in ``dtype``."""
-    if a.dtype == dtype:
-        return torch.mm(a, b)
+    """``a @ b`` of low precision, summed and returned in ``dtype``."""
     # The CPU interprets the Triton kernels, and has no such product.
     return torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" else torch.mm(a.to(dtype), b.to(dtype))
 

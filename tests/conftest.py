@@ -8,6 +8,8 @@ import torch
 hypothesis.settings.register_profile("calrobust", deadline=None, derandomize=True)
 # By hand or at night, with --hypothesis-profile=thorough: other examples each time, and twenty times as many.
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
+# For mutation testing, to which it is all one how simple an example is that shows the mutant.
+hypothesis.settings.register_profile("mutants", deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 hypothesis.settings.load_profile("calrobust")
 
 

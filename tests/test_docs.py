@@ -174,3 +174,13 @@ def test_badges_are_true() -> None:
     paper = said.pop("arXiv")
     assert said == {"python": project["requires-python"].replace(">=", "≥"), "licence": project["license"]}
     assert paper in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_words_in_formulas_can_be_set() -> None:
+    """MathJax, which runs in the reader's browser and not in the build, wants underscores in them escaped."""
+    paths = [*PAGES, *(ROOT / "src").rglob("*.py")]
+    words = {
+        word for path in paths for word in re.findall(r"\\(?:text|mathrm){(.*?)}", path.read_text(encoding="utf-8"))
+    }
+    assert words
+    assert [word for word in words if re.search(r"(?<!\\)_", word)] == []

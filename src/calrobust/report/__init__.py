@@ -49,7 +49,7 @@ class ShiftReport:
     The mean over OOD domains is the plain mean of their values, whatever their sizes:
 
     .. math:: \mathrm{OOD} = \frac{1}{|\mathcal{D}|} \sum_{d \in \mathcal{D}} \mathrm{value}_d,
-        \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id_domain}\}
+        \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id\_domain}\}
 
     All figures are fractions, except in the printed tables (:meth:`to_markdown`, :meth:`to_latex`, ``print(report)``),
     which are in per cent. Every accuracy and ECE comes with a 95 % interval as that of

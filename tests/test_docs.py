@@ -24,7 +24,7 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts
 SWAPS = DOCS / "guides" / "swaps"
 FENCE = re.compile(r"^ *(`{3,})(\S*)(.*)\n", re.MULTILINE)
 
-RUN_BY_THE_BUILD = {"{doctest}", "{testcode}", "{testoutput}", "{testsetup}"}
+RUN_BY_THE_BUILD = {"{doctest}", "{testcleanup}", "{testcode}", "{testoutput}", "{testsetup}"}
 FROM_FILES = {"{include}", "{literalinclude}", "{swap}"}
 NO_CODE = {"sh", "bash", "text", "{admonition}", "{bibliography}", "{glossary}", "{raw}", "{toctree}"}
 

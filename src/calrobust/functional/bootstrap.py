@@ -38,7 +38,9 @@ class Interval(NamedTuple):
     """
 
     low: Tensor
+    """Lower end."""
     high: Tensor
+    """Upper end."""
 
 
 def bootstrap_interval(

@@ -62,6 +62,8 @@ for ax, (name, decay) in zip(axes.flat, decays.items(), strict=True):
     print(f"{name:26} {left:20.1%} {loss(teacher[-1]):16.2f} {loss(teacher[-20:]).mean():19.2f}")
 print(f"{'student':26} {0:20.1%} {loss(student[-1]):16.2f} {loss(student[-20:]).mean():19.2f}")
 axes[0, 0].legend(loc="lower right")
+figure.supxlabel("first weight")
+figure.supylabel("second weight")
 plt.show()
 
 # %%

@@ -323,6 +323,15 @@ def test_the_teacher_follows_its_parent_to_another_dtype_and_device() -> None:
         assert {(p.dtype, p.device.type) for p in module.parameters()} == {(dtype, "cpu")}
 
 
+def test_what_is_added_to_the_teacher_moves_with_it() -> None:
+    """A head or a buffer that a user registers beside the copy."""
+    teacher = EMATeacher(single(1.0))
+    teacher.add_module("head", single(2.0))
+    teacher.register_buffer("center", torch.zeros(3))
+    teacher.half()
+    assert teacher.get_parameter("head.weight").dtype == teacher.get_buffer("center").dtype == torch.float16
+
+
 def test_the_copy_can_live_on_another_device() -> None:
     """``device`` moves the copy and leaves the student."""
     student = Student()

@@ -361,13 +361,22 @@ def test_auto_takes_triton_on_cuda_beyond_the_budget_where_it_runs(
 ) -> None:
     """And the tiled form elsewhere: without triton, on older cards, on the CPU, in float64, within the budget."""
     monkeypatch.setattr(operators, "_TRITON_IS_INSTALLED", installed)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {cuda: capability}[device])
     assert obstacle in operators.obstacle_to_triton(cuda)
     assert operators._uses_triton("fastest", cuda, torch.float32) == (not obstacle)
     assert not operators._uses_triton("fastest", cuda, torch.float64)
     assert not operators._uses_triton("fastest", cpu, torch.float32)
     assert not any(operators._uses_triton(impl, cuda, torch.float32) for impl in ("tiled", "kept"))
+
+
+def test_a_device_of_rocm_takes_the_tiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are written for NVIDIA's."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    cuda = torch.device("cuda", 0)
+    assert operators.obstacle_to_triton(cuda) == "a device of ROCm"
+    assert not operators._uses_triton("fastest", cuda, torch.float32)
 
 
 def test_only_impl_triton_loads_triton() -> None:

@@ -179,19 +179,30 @@ def test_passes_count_reads_not_views() -> None:
 
 
 def test_the_page_holds_the_last_tables_of_each_group_and_their_plot(tmp_path: Path) -> None:
-    """In the order of the command line; the plot has the same bytes for the same figures."""
+    """Between their marks, and nothing else changes; the plot has the same bytes for the same figures."""
     old, new = (Table(title, "one thread", [Row("a / b", "1 s", "2 s", 0.5, "≤", 0.6)]) for title in ("Old", "New"))
     new.curves = {"CPU seconds": {"tiled": {1024: 1.0, 2048: 2.0}, "ClipLoss": {1024: 1.0, 2048: 4.0}}}
+    markdown = tmp_path / "benchmarks.md"
+    markdown.write_text(
+        "Before\n\n<!-- losses -->\n<!-- end losses -->\n\nBetween\n\n<!-- ema -->\n<!-- end ema -->\n\nAfter\n"
+    )
     page.write("losses", [old], tmp_path)
     page.write("ema", [Table("Teacher", "one thread")], tmp_path)
     page.write("losses", [new], tmp_path)
     first = [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))]
     page.write("losses", [new], tmp_path)
     assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))] == first
-    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    text = markdown.read_text(encoding="utf-8")
     assert "## Old" not in text
     assert text.count("| a / b | 1 s | 2 s | 0.5 | ≤ 0.6 | met |") == text.count("(benchmarks/losses.svg)") == 1
-    assert text.index("## New") < text.index("## Teacher")
+    places = [text.index(part) for part in ("Before", "## New", "Between", "## Teacher", "After")]
+    assert places == sorted(places)
+
+
+def test_the_page_has_a_place_for_every_group() -> None:
+    """In the order of the command line."""
+    text = (page.DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert [group for _, group, _ in page.PART.findall(text)] == list(page.MODULES)
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:

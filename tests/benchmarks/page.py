@@ -18,20 +18,8 @@ MODULES = {
     "temperature": "temperature",
     "import": "weight",
 }
-PART = re.compile(r"<!-- (\w+) -->\n\n(.*?)\n\n<!-- end \1 -->", re.DOTALL)
+PART = re.compile(r"(<!-- (\w+) -->).*?(<!-- end \2 -->)", re.DOTALL)
 DOCS = Path(__file__).parents[2] / "docs"
-INTRODUCTION = """# Benchmarks
-
-*How fast and how lean is it, beside what you use now?* One command measures everything on your machine:
-
-```bash
-pip install '.[bench]'
-python tests/benchmarks/run.py                # --only losses|cuda|ema|metrics|temperature|import
-```
-
-Each figure is a ratio to a peer in the same run: candidates take turns in one process and medians are compared, so that
-a busy or a slow machine changes both sides alike. "≤" is ours over theirs, "≥" theirs over ours. Targets are the
-project's own; a missed one is printed as such. `--write` refreshes this page, or the group that `--only` names."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,9 +44,8 @@ def _say(text: str) -> None:
 
 
 def write(group: str, tables: list[Table], folder: Path) -> None:
-    """Replaces the group's part of ``benchmarks.md`` in ``folder``, and its plot in ``folder/benchmarks``."""
+    """Replaces what stands between the group's marks in ``benchmarks.md``, and its plot in ``folder/benchmarks``."""
     page = folder / "benchmarks.md"
-    parts = dict(PART.findall(page.read_text(encoding="utf-8"))) if page.exists() else {}
     sections = [table.markdown() for table in tables]
     curves = {label: lines for table in tables for label, lines in table.curves.items()}
     if curves:
@@ -68,9 +55,12 @@ def write(group: str, tables: list[Table], folder: Path) -> None:
             f"![Time and extra memory over the batch size, both axes logarithmic](benchmarks/{group}.svg)",
             "In brackets the slope on logarithmic axes: 1 is linear in B, 2 quadratic.",
         ]
-    parts[group] = "\n\n".join([*sections, f"```text\n{header()}\n```"])
-    written = (f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- end {name} -->" for name in MODULES if name in parts)
-    page.write_text("\n\n".join([INTRODUCTION, *written]) + "\n", encoding="utf-8")
+    tables_text = "\n\n".join([*sections, f"```text\n{header()}\n```"])
+    text = PART.sub(
+        lambda part: f"{part[1]}\n\n{tables_text}\n\n{part[3]}" if part[2] == group else part[0],
+        page.read_text(encoding="utf-8"),
+    )
+    page.write_text(text, encoding="utf-8")
 
 
 def draw(curves: dict[str, dict[str, dict[int, float]]], path: Path) -> None:

@@ -104,7 +104,7 @@ class _PredictionMetric(Metric):
             check_kind(preds[kept], from_logits=self.from_logits)
         summands = self._summands(preds, target)
         # A row without a softmax has left NaN in a sum, so that good batches need no search for one.
-        if self.validate_args and any(bool(summand.isnan().any()) for summand in summands.values()):
+        if self.validate_args and bool(torch.cat([summand.flatten() for summand in summands.values()]).isnan().any()):
             check_softmax_exists(target[kept], preds=preds[kept])
         return summands
 

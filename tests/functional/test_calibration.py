@@ -66,6 +66,18 @@ def test_the_first_of_equal_scores_is_the_prediction(dtype: torch.dtype, from_lo
     assert correct.tolist() == (scores.argmax(1) == target).tolist()
 
 
+@pytest.mark.parametrize("n_classes", [2, 3, 50])
+def test_the_highest_logit_is_the_prediction_though_probabilities_round_to_the_same(n_classes: int) -> None:
+    """Logits that differ by less than float32's softmax can tell: as torch.argmax of the logits decides."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 1e-8 * torch.randn(300, n_classes, generator=generator)
+    target = torch.randint(0, n_classes, (300,), generator=generator)
+    target[::2] = logits[::2].argmax(1)
+    confidences, correct = top_label(logits, target)
+    assert (confidences == confidences[0]).all()
+    assert correct.tolist() == (logits.argmax(1) == target).tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_get_a_float32_softmax(dtype: torch.dtype) -> None:
     """The only loss is the rounding of the logits themselves."""

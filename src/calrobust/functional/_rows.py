@@ -19,10 +19,11 @@ class Block(NamedTuple):
     """What the metrics ask of some rows, at least in float32."""
 
     target: Tensor
+    scores: Tensor  # [n, C] logits or probabilities
+    from_logits: bool
     probs: Tensor  # [n, C] scratch: its reader may overwrite it, and the next block does
     confidences: Tensor
     correct: Tensor
-    log_losses: Tensor  # -log of the label's probability; from logits it does not underflow
 
 
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
@@ -51,24 +52,21 @@ def probability_blocks(
             keep = labels != ignore_index
             scores, labels = scores[keep], labels[keep]
         scores = scores.to(dtype)
-        own = scores.gather(1, labels[:, None])[:, 0]
-        if from_logits:
-            probs = torch.softmax(scores, 1, out=buffer[: len(scores)])
-            confidences, top = probs.amax(1), scores.amax(1)
-            log_losses = (top - own) - confidences.log()  # 1 / confidence is the sum of exp(score - top)
-        else:
-            probs = buffer[: len(scores)].copy_(scores)
-            confidences = top = probs.amax(1)
-            log_losses = -own.log()
-        yield Block(labels, probs, confidences, _is_first_maximum(scores, labels, own, top, confidences), log_losses)
+        probs = buffer[: len(scores)]
+        probs = torch.softmax(scores, 1, out=probs) if from_logits else probs.copy_(scores)
+        confidences = probs.amax(1)
+        yield Block(labels, scores, from_logits, probs, confidences, _is_predicted(scores, labels, probs, confidences))
 
 
-def _is_first_maximum(scores: Tensor, labels: Tensor, own: Tensor, top: Tensor, confidences: Tensor) -> Tensor:
-    """Whether ``argmax`` gives the label; of equal scores the first one counts."""
+def _is_predicted(scores: Tensor, labels: Tensor, probs: Tensor, confidences: Tensor) -> Tensor:
+    """Whether ``argmax`` of the scores gives the label; of equal scores the first one counts."""
     if scores.is_cuda or torch.compiler.is_compiling():
         return scores.argmax(1) == labels
-    # On a CPU argmax takes longer than the softmax, and only a row whose confidence is at most 1/2 can have a tie.
-    correct = own == top
-    maybe_tied = (correct & (confidences < 0.501)).nonzero()[:, 0]
-    correct[maybe_tied] = scores[maybe_tied].argmax(1) == labels[maybe_tied]
+    # On a CPU argmax takes longer than the softmax, and only a row whose confidence is at most 1/2 can have two classes
+    # whose probabilities round to the highest.
+    own = probs.gather(1, labels[:, None])[:, 0]
+    correct = own == confidences
+    maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
+    if len(maybe_tied):
+        correct[maybe_tied] = scores[maybe_tied].argmax(1) == labels[maybe_tied]
     return correct

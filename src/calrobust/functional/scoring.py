@@ -22,8 +22,11 @@ class RowScores(NamedTuple):
 
 
 def log_losses(block: Block) -> Tensor:
-    """Minus the logarithm of the label's probability."""
-    return block.log_losses
+    """Minus the logarithm of the label's probability; from logits it does not underflow."""
+    own = block.scores.gather(1, block.target[:, None])[:, 0]
+    if not block.from_logits:
+        return -own.log()
+    return (block.scores.amax(1) - own) - block.confidences.log()  # 1 / confidence is the sum of exp(score - top)
 
 
 def squared_errors(block: Block) -> Tensor:

@@ -176,8 +176,14 @@ def test_anti_correlated_labels_give_a_large_positive_temperature_and_say_so(sca
     logits, _ = classifier(50, 4, 0)
     logits, target = scale * logits, logits.argmin(1)
     spread = (logits.amax(1, keepdim=True) - logits).mean().item()
-    with pytest.warns(UserWarning, match="not or negatively correlated"):
+    with pytest.warns(UserWarning, match="temperature: logits and labels are not or negatively correlated; T = "):
         assert fit_temperature(logits, target).item() == pytest.approx(max(1, 100 * spread), rel=1e-6)
+
+
+def test_labels_that_logits_say_nothing_of_give_a_large_temperature() -> None:
+    """Right as often as wrong, so that the likelihood has its maximum at T = ∞ only: 100 times the spread of 1/2."""
+    with pytest.warns(UserWarning, match="not or negatively correlated"):
+        assert fit_temperature(torch.tensor([[1.0, 0.0]]).expand(2, 2), torch.tensor([0, 1])) == 50
 
 
 def test_random_labels_give_a_positive_temperature() -> None:
@@ -194,7 +200,8 @@ def test_random_labels_give_a_positive_temperature() -> None:
 @pytest.mark.parametrize("logits", [torch.full((9, 3), 5.0), torch.arange(9.0)[:, None].expand(9, 3)])
 def test_constant_logits_leave_the_temperature_at_one_and_say_so(logits: Tensor) -> None:
     """T changes nothing."""
-    with pytest.warns(UserWarning, match="the logits of each sample are all equal.*T = 1$"):
+    cause = "temperature: the logits of each sample are all equal, so that T changes nothing; T = 1$"
+    with pytest.warns(UserWarning, match=cause):
         assert fit_temperature(logits, torch.arange(9) % 3) == 1
 
 

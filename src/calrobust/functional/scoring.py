@@ -22,11 +22,17 @@ class RowScores(NamedTuple):
 
 
 def log_losses(block: Block) -> Tensor:
-    """Minus the logarithm of the label's probability; from logits it does not underflow."""
-    own = block.scores.gather(1, block.target[:, None])[:, 0]
+    """Minus the logarithm of the label's probability; from logits it does not underflow. Before `squared_errors`."""
+    label = block.target[:, None]
+    own = block.probs.gather(1, label)[:, 0]
+    losses = -own.log()
     if not block.from_logits:
-        return -own.log()
-    return (block.scores.amax(1) - own) - block.confidences.log()  # 1 / confidence is the sum of exp(score - top)
+        return losses
+    lost = own < torch.finfo(own.dtype).tiny
+    if own.device.type == "cpu" and not torch.compiler.is_compiling() and not lost.any():  # a look costs nothing there
+        return losses
+    distances = block.scores.amax(1) - block.scores.gather(1, label)[:, 0]
+    return torch.where(lost, distances - block.confidences.log(), losses)  # 1 / confidence: the sum of exp(score - top)
 
 
 def squared_errors(block: Block) -> Tensor:

@@ -172,6 +172,23 @@ def test_a_tile_fits_the_cache_and_is_never_thin(n: int, m: int, device: str, dt
     assert tiled._tile_rows(x, y) == rows
 
 
+def test_the_form_gets_the_options_and_the_dtype_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the caller gave them; the dense definition is no form, and is asked for by its name."""
+    got: list[dict[str, Any]] = []
+    original = operators.softmax_statistics
+
+    def noted(*models: Any, **options: Any) -> Any:
+        got.append(options)
+        return original(*models, **options)
+
+    monkeypatch.setattr(operators, "softmax_statistics", noted)
+    x, y = unit_rows(5, 3, 0, torch.bfloat16), unit_rows(5, 3, 1, torch.bfloat16)
+    pair_statistics(x, y, 2.0, impl="dense")
+    assert got == []
+    pair_statistics(x, y, 2.0, impl="tiled", memory_budget=7)
+    assert got == [{"impl": "tiled", "memory_budget": 7, "operands": torch.bfloat16, "first_partner": 0}]
+
+
 def test_only_what_autograd_cannot_keep_is_copied() -> None:
     """A tensor made in inference mode, once outside of it; all others are taken as they are."""
     ordinary = torch.ones(2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from leaving import leave_together
 from strategies import classifier
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -59,8 +60,7 @@ def main(rank: int, folder: Path) -> None:
         collection.update(*share)
     values |= {f"{name}, in a collection": value for name, value in collection.compute().items()}
     torch.save(values, folder / f"{rank}.pt")
-    dist.barrier()  # a rank that leaves first would close the connections of the others
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

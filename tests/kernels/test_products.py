@@ -155,4 +155,5 @@ def test_low_precision_is_for_devices_that_have_it(
 ) -> None:
     """Elsewhere, and for float32 features, products are float32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert products.are_narrow(SimpleNamespace(device=torch.device(device)), operands) == expected  # type: ignore[arg-type]
+    features: Any = SimpleNamespace(device=torch.device(device))  # of a device that need not be there
+    assert products.are_narrow(features, operands) == expected

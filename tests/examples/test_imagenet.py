@@ -15,6 +15,7 @@ import pytest
 import torch
 from imagenet.options import METHODS
 from imagenet.pictures import Order
+from leaving import torchrun
 from tiny_imagenet import SCRIPT, options, refusal
 from torch.testing import assert_close
 
@@ -304,9 +305,7 @@ def test_bf16_and_tensorboard(made: Path, tmp_path: Path, main: Callable[[list[s
 
 def test_two_processes_train_as_one(made: Path, tmp_path: Path, main: Callable[[list[str]], None]) -> None:
     """The batches that torchrun's processes share give the losses and the report of one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    result = subprocess.run([*command, *options(made, tmp_path / "two")], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    torchrun(SCRIPT, *options(made, tmp_path / "two"))
     main(options(made, tmp_path / "one"))
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     for name in ("loss/contrastive", "loss/total", "logit_scale", "ece/ID"):

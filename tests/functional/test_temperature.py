@@ -111,9 +111,7 @@ def test_a_start_where_all_is_flat_finds_its_way_back() -> None:
     logits = torch.zeros(10_004, 2, dtype=torch.float64)
     logits[:4, 1] = -1
     target = torch.arange(10_004) % 2
-    target[:4] = torch.tensor(
-        [0, 0, 0, 1]
-    )  # where the model does know, it is right three times of four: exp(1 / T) = 3
+    target[:4] = torch.tensor([0, 0, 0, 1])  # who does know is right three times of four: exp(1 / T) = 3
     assert fit_temperature(logits, target).item() == pytest.approx(1 / math.log(3), rel=1e-8)
 
 

@@ -63,7 +63,7 @@ def _is_predicted(scores: Tensor, labels: Tensor, probs: Tensor, confidences: Te
     if scores.is_cuda or torch.compiler.is_compiling():
         return scores.argmax(1) == labels
     # On a CPU argmax takes longer than the softmax, and only a row whose confidence is at most 1/2 can have two classes
-    # whose probabilities round to the highest.
+    # whose probabilities round to the highest; 0.999, as exp need not be monotone to the last digit.
     own = probs.gather(1, labels[:, None])[:, 0]
     correct = own == confidences
     maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import open_clip
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +13,9 @@ from strategies import seeds
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import CLIPConfig, CLIPModel
 
-from calrobust import collect_logits
+from calrobust import collect_logits, zero_shot_classifier
 
 Batch = tuple[Tensor, Tensor]
 
@@ -152,3 +154,66 @@ def test_progress_is_shown_on_stderr_or_not_at_all(
     without = collect_logits(nn.Identity(), loader)
     assert capsys.readouterr() == ("", "")
     assert_close([quiet, without], [expected, expected])
+
+
+NAMES = ["cat", "sea lion", "t shirt"]
+TEMPLATES: list[str | Callable[[str], str]] = ["a photo of a {}.", "the {}", lambda name: f"{name}!"]
+
+
+class TestZeroShotClassifier:
+    """Row by row the mean of the captions' unit-norm features."""
+
+    def test_is_what_open_clip_builds(self) -> None:
+        """Transposed, in eval mode, whatever mode the model is in."""
+        tower = {"layers": 1, "width": 16, "heads": 2, "context_length": 8}
+        vision = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 16, "head_width": 8}
+        model = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg={**tower, "vocab_size": 49408}).train()
+        tokenizer = open_clip.SimpleTokenizer(context_length=8)
+        functions = [t.format if isinstance(t, str) else t for t in TEMPLATES]
+        expected = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, NAMES, functions).T
+        weight = zero_shot_classifier(model.train(), tokenizer, NAMES, TEMPLATES)
+        assert_close(weight, expected)
+        assert model.training
+        assert not weight.requires_grad
+
+    def test_takes_models_of_transformers(self) -> None:
+        """Their tokenizer pads to its greatest length, and pads are masked."""
+        tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        text = {**tiny, "vocab_size": 300, "eos_token_id": 299, "max_position_embeddings": 24, "dropout": 0.5}
+        vision = {**tiny, "image_size": 4, "patch_size": 2}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)).train()
+
+        def tokens(texts: list[str], pad: bool = True) -> dict[str, Tensor]:
+            rows = [[*text.encode(), 299] for text in texts]
+            ids = torch.tensor([row + [299] * (24 - len(row) if pad else 0) for row in rows])
+            return {"input_ids": ids, "attention_mask": (ids.cumsum(1) >= 0).long()}
+
+        def tokenizer(texts: list[str], **options: Any) -> dict[str, Tensor]:
+            assert options == {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            return tokens(texts)
+
+        weight = zero_shot_classifier(model, tokenizer, NAMES, TEMPLATES)
+        assert model.training
+        model.eval()
+        for name, row in zip(NAMES, weight, strict=True):
+            texts = [t.format(name) if isinstance(t, str) else t(name) for t in TEMPLATES]
+            features = [model.get_text_features(**tokens([text], pad=False)).pooler_output for text in texts]
+            mean = nn.functional.normalize(torch.cat(features), dim=1).mean(0)
+            assert_close(row, nn.functional.normalize(mean, dim=0).detach())
+
+    @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+    def test_is_float32_or_better_and_one_text_is_one_template(self, dtype: torch.dtype, expected: torch.dtype) -> None:
+        """More captions than one forward pass takes are no other result."""
+
+        class Lengths(nn.Linear):
+            def encode_text(self, tokens: Tensor) -> Tensor:
+                return tokens.to(dtype)
+
+        def tokenizer(texts: list[str]) -> Tensor:
+            return torch.tensor([[60.0, len(text)] for text in texts])
+
+        names = ["x" * (index % 200) for index in range(300)]
+        weight = zero_shot_classifier(Lengths(1, 1), tokenizer, names)
+        assert weight.dtype == expected
+        lengths = 14 + torch.arange(300, dtype=expected) % 200  # "a photo of a ." has 14
+        assert_close(weight[:, 1] / weight[:, 0], lengths / 60, rtol=1e-6, atol=0)

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from calrobust import functional, schedules
-from calrobust.evaluation import collect_logits
+from calrobust.evaluation import collect_logits, zero_shot_classifier
 from calrobust.losses import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
 from calrobust.report import ShiftReport
 from calrobust.teacher import EMATeacher
@@ -30,6 +30,7 @@ __all__ = [
     "model_stock",
     "plotting",
     "schedules",
+    "zero_shot_classifier",
 ]
 
 __version__ = "0.1.0"

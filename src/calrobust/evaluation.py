@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from calrobust._checks import check_module, check_predictions
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
+Template = str | Callable[[str], str]
 
 
 def collect_logits(
@@ -131,3 +133,89 @@ def _with_bar(loader: Iterable[Any]) -> Iterable[Any]:
         return loader
     bar: Iterable[Any] = tqdm(loader, desc="collecting logits", unit="batch", leave=False, file=sys.stderr)
     return bar
+
+
+def zero_shot_classifier(
+    model: nn.Module,
+    tokenizer: Callable[..., Any],
+    names: Sequence[str],
+    templates: Template | Sequence[Template] = "a photo of a {}.",
+) -> Tensor:
+    r"""The weights of a linear classifier on image features, made of captions of each class.
+
+    .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
+
+    where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. The logits of
+    the classifier are ``logit_scale * image_features @ weight.T``, and ``weight`` serves as a bank of text features.
+    The model runs in eval mode and without gradient, and its training flags are as before afterwards.
+
+    Args:
+        model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
+        tokenizer: the model's own. Transformers' tokenizers are called with ``padding="max_length"``,
+            ``truncation=True`` and ``return_tensors="pt"``, others with the captions alone.
+        names: the class names, in the order of the logits.
+        templates: a text with ``{}`` in the place of the name, a function from name to caption, or several of these.
+
+    Returns:
+        Shape ``[C, D]``, rows of unit norm, at least float32, on the model's device.
+
+    Raises:
+        TypeError: ``model`` has no text tower of these kinds, ``names`` are no texts, or a template is neither a text
+            nor a function.
+        ValueError: there is no name or no template, or a template has no ``{}``.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import zero_shot_classifier
+        >>> class Lengths(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.anchor = torch.nn.Parameter(torch.zeros(()))
+        ...     def encode_text(self, tokens):
+        ...         return tokens
+        >>> def tokenizer(captions):
+        ...     return torch.tensor([[3.0, len(caption)] for caption in captions])
+        >>> zero_shot_classifier(Lengths(), tokenizer, ["ox", "gnat"], "{}")
+        tensor([[0.8321, 0.5547],
+                [0.6000, 0.8000]])
+
+    Reference: Radford et al., 2021, :arxiv:`2103.00020`, Section 3.1.4.
+    """
+    check_module(model=model)
+    captions = _captions(names, templates)
+    transformers = hasattr(model, "get_text_features")
+    if not (transformers or hasattr(model, "encode_text")):
+        raise TypeError(
+            f"model must have encode_text or get_text_features, got {type(model).__name__}; "
+            "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
+        )
+    device = next(model.parameters()).device
+    features = []
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(captions), 256):
+            part = captions[start : start + 256]
+            if transformers:
+                tokens = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
+                output = model.get_text_features(**_to(dict(tokens), device))  # type: ignore[operator]
+                features.append(getattr(output, "pooler_output", output))  # a tensor before Transformers 5
+            else:
+                features.append(model.encode_text(tokenizer(part).to(device)))  # type: ignore[operator]
+    found = torch.cat(features)
+    unit = normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=1)
+    return normalize(unit.unflatten(0, (len(names), -1)).mean(1), dim=1)
+
+
+def _captions(names: Any, templates: Any) -> list[str]:
+    """Every name in every template, name by name."""
+    several = list(templates) if isinstance(templates, (list, tuple)) else [templates]
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not (listed and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"names must be a list of texts, got {_kind(names)}; pass one name for each class")
+    if not names or not several:
+        raise ValueError(f"names and templates must not be empty, got {len(names)} names and {len(several)} templates")
+    for template in several:
+        if not (isinstance(template, str) or callable(template)):
+            raise TypeError(f"templates must be texts or functions, got {_kind(template)}; pass 'a photo of a {{}}.'")
+        if isinstance(template, str) and "{}" not in template:
+            raise ValueError(f"templates must hold {{}} where the name goes, got {template!r}")
+    return [t.format(name) if isinstance(t, str) else t(name) for name in names for t in several]

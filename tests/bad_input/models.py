@@ -9,12 +9,34 @@ import torch
 from bad_input.table import Odd, Table, Target, Wrong
 from torch import Tensor, nn
 
-from calrobust import EMATeacher, average, collect_logits, interpolate, model_stock, schedules
+from calrobust import EMATeacher, average, collect_logits, interpolate, model_stock, schedules, zero_shot_classifier
 
 
 def weights(**more: Tensor) -> dict[str, Tensor]:
     """A small state dict."""
     return {"w": torch.ones(2, 3), "n": torch.tensor(3), **more}
+
+
+class Lengths(nn.Module):
+    """A text tower that gives its tokens back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Texts ``[N, 2]``."""
+        return tokens
+
+
+def named_texts() -> dict[str, Any]:
+    """A text tower, its tokenizer and two names."""
+    return {
+        "model": Lengths(),
+        "tokenizer": lambda texts: torch.tensor([[3.0, len(text)] for text in texts]),
+        "names": ["ox", "gnat"],
+        "templates": "{}",
+    }
 
 
 def followed() -> dict[str, Any]:
@@ -294,6 +316,37 @@ TABLE: Table = [
                 "prefix?",
             ),
             Wrong({"models": [A, Odd()]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got Odd"),
+        ],
+    ),
+    (
+        [Target("zero_shot_classifier", zero_shot_classifier, named_texts)],
+        [
+            Wrong({"model": torch.zeros}, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
+            Wrong(
+                {"model": MODEL},
+                TypeError,
+                "model must have encode_text or get_text_features, got Identity; "
+                "pass the CLIP of open_clip or of Transformers itself, without a wrapper",
+            ),
+            *(
+                Wrong(
+                    {"names": names},
+                    TypeError,
+                    f"names must be a list of texts, got {kind}; pass one name for each class",
+                )
+                for names, kind in (("a cat", "str"), ([1, 2], "list of 2"), (3, "int"))
+            ),
+            Wrong({"names": []}, ValueError, "names and templates must not be empty, got 0 names and 1 templates"),
+            Wrong({"templates": []}, ValueError, "names and templates must not be empty, got 2 names and 0 templates"),
+            *(
+                Wrong({"templates": templates}, ValueError, "templates must hold {} where the name goes, got 'a cat'")
+                for templates in ("a cat", ["{}", "a cat"])
+            ),
+            Wrong(
+                {"templates": 3},
+                TypeError,
+                "templates must be texts or functions, got int; pass 'a photo of a {}.'",
+            ),
         ],
     ),
     (

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -98,6 +99,54 @@ def test_forward_says_how_to_run_other_batches() -> None:
     logits, target = collect_logits(model, loader, forward=forward, progress=False)
     expected = collect_logits(model, [(batch["pixels"], batch["class"]) for batch in loader], progress=False)
     assert_close((logits / 2, target), expected)
+
+
+@pytest.mark.parametrize("output", [dict, lambda logits: (logits, None), lambda logits: [logits]])
+def test_a_model_that_returns_no_tensor_is_told_of_forward(output: Callable[[Any], Any]) -> None:
+    """Dicts, ``ModelOutput``s, which are dicts, and tuples: where the logits lie in them is not guessed."""
+
+    class Wrapped(Model):
+        def forward(self, inputs: Tensor) -> Any:
+            return output({"logits": super().forward(inputs)} if output is dict else super().forward(inputs))
+
+    with pytest.raises(TypeError, match=r"model must return a tensor of logits, got .*; pass forward=lambda model, ba"):
+        collect_logits(Wrapped(), batches(2), progress=False)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+def test_labels_may_be_numpy_arrays(dtype: type) -> None:
+    """Of any integers; they come back as int64 tensors."""
+    loader: list[tuple[Tensor, Any]] = [(inputs, target.numpy().astype(dtype)) for inputs, target in batches(2, 3)]
+    for _, labels in loader:
+        labels.flags.writeable = False  # as those of a memory map
+    _, target = collect_logits(Model(), loader, progress=False)
+    assert target.dtype == torch.int64
+    assert target.tolist() == [int(label) for _, labels in loader for label in labels]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_one_hot_labels_are_told_of_argmax(dtype: torch.dtype) -> None:
+    """``.long()``, which helps floating labels, would not help them."""
+    inputs, target = batches(5)[0]
+    one_hot = nn.functional.one_hot(target, 4).to(dtype)
+    with pytest.raises(ValueError, match=r"got a value for every class, of shape \[5, 4\]; pass target.argmax\(1\)"):
+        collect_logits(Model(), [(inputs, one_hot)], progress=False)
+    _, labels = collect_logits(Model(), [(inputs, one_hot.argmax(1))], progress=False)
+    assert torch.equal(labels, target)
+
+
+def test_a_class_for_every_pixel_gives_a_row_for_every_pixel() -> None:
+    """As ``F.cross_entropy`` takes logits ``[N, C, ...]`` with labels ``[N, ...]``; pictures may differ in size."""
+    pictures = [
+        (torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))),
+        (torch.randn(1, 3, 6), torch.randint(3, (1, 6))),
+    ]
+    logits, target = collect_logits(nn.Identity(), pictures, progress=False)
+    assert logits.shape == (46, 3)
+    expected = sum(nn.functional.cross_entropy(*picture, reduction="sum") for picture in pictures)
+    assert_close(nn.functional.cross_entropy(logits, target, reduction="sum"), expected)
+    with pytest.raises(ValueError, match=r"\[2, 3, 4, 5\]"):
+        collect_logits(nn.Identity(), [(pictures[0][0], pictures[0][1][:, 1:])], progress=False)
 
 
 class Pair(NamedTuple):

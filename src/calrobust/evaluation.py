@@ -27,23 +27,26 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Runs a model over a data set, in eval mode and without gradient, and gathers its logits and the labels.
 
-    Every submodule's training flag is as before afterwards, also after an exception, and BatchNorm statistics are not
-    touched: what :meth:`TemperatureScaler.fit <calrobust.TemperatureScaler.fit>` and the metrics should be given.
+    Afterwards every submodule's training flag is as before, also after an exception. BatchNorm statistics are not
+    touched. The result is what :meth:`TemperatureScaler.fit <calrobust.TemperatureScaler.fit>` and the metrics take.
 
     Args:
         model: gives logits ``[B, C]`` for a batch of inputs; left on its device.
-        loader: yields ``(inputs, target)``, or whatever ``forward`` takes.
-        forward: ``forward(model, batch) -> (logits, target)`` for models or batches of another kind.
+        loader: yields ``(inputs, target)``, or whatever ``forward`` takes. Labels are integers, in a tensor or in a
+            NumPy array.
+        forward: ``forward(model, batch) -> (logits, target)``, for a model that returns a dict, a tuple or a
+            ``ModelOutput``, and for batches of another kind.
         device: where to move a batch, tuples, lists and dicts of tensors included; None leaves it where it is.
         progress: whether to show a bar on stderr; needs tqdm, and without it there is none.
 
     Returns:
-        Logits ``[N, C]`` and labels ``[N]``, int64, both on the CPU.
+        Logits ``[N, C]`` and labels ``[N]``, int64, both on the CPU. Batches of ``[B, C, ...]`` with labels
+        ``[B, ...]``, as ``torch.nn.functional.cross_entropy`` takes them, give a row for each label.
 
     Raises:
-        TypeError: ``loader`` cannot be iterated, a batch is no pair of inputs and target, or ``forward`` cannot be
-            called or gives no pair of tensors.
-        ValueError: the loader is empty, or logits and labels do not fit.
+        TypeError: ``loader`` cannot be iterated, a batch is not a pair of inputs and target, the model returns no
+            tensor, ``forward`` cannot be called or gives no pair, or the labels are not integers.
+        ValueError: the loader is empty, logits and labels do not fit, or the labels are one-hot.
 
     Example:
         >>> import torch
@@ -87,15 +90,32 @@ def _call(model: nn.Module, batch: Any) -> tuple[Any, Any]:
             "pass forward=lambda model, batch: (logits, target)"
         )
     inputs, target = batch
-    return model(inputs), target
+    logits = model(inputs)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"model must return a tensor of logits, got {_kind(logits)}; "
+            "pass forward=lambda model, batch: (logits, target), which takes the logits out of it"
+        )
+    return logits, target
 
 
 def _checked(pair: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"forward must return (logits, target), got {_kind(pair)}")
     logits, target = pair
+    if not isinstance(target, Tensor) and hasattr(target, "__array__"):
+        target = torch.tensor(target)  # NumPy's
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
         target = target.to(logits.device)
+        if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+            target = target.long()
+        if logits.ndim > 1 and target.shape == logits.shape:
+            raise ValueError(
+                "target must hold the index of each sample's class, got a value for every class, of shape "
+                f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
+            )
+        if logits.ndim > 2 and target.shape == (len(logits), *logits.shape[2:]):
+            logits, target = logits.movedim(1, -1).flatten(0, -2), target.flatten()
     check_predictions(target, logits=logits)
     return logits, target
 

@@ -2,14 +2,17 @@
 
 Encode chunk by chunk without gradient, evaluate the loss once on all features, and carry its gradient in each feature
 back through a second pass over its chunk. The result is the gradient of the big batch, not an accumulation of small
-ones. Works for every model whose rows do not see each other, so without BatchNorm.
+ones. Works for every model whose rows do not see each other, so without BatchNorm; and under DistributedDataParallel,
+where losses with ``gather=True`` see the features of all ranks.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
 import calrobust as cr
 
@@ -37,33 +40,42 @@ class TwoTowers(nn.Module):
         return normalize(self.visual(images), dim=1), normalize(self.textual(texts), dim=1), self.log_scale.exp()
 
 
-def encode(model: TwoTowers, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
-    """Features of one chunk; the seed makes dropout fall alike in both passes."""
+def encode(model: nn.Module, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+    """What the model returns for one chunk; the seed makes dropout fall alike in both passes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        image_features, text_features, _ = model(*pairs)
-    return image_features, text_features
+        return tuple(model(*pairs))
+
+
+def joined(chunks: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Features of all chunks, and the logit scale (and bias, if any), which all chunks share."""
+    image_features, text_features, *shared = zip(*chunks, strict=True)
+    return [torch.cat(image_features), torch.cat(text_features), *(values[0] for values in shared)]
 
 
 def backward_in_chunks(
-    criterion: cr.losses.PairLoss, model: TwoTowers, teacher: cr.EMATeacher, images: Tensor, texts: Tensor, chunk: int
+    criterion: cr.losses.PairLoss, model: nn.Module, teacher: cr.EMATeacher, images: Tensor, texts: Tensor, chunk: int
 ) -> Tensor:
     """``criterion(*model(images, texts), *teacher(images, texts)).backward()``, with the memory of one chunk."""
     chunks = list(zip(images.split(chunk), texts.split(chunk), strict=True))
     seeds = torch.randint(2**62, (len(chunks),)).tolist()
     with torch.no_grad():
-        features = [encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)]
-        distilled = [teacher(*pairs) for pairs in chunks]
-    sides: Any = [torch.cat(side).requires_grad_() for side in zip(*features, strict=True)]
-    teacher_images, teacher_texts, teacher_scales = zip(*distilled, strict=True)
+        student = joined([encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)])
+        distilled = joined([teacher(*pairs) for pairs in chunks])
+    for output in student:
+        output.requires_grad_()
+    loss: Tensor = criterion(*student, *distilled)
+    loss.backward()  # reaches what the model returned, and stops there
 
-    frozen = (torch.cat(teacher_images), torch.cat(teacher_texts), teacher_scales[0])
-    loss: Tensor = criterion(*sides, model.log_scale.exp(), *frozen)
-    loss.backward()  # reaches the features and the logit scale
-
-    gradients = zip(*(side.grad.split(chunk) for side in sides), strict=True)
-    for pairs, seed, gradient in zip(chunks, seeds, gradients, strict=True):
-        torch.autograd.backward(encode(model, pairs, seed), gradient)
+    by_output: list[Any] = [output.grad for output in student]
+    image_gradients, text_gradients, *shared = by_output
+    gradients = zip(image_gradients.split(chunk), text_gradients.split(chunk), strict=True)
+    for i, (pairs, seed, gradient) in enumerate(zip(chunks, seeds, gradients, strict=True), start=1):
+        last = i == len(chunks)
+        # DistributedDataParallel averages over ranks in the last chunk alone, what all chunks have added up.
+        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            outputs = encode(model, pairs, seed)
+            torch.autograd.backward(outputs if last else outputs[:2], (*gradient, *shared) if last else gradient)
     return loss.detach()
 
 

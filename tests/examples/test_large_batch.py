@@ -3,11 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import large_batch
 import pytest
 import torch
 from large_batch import TwoTowers, backward_in_chunks, encode
+from leaving import torchrun
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -112,6 +114,11 @@ def test_memory_is_that_of_one_chunk() -> None:
         held[pairs, chunk] = meter.peak
     assert held[4096, 256] < 1.1 * held[256, 256]
     assert held[4096, 256] < held[4096, 4096] / 10
+
+
+def test_chunks_on_two_ranks_give_the_gradients_of_one_process() -> None:
+    """Of unequal shares, in one chunk a rank and in several; DistributedDataParallel averages each gradient once."""
+    torchrun(Path(__file__).parents[1] / "large_batch_on_a_rank.py")
 
 
 def test_runs_as_documented() -> None:

@@ -32,10 +32,12 @@ class Line(LightningModule):
         super().__init__()
         self.linear = nn.Linear(1, 1)
         self.evaluated: list[Tensor] = []
+        self.teachers: list[EMATeacher] = []  # in a list, so that they are no part of the module
 
     def training_step(self, batch: Tensor) -> Tensor:
-        """Mean squared error."""
-        loss: Tensor = (self.linear(batch) - 1).square().mean()
+        """Mean squared error, to 1 and to what teachers say."""
+        goals = [1, *(teacher(batch) for teacher in self.teachers)]
+        loss: Tensor = torch.stack([(self.linear(batch) - goal).square().mean() for goal in goals]).sum()
         return loss
 
     def validation_step(self, batch: Tensor) -> None:
@@ -45,6 +47,11 @@ class Line(LightningModule):
     def test_step(self, batch: Tensor) -> None:
         """Likewise."""
         self.validation_step(batch)
+
+    def predict_step(self, batch: Tensor) -> Tensor:
+        """Likewise."""
+        self.validation_step(batch)
+        return batch
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain SGD on the line."""
@@ -67,7 +74,7 @@ class Follower(EMATeacher):
 BATCHES = DataLoader[Tensor](torch.arange(12.0).view(6, 2, 1) / 10)  # type: ignore[arg-type]  # a tensor will do
 
 
-def trainer(folder: Path, callback: EMATeacherCallback, **options: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: EMATeacherCallback, **options: Any) -> Trainer:
     """Three steps an epoch, of two batches each, and a checkpoint after each epoch."""
     return Trainer(
         default_root_dir=folder,
@@ -76,7 +83,7 @@ def trainer(folder: Path, callback: EMATeacherCallback, **options: Any) -> Train
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}"), callback],
+        callbacks=[ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}"), *callbacks],
         **options,
     )
 
@@ -96,46 +103,110 @@ def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path
     assert_close(teacher.module.get_parameter("weight"), expected)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true", "bf16-mixed"])
 @pytest.mark.parametrize("held_by_module", [False, True])
-def test_resumed_training_ends_where_training_at_one_go_does(tmp_path: Path, held_by_module: bool) -> None:
-    """Teacher and counters included, saved once, by the callback or by the module that holds it (trap 16)."""
+def test_resumed_training_ends_where_training_at_one_go_does(
+    tmp_path: Path, held_by_module: bool, precision: str
+) -> None:
+    """Teacher and counters included, saved once, by the callback or by the module that holds it (trap 16).
+
+    In every precision the teacher is asked what the student is asked.
+    """
 
     def made() -> tuple[Line, EMATeacher, EMATeacherCallback]:
         model = Line()
         teacher = EMATeacher(model.linear)
+        model.teachers.append(teacher)
         if held_by_module:
             model.teacher = teacher
         return model, teacher, EMATeacherCallback(teacher, model.linear)
 
     torch.manual_seed(0)
     model, whole, callback = made()
-    trainer(tmp_path, callback, max_epochs=2).fit(model, BATCHES, BATCHES)
+    trainer(tmp_path, callback, max_epochs=2, precision=precision).fit(model, BATCHES, BATCHES)
     checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
     assert any(name.startswith("teacher.") for name in checkpoint["state_dict"]) == held_by_module
     assert any("EMATeacherCallback" in key for key in checkpoint["callbacks"]) != held_by_module
 
     model, resumed, callback = made()
-    trainer(tmp_path, callback, max_epochs=2).fit(model, BATCHES, BATCHES, ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    again = trainer(tmp_path, callback, max_epochs=2, precision=precision)
+    again.fit(model, BATCHES, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert resumed.step == whole.step == 6
-    assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    assert {p.dtype for p in (*model.linear.parameters(), *resumed.module.parameters())} == {dtype}
+    tolerance = 1e-7 if precision == "64-true" else 0  # Lightning restores a double student by way of float32
+    assert_close(resumed.state_dict(), whole.state_dict(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("evaluate_teacher", [False, True])
 def test_evaluates_the_averaged_weights_if_asked(tmp_path: Path, evaluate_teacher: bool) -> None:
-    """In validation and test; in between, and in the checkpoints, the student is itself."""
+    """In validation, test and prediction; in between, and in the checkpoints, the student is itself."""
     model = Line()
     teacher = Follower(model.linear)
     callback = EMATeacherCallback(teacher, model.linear, evaluate_teacher=evaluate_teacher)
     run = trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=0)
     run.fit(model, BATCHES, BATCHES)
     run.test(model, BATCHES, verbose=False)
+    run.predict(model, BATCHES)
     average, own = teacher.module.get_parameter("weight"), teacher.seen[-1]
     assert not torch.equal(average, own)
-    assert len(model.evaluated) == 12
+    assert len(model.evaluated) == 18
     for weight in model.evaluated:
         assert_close(weight, average if evaluate_teacher else own, rtol=0, atol=0)
     assert_close(model.linear.weight.detach(), own, rtol=0, atol=0)
     assert_close(torch.load(tmp_path / "epoch=0.ckpt")["state_dict"]["linear.weight"], own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("save_weights_only", [False, True])
+def test_a_checkpoint_without_a_teacher_is_an_error(tmp_path: Path, save_weights_only: bool) -> None:
+    """In training and where the averaged weights would be evaluated: never those of a new teacher instead (trap 16)."""
+    saving, model = trainer(tmp_path, max_epochs=1), Line()
+    saving.fit(model, BATCHES, BATCHES)
+    saving.save_checkpoint(tmp_path / "none.ckpt", weights_only=save_weights_only)
+    callback = EMATeacherCallback(EMATeacher(model.linear), model.linear, evaluate_teacher=True)
+    run = trainer(tmp_path, callback, max_epochs=2)
+    for evaluate in (run.validate, run.test, run.predict):
+        with pytest.raises(ValueError, match=r"got .*none.ckpt, which has none under 'EMATeacherCallback'"):
+            evaluate(model, BATCHES, ckpt_path=tmp_path / "none.ckpt", weights_only=False)
+    if not save_weights_only:  # else Lightning says itself that training cannot go on from it
+        callback.evaluate_teacher = False
+        model.train()
+        with pytest.raises(ValueError, match="ckpt_path must be a checkpoint with a teacher in it"):
+            run.fit(model, BATCHES, BATCHES, ckpt_path=tmp_path / "none.ckpt")
+
+
+def test_evaluates_the_teacher_of_the_checkpoint(tmp_path: Path) -> None:
+    """In a new process, which has trained nothing."""
+    model = Line()
+    teacher = Follower(model.linear)
+    trainer(tmp_path, EMATeacherCallback(teacher, model.linear), max_epochs=1).fit(model, BATCHES, BATCHES)
+    model = Line()
+    fresh = EMATeacherCallback(EMATeacher(model.linear), model.linear, evaluate_teacher=True)
+    trainer(tmp_path, fresh).test(model, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert_close(model.evaluated[0], teacher.module.get_parameter("weight"), rtol=0, atol=0)
+
+
+def test_two_teachers_follow_one_student(tmp_path: Path) -> None:
+    """Each is saved under its own name and comes back from there; one of them may be evaluated."""
+    model = Line()
+
+    def made(evaluate_both: bool = False) -> list[EMATeacherCallback]:
+        fast, slow = EMATeacher(model.linear, 0.0), EMATeacher(model.linear, 1.0)
+        return [
+            EMATeacherCallback(fast, model.linear, name="fast", evaluate_teacher=True),
+            EMATeacherCallback(slow, model.linear, evaluate_teacher=evaluate_both),
+        ]
+
+    first, resumed = made(), made()
+    trainer(tmp_path, *first, max_epochs=1).fit(model, BATCHES, BATCHES)
+    with torch.no_grad():
+        model.linear.weight.add_(1)
+    again = trainer(tmp_path, *resumed, max_epochs=1)
+    again.fit(model, BATCHES, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
+    for a, b in zip(first, resumed, strict=True):
+        assert_close(a.teacher.state_dict(), b.teacher.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="evaluate_teacher must be True in one callback of a student, got two"):
+        trainer(tmp_path, *made(evaluate_both=True)).validate(model, BATCHES)
 
 
 def test_an_exception_in_validation_gives_the_student_its_weights_back(tmp_path: Path) -> None:

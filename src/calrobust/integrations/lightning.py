@@ -9,11 +9,12 @@ from torch import nn
 
 from calrobust import EMATeacher
 from calrobust._checks import check_instance, check_module
+from calrobust.integrations._shards import load_whole_state, whole_state
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("calrobust.integrations.lightning needs lightning: pip install 'calrobust[lightning]'") from error
+    raise ImportError("calrobust.integrations.lightning needs Lightning: pip install 'lightning>=2.6'") from error
 
 __all__ = ["EMATeacherCallback"]
 
@@ -22,59 +23,72 @@ class EMATeacherCallback(Callback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
     :meth:`EMATeacher.update <calrobust.EMATeacher.update>` is called after each batch in which an optimiser stepped,
-    not after those that accumulate towards a step. The teacher is saved and restored with the callbacks' states, so
-    the module's own ``state_dict`` is free of it; if the module holds the teacher, as in ``self.teacher = teacher``,
-    the module saves it and the callback does not.
+    not after those that accumulate towards a step. The teacher gets the device and the precision that the trainer
+    gives the student. It is saved and restored with the callbacks' states, whole where it is sharded, so the module's
+    own ``state_dict`` is free of it. If the module holds the teacher, as in ``self.teacher = teacher``, the module
+    saves it and the callback does not.
 
     Args:
-        teacher: the teacher, which the callback moves to the module's device.
+        teacher: the teacher.
         student: what it follows: the ``LightningModule``, or the part of it that the teacher copied.
-        evaluate_teacher: whether validation and test run with the averaged weights in the student. Checkpoints hold the
-            student's own in any case, and the teacher beside them.
+        evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
+            Checkpoints hold the student's own in any case, and the teacher beside them.
+        name: tells the callbacks of one trainer apart in its checkpoints, where there are several.
 
     Raises:
-        TypeError: ``teacher`` is no :class:`~calrobust.EMATeacher`, or ``student`` no module.
+        TypeError: ``teacher`` is not an :class:`~calrobust.EMATeacher`, or ``student`` not a module.
+        ValueError: two callbacks would lend averaged weights to one student, or the trainer's ``ckpt_path`` holds no
+            teacher.
 
     Example:
         >>> import warnings
-        >>> import torch
-        >>> from lightning.pytorch import LightningModule, Trainer
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.lightning import EMATeacherCallback
-        >>> class Mean(LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.guess = torch.nn.Parameter(torch.zeros(()))
-        ...     def training_step(self, value):
-        ...         return ((self.guess - value) ** 2).mean()
-        ...     def configure_optimizers(self):
-        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
-        >>> student, batches = Mean(), torch.ones(12, 2)
+        >>> student = BoringModel()
         >>> teacher = EMATeacher(student)
-        >>> trainer = Trainer(
-        ...     max_epochs=1, accumulate_grad_batches=4, accelerator="cpu", logger=False, enable_checkpointing=False,
-        ...     enable_progress_bar=False, enable_model_summary=False,
-        ...     callbacks=[EMATeacherCallback(teacher, student)])
+        >>> options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+        >>> callback = EMATeacherCallback(teacher, student)
+        >>> trainer = Trainer(fast_dev_run=6, accumulate_grad_batches=2, callbacks=[callback], **options)
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")  # its advice on the number of workers
-        ...     trainer.fit(student, torch.utils.data.DataLoader(batches))
-        >>> teacher.step  # 12 batches, 4 to a step
+        ...     trainer.fit(student)
+        >>> teacher.step  # 6 batches, 2 to a step
         3
     """
 
-    def __init__(self, teacher: EMATeacher, student: nn.Module, *, evaluate_teacher: bool = False) -> None:
+    def __init__(
+        self, teacher: EMATeacher, student: nn.Module, *, evaluate_teacher: bool = False, name: str = ""
+    ) -> None:
         check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
         check_module(student=student)
         self.teacher = teacher
         self.student = student
         self.evaluate_teacher = evaluate_teacher
-        self._saved_by_module = False
+        self.name = name
+        self._saved_by_module = self._restored = False
         self._optimizer_steps = 0
         self._swap = ExitStack()
 
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints keep the teacher: one place for each ``name``."""
+        return self._generate_state_key(name=self.name) if self.name else super().state_key
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sees whether the module saves the teacher."""
+        """Gives the teacher the trainer's precision, before a checkpoint is restored, and sees who saves it."""
         self._saved_by_module = any(module is self.teacher for module in pl_module.modules())
+        self._restored = self._saved_by_module
+        trainer.precision_plugin.convert_module(self.teacher)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        lenders = [c for c in callbacks if isinstance(c, EMATeacherCallback) and c.evaluate_teacher]
+        lent = [parameter for lender in lenders for parameter in set(lender.student.parameters())]
+        if len(lent) > len(set(lent)):
+            raise ValueError(
+                "evaluate_teacher must be True in one callback of a student, got two; "
+                "pass evaluate_teacher=False to one of them"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the teacher to the module's device."""
@@ -82,6 +96,7 @@ class EMATeacherCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to count from where training resumes."""
+        self._check_restored(trainer)
         self._optimizer_steps = trainer.global_step
 
     def on_train_batch_end(
@@ -95,19 +110,15 @@ class EMATeacherCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lends the averaged weights to the student."""
         if self.evaluate_teacher:
+            self._check_restored(trainer)
             self._swap.enter_context(self.teacher.swapped_into(self.student))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the student its own back; checkpoints, which Lightning writes after this, hold those."""
         self._swap.close()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As for validation."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As for validation."""
-        self._swap.close()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As after validation."""
@@ -115,8 +126,17 @@ class EMATeacherCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher, unless the module saves it."""
-        return {} if self._saved_by_module else {"teacher": self.teacher.state_dict()}
+        return {} if self._saved_by_module else {"teacher": whole_state(self.teacher)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The teacher, as it was saved."""
-        self.teacher.load_state_dict(state_dict["teacher"])
+        load_whole_state(self.teacher, state_dict["teacher"])
+        self._restored = True
+
+    def _check_restored(self, trainer: Trainer) -> None:
+        if trainer.ckpt_path is not None and not self._restored:
+            raise ValueError(
+                f"ckpt_path must be a checkpoint with a teacher in it, got {trainer.ckpt_path}, which has none under "
+                f"{self.state_key!r}; resume one that a trainer with this callback saved, or load the student's "
+                "weights yourself, before EMATeacher(student), and leave ckpt_path out"
+            )

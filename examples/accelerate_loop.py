@@ -51,7 +51,9 @@ def main(folder: Path) -> None:
     for _ in range(5):
         for batch in loader:
             with accelerator.accumulate(model):
-                loss = criterion(*model(*batch), *teacher(*batch))
+                with accelerator.autocast():  # mixed precision, which prepare gives the student alone
+                    distilled = teacher(*batch)
+                loss = criterion(*model(*batch), *distilled)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

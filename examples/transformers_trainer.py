@@ -1,6 +1,6 @@
 """Transformers' ``Trainer`` with calrobust's loss and teacher: ``python examples/transformers_trainer.py``.
 
-A tiny CLIP with random weights, made-up pictures and texts; CPU, seconds; ``pip install 'calrobust[transformers]'``.
+A tiny CLIP with random weights, made-up pictures and texts; CPU, seconds; ``pip install '.[transformers]'`` in a clone.
 Three pieces: ``compute_loss`` calls the criterion, a callback moves and saves the teacher, and ``evaluation_loop``
 evaluates the averaged weights.
 """
@@ -51,8 +51,9 @@ class CaRotTrainer(Trainer):
     ) -> Any:
         """The criterion on what student and teacher return."""
         output = model(**inputs)
-        student, teacher = clip_features(output, model), clip_features(self.teacher(**inputs), self.teacher)
-        loss = self.criterion(*student, *teacher)
+        with self.accelerator.autocast():  # bf16=True, which the trainer applies to the student alone
+            distilled = self.teacher(**inputs)
+        loss = self.criterion(*clip_features(output, model), *clip_features(distilled, self.teacher))
         return (loss, output) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,7 @@ def trainer(folder: Path, teacher: EMATeacher, student: nn.Module, **options: An
     )
     data = [{"x": torch.tensor([float(i)])} for i in range(12)]
     callback = EMATeacherCallback(teacher, student)
-    return Trainer(student, arguments, train_dataset=data, callbacks=[callback])
+    return Trainer(student, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
 
 
 def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path) -> None:
@@ -105,8 +105,38 @@ def test_resuming_without_the_teacher_is_an_error(tmp_path: Path) -> None:
     trainer(tmp_path, EMATeacher(student), student, num_train_epochs=1).train()
     (tmp_path / "checkpoint-3" / "teacher.pt").unlink()
     again = trainer(tmp_path, EMATeacher(student), student, num_train_epochs=2)
-    with pytest.raises(FileNotFoundError, match=r"resumes at step 3, and .*checkpoint-3.teacher.pt has no teacher"):
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint-3 must hold the teacher as teacher.pt.*; copy the checkpo"
+    ):
         again.train(resume_from_checkpoint=True)
+
+
+def test_the_best_checkpoint_is_one_of_student_and_teacher(tmp_path: Path) -> None:
+    """``load_best_model_at_end`` loads both of the same step, here the first of three."""
+    student = Line()
+    teacher = Follower(student)
+    best = trainer(
+        tmp_path,
+        teacher,
+        student,
+        num_train_epochs=3,
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that training makes it worse
+        save_total_limit=1,
+    )
+    best.can_return_loss = True
+    best.train()
+    assert len(teacher.seen) == 9
+    assert_close(student.linear.weight.detach(), teacher.seen[2], rtol=0, atol=0)
+    kept = torch.load(tmp_path / "checkpoint-3" / "teacher.pt", weights_only=True)
+    assert_close(teacher.state_dict(), kept, rtol=0, atol=0)
+    assert teacher.step == 3
+
+    (tmp_path / "checkpoint-3" / "teacher.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-3 must hold the teacher as teacher.pt"):
+        EMATeacherCallback(teacher, student).on_train_end(best.args, best.state, best.control)
 
 
 def test_a_part_of_the_model_may_be_the_student(tmp_path: Path) -> None:
@@ -125,18 +155,19 @@ def test_features_are_those_that_the_models_own_logits_are_made_of(family: str) 
     """Unit norm, exponentiated scale; SigLIP's logits hold a bias besides."""
     model: Any
     if family == "clip":
-        model, bias = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4)), 0
+        model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4))
     else:
         model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
-        bias = model.logit_bias
     output = model(**INPUTS)
-    image_features, text_features, logit_scale = clip_features(output, model)
-    assert logit_scale.shape == ()
+    image_features, text_features, logit_scale, *biases = clip_features(output, model)
     for features in (image_features, text_features):
         assert_close(features.norm(dim=1), torch.ones(3))
-    assert_close(logit_scale * image_features @ text_features.T + bias, output.logits_per_image)
-    logit_scale.backward()
-    assert model.logit_scale.grad is not None
+    assert_close(logit_scale * image_features @ text_features.T + sum(biases), output.logits_per_image)
+    for scalar in (logit_scale, *biases):
+        assert scalar.shape == ()
+    (logit_scale + sum(biases)).backward()
+    assert len(biases) == (family == "siglip")
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "." not in name)
 
 
 def test_features_of_a_wrapped_model() -> None:

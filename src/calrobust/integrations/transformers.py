@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from calrobust import EMATeacher
 from calrobust._checks import check_attributes, check_instance, check_module
+from calrobust.integrations._shards import load_whole_state, whole_state
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(
-        "calrobust.integrations.transformers needs transformers: pip install 'calrobust[transformers]'"
+        "calrobust.integrations.transformers needs Transformers: pip install 'transformers[torch]>=5'"
     ) from error
 
 __all__ = ["EMATeacherCallback", "clip_features"]
@@ -25,45 +26,34 @@ class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
     :meth:`EMATeacher.update <calrobust.EMATeacher.update>` is called after each step of the optimiser, not after the
-    batches that accumulate towards it. Each ``checkpoint-<step>`` gets a file ``teacher.pt``, and a trainer that
-    resumes finds it in its ``output_dir``.
+    batches that accumulate towards it. Each ``checkpoint-<step>`` gets a file ``teacher.pt``, which holds the whole
+    teacher also where FSDP2 shards it. A trainer that resumes finds it in its ``output_dir``. With
+    ``load_best_model_at_end`` the teacher of the best checkpoint is loaded beside the best student.
 
-    A ``Trainer`` tells callbacks when it has evaluated, not when it will, so the averaged weights are evaluated by an
-    override of ``evaluation_loop`` around ``with teacher.swapped_into(self.model)``, as in
-    ``examples/transformers_trainer.py``.
+    A ``Trainer`` saves and loads the student's own weights. ``examples/transformers_trainer.py`` shows how to evaluate
+    the averaged weights, and how to give the teacher the student's mixed precision. Save the averaged weights with
+    ``teacher.module.save_pretrained(folder)``.
 
     Args:
         teacher: the teacher, which the callback moves to the trainer's device.
         student: what it follows: the trainer's model, or the part of it that the teacher copied.
 
     Raises:
-        TypeError: ``teacher`` is no :class:`~calrobust.EMATeacher`, or ``student`` no module.
-        FileNotFoundError: training resumes, and ``output_dir`` holds no teacher for that step.
+        TypeError: ``teacher`` is not an :class:`~calrobust.EMATeacher`, or ``student`` not a module.
+        FileNotFoundError: a checkpoint that is resumed, or the best one, holds no teacher.
 
     Example:
-        >>> import tempfile
         >>> import torch
-        >>> from transformers import PrinterCallback, Trainer, TrainingArguments
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.transformers import EMATeacherCallback
-        >>> class Mean(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.guess = torch.nn.Parameter(torch.zeros(()))
-        ...     def forward(self, value):
-        ...         return {"loss": ((self.guess - value) ** 2).mean()}
-        >>> student, data = Mean(), [{"value": 1.0}] * 24
-        >>> teacher = EMATeacher(student)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     arguments = TrainingArguments(
-        ...         folder, num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        ...         use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
-        ...     callback = EMATeacherCallback(teacher, student)
-        ...     trainer = Trainer(student, arguments, train_dataset=data, callbacks=[callback])
-        ...     trainer.remove_callback(PrinterCallback)
-        ...     _ = trainer.train()
-        >>> teacher.step  # 24 samples, 8 to a step
-        3
+        >>> student = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(student.weight, 1.0)
+        >>> teacher = EMATeacher(student, decay=0.75)
+        >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
+        >>> _ = torch.nn.init.constant_(student.weight, 5.0)  # a step of the optimiser
+        >>> callback.on_step_end(None, None, None)  # which the trainer calls after it
+        >>> teacher.module.weight.item()  # 0.75 * 1 + 0.25 * 5
+        2.0
     """
 
     def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
@@ -78,13 +68,7 @@ class EMATeacherCallback(TrainerCallback):
         """Moves the teacher to the device, and loads it if training resumes."""
         self.teacher.to(args.device)
         if state.global_step > 0:
-            path = _file(args, state)
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"training resumes at step {state.global_step}, and {path} has no teacher for it; "
-                    "copy the checkpoint that is resumed into output_dir, with the teacher.pt in it"
-                )
-            self.teacher.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+            self._load(_checkpoint(args, state), "copy the checkpoint that is resumed into output_dir, all its files")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the teacher towards the student."""
@@ -92,50 +76,62 @@ class EMATeacherCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the teacher into the checkpoint just written."""
-        if state.is_world_process_zero:
-            torch.save(self.teacher.state_dict(), _file(args, state))
+        whole = whole_state(self.teacher)  # on every rank, each of which holds a part
+        if args.should_save:
+            torch.save(whole, _checkpoint(args, state) / "teacher.pt")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Loads the teacher of the checkpoint whose student the trainer has loaded as the best."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(Path(state.best_model_checkpoint), "use this callback from the first step on")
+
+    def _load(self, checkpoint: Path, fix: str) -> None:
+        path = checkpoint / "teacher.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"{checkpoint} must hold the teacher as teacher.pt, got no such file; {fix}")
+        load_whole_state(self.teacher, torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "teacher.pt"
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     r"""The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
     The models normalise their features but keep the scale to themselves, as a logarithm:
 
     .. math:: \text{logit\_scale} = e^{\text{model.logit\_scale}}
 
-    SigLIP's logit bias is left out: it shifts all logits alike, and so changes no softmax.
-
     Args:
         output: with ``image_embeds`` and ``text_embeds``, each ``[N, D]`` and of unit norm.
         model: that gave the output; also inside ``DistributedDataParallel`` or an :class:`~calrobust.EMATeacher`.
 
     Returns:
-        ``image_features``, ``text_features`` and the exponentiated ``logit_scale``, a scalar.
+        ``image_features``, ``text_features``, the exponentiated ``logit_scale``, a scalar, and the ``logit_bias`` of
+        a model that has one, as SigLIP does.
 
     Raises:
         TypeError: the output lacks features of images or texts, or the model a ``logit_scale``.
 
     Example:
         >>> import torch
-        >>> from transformers import CLIPConfig, CLIPModel
+        >>> from transformers.models.clip.modeling_clip import CLIPOutput
         >>> from calrobust.integrations.transformers import clip_features
-        >>> tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        >>> config = CLIPConfig(
-        ...     text_config={**tiny, "vocab_size": 9, "eos_token_id": 8},
-        ...     vision_config={**tiny, "image_size": 4, "patch_size": 2},
-        ...     projection_dim=4, logit_scale_init_value=0.0)
-        >>> model = CLIPModel(config)
-        >>> output = model(input_ids=torch.tensor([[1, 8]] * 3), pixel_values=torch.rand(3, 3, 4, 4))
+        >>> model = torch.nn.Module()  # stands in for CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+        >>> model.logit_scale = torch.nn.Parameter(torch.tensor(0.0))
+        >>> output = CLIPOutput(image_embeds=torch.eye(3, 4), text_embeds=torch.eye(3, 4))  # model(**inputs)
         >>> image_features, text_features, logit_scale = clip_features(output, model)
-        >>> image_features.shape, logit_scale.item()
-        (torch.Size([3, 4]), 1.0)
+        >>> logit_scale.item()  # exp(0)
+        1.0
     """
     fix = "call the model with input_ids, pixel_values and return_dict=True"
     check_attributes(("image_embeds", "text_embeds"), fix, output=output)
     inner: Any = getattr(model, "module", model)
     check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)
-    return output.image_embeds, output.text_embeds, inner.logit_scale.exp().reshape(())
+    scalars = [inner.logit_scale.exp().reshape(())]
+    if getattr(inner, "logit_bias", None) is not None:
+        scalars.append(inner.logit_bias.reshape(()))
+    return output.image_embeds, output.text_embeds, *scalars

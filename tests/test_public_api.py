@@ -76,7 +76,12 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "evaluation": {"_checks"},
     "report": {"_checks", "functional", "report"},
     "plotting": {"_checks", "functional", "report"},
-    "integrations": {"_checks", *calrobust.__all__, "losses"},  # outside the house, they see what users see
+    "integrations": {
+        "_checks",
+        *calrobust.__all__,
+        "losses",
+        "integrations",
+    },  # outside the house, they see what users see
 }
 
 

@@ -14,7 +14,7 @@ from calrobust.integrations._shards import load_whole_state, whole_state
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("calrobust.integrations.lightning needs Lightning: pip install 'lightning>=2.6'") from error
+    raise ImportError("calrobust.integrations.lightning needs lightning: pip install 'lightning>=2.6'") from error
 
 __all__ = ["EMATeacherCallback"]
 

@@ -16,7 +16,7 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(
-        "calrobust.integrations.transformers needs Transformers: pip install 'transformers[torch]>=5'"
+        "calrobust.integrations.transformers needs transformers: pip install 'transformers[torch]>=5'"
     ) from error
 
 __all__ = ["EMATeacherCallback", "clip_features"]

@@ -1,0 +1,82 @@
+"""The symmetric contrastive losses of other libraries, which are all MCL."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from strategies import Pairs, class_labels, paired_features, seeds, unit_rows
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from calrobust.functional import multimodal_contrastive_loss
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the peers depend on
+    from info_nce import info_nce
+    from pytorch_metric_learning.losses import SupConLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+
+def info_nce_both_ways(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """Its loss has one direction."""
+    one, other = (info_nce(a, b, temperature=1 / scale) for a, b in ((image, text), (text, image)))
+    return torch.add(one, other) / 2
+
+
+def sentence_transformers_symmetric(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """What MultipleNegativesSymmetricRankingLoss is a name for."""
+    model: Any = nn.Identity()  # the loss takes features as well
+    loss = MultipleNegativesRankingLoss(
+        model, scale, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    )
+    return loss.compute_loss_from_embeddings([image, text], torch.empty(0))
+
+
+def transformers_clip_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """What ``return_loss=True`` gives."""
+    return image_text_contrastive_loss(scale * text @ image.T)
+
+
+def along_the_sphere(gradient: Tensor, features: Tensor) -> Tensor:
+    """Without the part along the features, which losses that normalise for themselves do not have."""
+    return gradient - (gradient * features.detach()).sum(1, keepdim=True) * features.detach()
+
+
+@pytest.mark.parametrize(
+    "theirs", [info_nce_both_ways, sentence_transformers_symmetric, transformers_clip_loss], ids=lambda f: f.__name__
+)
+@given(pairs=paired_features())
+def test_symmetric_losses_are_ours(theirs: Callable[[Tensor, Tensor, float], Tensor], pairs: Pairs) -> None:
+    """In value and in the gradients of both features, along the unit sphere."""
+    inputs = pairs.image.requires_grad_(), pairs.text.requires_grad_()
+    ours, other = multimodal_contrastive_loss(*inputs, pairs.scale), theirs(*inputs, pairs.scale)
+    assert_close(ours, other, rtol=1e-9, atol=1e-9)
+    gradients = (oracles.gradients(value, *inputs) for value in (ours, other))
+    for features, a, b in zip(inputs, *gradients, strict=True):
+        atol = 1e-9 * max(1.0, pairs.scale)
+        assert_close(along_the_sphere(a, features), along_the_sphere(b, features), rtol=1e-8, atol=atol)
+
+
+@given(seed=seeds())
+def test_supervised_contrast_of_both_directions_is_ours_with_labels(seed: int) -> None:
+    """With the labels of the references as a tensor of their own."""
+    image, text, labels = unit_rows(12, 8, seed), unit_rows(12, 8, seed + 1), class_labels(12, seed)
+    loss = SupConLoss(temperature=0.1)
+    theirs = [loss(a, labels, ref_emb=b, ref_labels=labels.clone()) for a, b in ((image, text), (text, image))]
+    ours = multimodal_contrastive_loss(image, text, 10.0, labels=labels)
+    assert_close(ours, sum(theirs, torch.zeros(())) / 2, rtol=1e-6, atol=0)
+
+
+def test_supervised_contrast_leaves_a_pair_out_where_both_labels_are_one_tensor() -> None:
+    """It takes ``ref_labels is labels`` for a batch that is compared with itself."""
+    image, text, labels = unit_rows(12, 8, 0), unit_rows(12, 8, 1), class_labels(12, 0)
+    loss = SupConLoss(temperature=0.1)
+    one, two = (loss(image, labels, ref_emb=text, ref_labels=given) for given in (labels, labels.clone()))
+    assert abs(one - two) > 0.1

@@ -1,0 +1,57 @@
+"""scikit-learn's temperature and scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
+from sklearn.metrics import brier_score_loss, log_loss
+from strategies import classifier, seeds
+
+from calrobust import functional as F
+
+
+class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # untyped
+    """A fitted classifier whose decision function is its input."""
+
+    def fit(self, logits: Any, target: Any) -> Given:
+        """Learns how many classes there are."""
+        self.classes_ = np.unique(target)
+        return self
+
+    def decision_function(self, logits: Any) -> Any:
+        """The input."""
+        return logits
+
+    def predict(self, logits: Any) -> Any:
+        """The class of the highest logit."""
+        return logits.argmax(1)
+
+
+@given(seed=seeds())
+def test_beta_is_one_over_our_temperature(seed: int) -> None:
+    """Of ``CalibratedClassifierCV(FrozenEstimator(classifier), method="temperature")``."""
+    logits, target = classifier(400, 4, seed, sharpness=0.5, dtype=torch.float64)
+    arrays = logits.numpy(), target.numpy()
+    calibrated = CalibratedClassifierCV(FrozenEstimator(Given().fit(*arrays)), method="temperature").fit(*arrays)
+    (fold,) = calibrated.calibrated_classifiers_
+    (scaling,) = fold.calibrators
+    assert float(scaling.beta_) == pytest.approx(1 / F.fit_temperature(logits, target).item(), rel=1e-4)
+
+
+@given(seed=seeds())
+def test_scores_are_ours(seed: int) -> None:
+    """With ``scale_by_half=False``: its default halves the Brier score of two classes."""
+    logits, target = classifier(200, 4, seed, dtype=torch.float64)
+    probs = logits.softmax(1).numpy()
+    brier = brier_score_loss(target.numpy(), probs, labels=range(4), scale_by_half=False)
+    assert F.brier_score(logits, target).item() == pytest.approx(brier)
+    assert F.negative_log_likelihood(logits, target).item() == pytest.approx(
+        log_loss(target.numpy(), probs, labels=range(4))
+    )

@@ -1,0 +1,82 @@
+"""torch-uncertainty's metrics and temperature, which are torchmetrics' with more names."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import classifier, seeds
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from calrobust import functional as F
+from calrobust.functional.calibration import Norm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what it depends on
+    from torch_uncertainty.metrics import classification as theirs
+    from torch_uncertainty.post_processing import TemperatureScaler
+
+CLASSES, BINS = 5, 10
+
+
+def value(metric: Any, logits: Tensor, target: Tensor) -> Tensor:
+    """Of one batch of probabilities."""
+    metric.update(logits.softmax(1), target)
+    result: Tensor = metric.compute()
+    return result
+
+
+@given(seed=seeds())
+def test_scores_are_ours(seed: int) -> None:
+    """Brier score and likelihood, up to its float32 sums."""
+    logits, target = classifier(300, CLASSES, seed)
+    ours = F.brier_score(logits, target).item(), F.negative_log_likelihood(logits, target).item()
+    other = value(theirs.BrierScore(CLASSES), logits, target), value(theirs.CategoricalNLL(), logits, target)
+    assert ours == pytest.approx(tuple(float(v) for v in other), rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+@given(seed=seeds())
+def test_equal_mass_errors_are_ours_where_bins_hold_equally_many(norm: Norm, seed: int) -> None:
+    """N a multiple of the number of bins, and no ties."""
+    logits, target = classifier(300, CLASSES, seed, dtype=torch.float64)
+    options = {"num_classes": CLASSES, "num_bins": BINS, "norm": norm}
+    ours = F.adaptive_calibration_error(logits, target, n_bins=BINS, norm=norm).item()
+    other = value(theirs.AdaptiveCalibrationError("multiclass", **options), logits, target)
+    assert ours == pytest.approx(float(other), rel=1e-4)
+
+
+@given(seed=seeds())
+def test_classwise_errors_reduce_classes_otherwise_than_ours(seed: int) -> None:
+    """l1 alike; the mean of per-class roots against the root of the mean; the mean of maxima against the maximum."""
+    logits, target = classifier(300, CLASSES, seed, sharpness=0.5)
+
+    def per_class(norm: Norm) -> list[float]:
+        metric = theirs.ClasswiseCalibrationError(CLASSES, num_bins=BINS, norm=norm, reduction="none")
+        errors: list[float] = value(metric, logits, target).tolist()
+        return errors
+
+    def ours(norm: Norm) -> float:
+        return F.classwise_calibration_error(logits, target, n_bins=BINS, norm=norm).item()
+
+    assert ours("l1") == pytest.approx(sum(per_class("l1")) / CLASSES, rel=1e-3)
+    assert ours("l2") == pytest.approx(math.sqrt(sum(e * e for e in per_class("l2")) / CLASSES), rel=1e-3)
+    assert ours("max") == pytest.approx(max(per_class("max")), rel=1e-3)
+
+
+def test_temperature_is_ours() -> None:
+    """As near as its L-BFGS gets in 100 iterations; its list holds T."""
+    logits, target = classifier(2000, CLASSES, 0, sharpness=0.5)
+    scaler = TemperatureScaler()
+    logging.disable(logging.WARNING)  # that it has no model
+    try:
+        scaler.fit(DataLoader(TensorDataset(logits, target), batch_size=2000), progress=False)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert scaler.temperature[0].item() == pytest.approx(F.fit_temperature(logits, target).item(), rel=0.02)

@@ -15,13 +15,14 @@ release = calrobust.__version__
 
 extensions = [
     "links",
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
     "sphinx.ext.extlinks",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
@@ -30,9 +31,11 @@ extensions = [
 ]
 html_theme = "furo"
 pygments_dark_style = "github-dark"
+html_math_renderer = "mathml"
 html_title = f"calrobust {release}"
 html_static_path = ["_static"]
 html_css_files = ["calrobust.css"]
+html_js_files = ["sidebar.js"]
 exclude_patterns = ["_build", "gallery"]
 templates_path = ["_templates"]
 

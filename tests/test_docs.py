@@ -177,7 +177,7 @@ def test_badges_are_true() -> None:
 
 
 def test_words_in_formulas_can_be_set() -> None:
-    """MathJax, which runs in the reader's browser and not in the build, wants underscores in them escaped."""
+    """LaTeX, and MathJax with which GitHub shows the pages, want underscores in them escaped."""
     paths = [*PAGES, *(ROOT / "src").rglob("*.py")]
     words = {
         word for path in paths for word in re.findall(r"\\(?:text|mathrm){(.*?)}", path.read_text(encoding="utf-8"))

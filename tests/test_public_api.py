@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 import socket
 import subprocess
 import sys
@@ -125,19 +126,17 @@ def test_lazy_modules_are_listed_and_unknown_names_are_errors() -> None:
         importlib.import_module("calrobust").nothing  # noqa: B018  (the access is the test)
 
 
+@pytest.mark.parametrize(
+    "path", ["metrics.CalibrationError", "functional.calibration_error", "plotting.shift_scatter", "schedules.power"]
+)
+def test_a_name_of_a_module_tells_where_it_is(path: str) -> None:
+    """As ``cr.CalibrationError`` is written before its module is known."""
+    with pytest.raises(AttributeError, match=rf"did you mean calrobust\.{re.escape(path)}\?"):
+        getattr(calrobust, path.split(".")[1])
+
+
 def test_no_test_reaches_for_a_network() -> None:
     """Sockets lead to this machine and nowhere else."""
     blocked = pytest.raises(SocketConnectBlockedError)
     with socket.socket() as connection, pytest.warns(UserWarning, match=r"192\.0\.2\.1"), blocked:
         connection.connect(("192.0.2.1", 80))
-
-
-def test_the_quickstart_learns_and_scaling_helps() -> None:
-    """As a user runs it: a table of two lines, accuracy far above chance, and a smaller NLL after scaling."""
-    script = ROOT / "examples" / "quickstart.py"
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in result.stdout.splitlines()]
-    accuracy, nll = ([float(row[row.index(name) + 1]) for row in rows] for name in ("accuracy", "NLL"))
-    assert len(rows) == 2
-    assert accuracy[0] == accuracy[1] > 0.5
-    assert nll[1] < nll[0]

@@ -33,13 +33,13 @@ versions = {
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.7), sharey=True)
 for ax, (name, scores) in zip(axes, versions.items(), strict=True):
     confidences, correct = top_label(scores, target[test])
-    bins = bin_confidences(confidences, correct, n_bins)
+    bins = bin_confidences(confidences, correct, n_bins=n_bins)
     low, high = bootstrap_interval(confidences, correct, n_bins=n_bins)
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
     print(f"{name:20}  ECE {100 * binned_error(bins):4.1f} %, {interval}")
 
     resamples = torch.randint(n, (500, n))
-    draws = [bin_confidences(confidences[i], correct[i], n_bins) for i in resamples]
+    draws = [bin_confidences(confidences[i], correct[i], n_bins=n_bins) for i in resamples]
     accuracies = torch.stack([drawn.correct_sums / drawn.counts for drawn in draws])
     bottom, top = (accuracies.nanquantile(q, dim=0) for q in (0.025, 0.975))
 

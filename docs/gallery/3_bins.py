@@ -22,7 +22,7 @@ def draw(n, truth):
 
 
 def ece(confidences, correct, n_bins=15):
-    return binned_error(bin_confidences(confidences, correct, n_bins))
+    return binned_error(bin_confidences(confidences, correct, n_bins=n_bins))
 
 
 def mean_of_batches(confidences, correct, size):

@@ -40,6 +40,12 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: torchmetrics alone takes longer to import than the rest of the package.
     if name in {"metrics", "plotting"}:
         return importlib.import_module(f"calrobust.{name}")
+    homes = (
+        () if name.startswith("_") else ("metrics",) if name[0].isupper() else ("functional", "plotting", "schedules")
+    )
+    for home in homes:
+        if name in importlib.import_module(f"calrobust.{home}").__all__:
+            raise AttributeError(f"module 'calrobust' has no attribute {name!r}; did you mean calrobust.{home}.{name}?")
     raise AttributeError(f"module 'calrobust' has no attribute {name!r}")
 
 

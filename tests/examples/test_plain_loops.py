@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("script", ["quickstart.py", "fsdp.py", "accelerate_loop.py", "transformers_trainer.py"])
+@pytest.mark.parametrize("script", ["fsdp.py", "accelerate_loop.py", "transformers_trainer.py"])
 @pytest.mark.filterwarnings("ignore")  # of the trainers
 def test_no_loop_decays_its_logit_scale(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decay alone would take it from 100 to 94 in a long run, with no gradient at all (trap 8)."""

@@ -39,9 +39,9 @@ def netcal_value(metric: type, samples: Samples, n_bins: int, *, equal_intervals
 def test_error_is_netcals(samples: Samples, n_bins: int, dtype: torch.dtype) -> None:
     """ECE and MCE, in the precision that the confidences have."""
     samples = samples[0].to(dtype), samples[1]
-    bins = bin_confidences(*samples, n_bins)
-    assert binned_error(bins, "l1").item() == pytest.approx(netcal_value(ECE, samples, n_bins), abs=TOLERANCE)
-    assert binned_error(bins, "max").item() == pytest.approx(netcal_value(MCE, samples, n_bins), abs=TOLERANCE)
+    bins = bin_confidences(*samples, n_bins=n_bins)
+    assert binned_error(bins, norm="l1").item() == pytest.approx(netcal_value(ECE, samples, n_bins), abs=TOLERANCE)
+    assert binned_error(bins, norm="max").item() == pytest.approx(netcal_value(MCE, samples, n_bins), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -53,11 +53,11 @@ def test_every_edge_is_netcals(dtype: torch.dtype) -> None:
         # Beside a sample inside each bin, so that an edge in a wrong bin changes the value.
         inside = torch.tensor([(k + 0.37) / n_bins for k in range(n_bins)], dtype=dtype)
         samples = torch.cat([edges, inside]), torch.cat([correct, torch.arange(n_bins) % 2 == 0])
-        ours = binned_error(bin_confidences(*samples, n_bins)).item()
+        ours = binned_error(bin_confidences(*samples, n_bins=n_bins)).item()
         assert ours == pytest.approx(netcal_value(ECE, samples, n_bins), abs=TOLERANCE), n_bins
         for edge in edges:
             pair = torch.stack([edge, inside[n_bins // 2]]), torch.tensor([True, False])
-            ours = binned_error(bin_confidences(*pair, n_bins)).item()
+            ours = binned_error(bin_confidences(*pair, n_bins=n_bins)).item()
             assert ours == pytest.approx(netcal_value(ECE, pair, n_bins), abs=TOLERANCE), (n_bins, float(edge))
 
 
@@ -76,8 +76,15 @@ def test_equal_mass_error_is_netcals(seed: int, n_bins: int, each: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     confidences = torch.rand(n_bins * each, dtype=torch.float64, generator=generator)
     samples = confidences, torch.rand(n_bins * each, generator=generator) < 0.5
-    ours = binned_error(equal_mass_bins(*samples, n_bins)).item()
+    ours = binned_error(equal_mass_bins(*samples, n_bins=n_bins)).item()
     assert ours == pytest.approx(netcal_value(ECE, samples, n_bins, equal_intervals=False), abs=TOLERANCE)
+
+
+def test_equal_mass_bins_of_netcal_are_interpolated_where_they_cannot_be_equal() -> None:
+    """Eleven samples in four bins: its edges then lie elsewhere than between the samples of ours."""
+    confidences, correct = torch.linspace(0.05, 0.95, 11, dtype=torch.float64).square(), torch.arange(11) % 3 == 0
+    ours = binned_error(equal_mass_bins(confidences, correct, n_bins=4)).item()
+    assert abs(ours - netcal_value(ECE, (confidences, correct), 4, equal_intervals=False)) > 0.01
 
 
 def test_netcal_loses_float32_samples_between_an_edge_and_its_rounding() -> None:
@@ -87,7 +94,7 @@ def test_netcal_loses_float32_samples_between_an_edge_and_its_rounding() -> None
     by_hand = ((1 - 5 / 6) + 3.37 / 6) / 2
     assert as_float32 == pytest.approx(3.37 / 6 / 2, abs=TOLERANCE)
     assert netcal_value(ECE, (confidences, correct), 6) == pytest.approx(by_hand, abs=TOLERANCE)
-    assert binned_error(bin_confidences(confidences, correct, 6)).item() == pytest.approx(by_hand, abs=TOLERANCE)
+    assert binned_error(bin_confidences(confidences, correct, n_bins=6)).item() == pytest.approx(by_hand, abs=TOLERANCE)
 
 
 def test_temperature_is_the_inverse_of_netcals() -> None:

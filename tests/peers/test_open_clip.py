@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from open_clip.loss import ClipLoss, DistillClipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss
 from strategies import Pairs, paired_features, student_and_teacher
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
+from calrobust.integrations.open_clip import OpenClipLoss
 
 IMPLS = ("auto", "dense", "tiled")
 
@@ -66,3 +68,23 @@ def test_agrees_on_the_output_of_a_real_model(impl: Any) -> None:
     assert_close(ours, ClipLoss()(*model(images, texts)))
     ours.backward()
     assert model.logit_scale.grad is not None
+
+
+def test_the_terms_of_the_integration_are_theirs_under_one_other_name() -> None:
+    """``distillation_loss`` where they have ``distill_loss``."""
+    inputs = {"image_features": torch.eye(2), "text_features": torch.eye(2), "logit_scale": torch.tensor(1.0)}
+    inputs |= {f"dist_{name}": value for name, value in inputs.items()}
+    ours = OpenClipLoss(MultimodalContrastiveLoss() + MultimodalDistillationLoss())(**inputs, output_dict=True)
+    theirs = DistillClipLoss()(**inputs, output_dict=True)
+    assert {"distill_loss" if name == "distillation_loss" else name for name in ours} == theirs.keys()
+
+
+def test_a_coca_is_a_contrastive_loss_and_a_caption_loss() -> None:
+    """Of its outputs the three that ours take, and cross-entropy of its ``logits``."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    labels = torch.randint(1, 7, (2, 5), generator=generator)
+    features = torch.eye(2), torch.eye(2)
+    contrastive, caption = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(*features, logits, labels, 3.0)
+    assert_close(MultimodalContrastiveLoss()(*features, 3.0), contrastive)
+    assert_close(2.0 * cross_entropy(logits.permute(0, 2, 1), labels, ignore_index=0), caption)

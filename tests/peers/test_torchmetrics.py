@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from strategies import classifier, seeds
 from torch import Tensor
+from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.wrappers import BootStrapper
 
 from calrobust.functional.calibration import Norm, calibration_error
+from calrobust.metrics import CalibrationError
 
 
 def inside(seed: int) -> tuple[Tensor, Tensor]:
@@ -38,3 +41,24 @@ def test_a_confidence_of_one_shares_the_last_bin_with_us_alone() -> None:
     ours = calibration_error(probs, target, n_bins=10, from_logits=False).item()
     theirs = multiclass_calibration_error(probs, target, num_classes=2, n_bins=10).item()
     assert (round(ours, 4), round(theirs, 4)) == (0.235, 0.265)
+
+
+def test_an_empty_metric_is_nan_where_theirs_raises() -> None:
+    """Both warn that nothing came before."""
+    with pytest.warns(UserWarning, match="before"), pytest.raises(ValueError, match="No samples"):
+        MulticlassCalibrationError(4).compute()
+    with pytest.warns(UserWarning, match="before"):
+        assert CalibrationError().compute().isnan()
+
+
+def test_its_bootstrap_takes_quantiles_in_float64() -> None:
+    """The dtype of our values, which torch.quantile wants."""
+    logits, target = classifier(200, 4, 0)
+    quantile = torch.tensor([0.05, 0.95], dtype=torch.float64)
+    wrapped = BootStrapper(CalibrationError(), num_bootstraps=20, quantile=quantile)
+    wrapped.update(logits, target)
+    low, high = wrapped.compute()["quantile"]
+    assert 0 < low < high < 1
+    wrapped.quantile = quantile.float()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        wrapped.compute()

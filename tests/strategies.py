@@ -90,7 +90,7 @@ def classifier(
 
 
 @st.composite
-def predictions(draw: st.DrawFn, min_samples: int = 1, max_samples: int = 60, min_classes: int = 1) -> Predictions:
+def predictions(draw: st.DrawFn, min_samples: int = 1, max_samples: int = 60, min_classes: int = 2) -> Predictions:
     """Of models from hesitant to saturated, calibrated or not, in float32 or float64."""
     return classifier(
         draw(st.integers(min_samples, max_samples)),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchmetrics import Metric, MetricCollection
 
+from calrobust import _checks
 from calrobust.functional.calibration import (
     adaptive_calibration_error,
     bin_confidences,
@@ -46,7 +48,7 @@ MAKERS: dict[str, Make] = {
     "debiased": lambda **options: CalibrationError(norm="l2", debiased=True, **options),
     "max": lambda **options: CalibrationError(norm="max", **options),
     "adaptive": AdaptiveCalibrationError,
-    "classwise": lambda **options: ClasswiseCalibrationError(5, **options),
+    "classwise": lambda **options: ClasswiseCalibrationError(num_classes=5, **options),
     "brier": BrierScore,
     "nll": NegativeLogLikelihood,
     "summary": CalibrationSummary,
@@ -100,7 +102,7 @@ def test_summary_is_its_parts() -> None:
     """One pass gives what the single metrics give."""
     p = classifier(300, 5, 0)
     summary = updated(CalibrationSummary(n_bins=10), p).compute()
-    bins = bin_confidences(*top_label(*p), 10)
+    bins = bin_confidences(*top_label(*p), n_bins=10)
     assert list(summary) == ["accuracy", "confidence", "nll", "brier", "ece", "rmsce", "mce"]
     assert_close(summary["accuracy"], (p.logits.argmax(1) == p.target).double().mean())
     assert_close(summary["confidence"], bins.confidence_sums.sum() / 300)
@@ -141,13 +143,13 @@ def test_compute_before_update_is_nan_with_torchmetrics_warning(make: Make) -> N
 
 
 BAD: dict[str, tuple[Tensor, Tensor, str]] = {
-    "probabilities": (torch.full((2, 5), 0.2), torch.tensor([0, 1]), "set from_logits=False"),
+    "probabilities": (torch.full((2, 5), 0.2), torch.tensor([0, 1]), "preds must be logits, got rows"),
     "nan": (torch.tensor([[0, 1, 2, 3, torch.nan]] * 2), torch.tensor([0, 1]), "got NaN in row 0, whose label is 0"),
     "inf": (torch.tensor([[0, 1, 2, 3, torch.inf]] * 2), torch.tensor([0, 1]), r"got \+inf in row 0"),
     "masked": (torch.full((2, 5), -torch.inf), torch.tensor([0, 1]), "-inf in every class in row 0"),
     "label": (torch.zeros(2, 5), torch.tensor([0, 5]), r"target must be in \[0, 5\).*got 5"),
     "negative": (torch.zeros(2, 5), torch.tensor([0, -100]), "leave them out of a metric with ignore_index=-100"),
-    "shape": (torch.zeros(5), torch.tensor([0] * 5), r"preds must have shape \[N, C\]"),
+    "shape": (torch.zeros(5), torch.tensor([0] * 5), r"preds must have shape \[N, C, \.\.\.\]"),
     "length": (torch.zeros(2, 5), torch.tensor([0] * 3), r"target must have shape \[2\].*got \[3\]"),
     "integers": (torch.zeros(2, 5, dtype=torch.int64), torch.tensor([0, 1]), "preds must be floating point"),
     "dtype": (torch.zeros(2, 5), torch.tensor([0.0, 1.0]), r"target must have dtype torch\.int64"),
@@ -213,16 +215,6 @@ def test_cosines_are_taken_for_logits() -> None:
         assert_close(updated(CalibrationError(), *pieces(p, size)).compute(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_probabilities_of_every_precision_are_recognised(dtype: torch.dtype) -> None:
-    """Their rows sum to 1 up to the rounding of their dtype."""
-    logits, target = classifier(300, 100, 0)
-    probs = logits.softmax(1).to(dtype)
-    CalibrationError(from_logits=False).update(probs, target)
-    with pytest.raises(ValueError, match="set from_logits=False"):
-        CalibrationError().update(probs, target)
-
-
 def test_validation_can_be_switched_off() -> None:
     """Then NaN goes through to the value, still never a finite wrong one (trap 21)."""
     metric = CalibrationError(validate_args=False)
@@ -265,6 +257,77 @@ def test_clone_pickle_and_state_dict_keep_the_state(make: Make) -> None:
         assert_close(other.compute(), expected, rtol=0, atol=0)
 
 
+@every_maker
+def test_a_state_saved_while_synchronised_is_loaded_and_merged(make: Make) -> None:
+    """Then the samples of `AdaptiveCalibrationError` are one tensor, not a list (as torchmetrics leaves them)."""
+    p, more = classifier(20, 5, 0), classifier(10, 5, 1)
+    metric = updated(make(), p)
+    metric.persistent(True)
+    metric.sync(dist_sync_fn=lambda tensor, group: [tensor], distributed_available=lambda: True)
+    loaded, merged = make(), updated(make(), more)
+    loaded.persistent(True)
+    loaded.load_state_dict(metric.state_dict())
+    merged.merge_state(metric)
+    assert_close(loaded.compute(), updated(make(), p).compute())
+    assert_close(updated(loaded, more).compute(), updated(make(), p, more).compute())
+    assert_close(merged.compute(), updated(make(), p, more).compute())
+
+
+class Judged(nn.Module):
+    """A model that holds a metric of its own."""
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.metric = metric
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        return self.layer(x)
+
+
+@every_maker
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:", "ignore:This property will be removed:DeprecationWarning")
+def test_scripts_alone_and_inside_a_module(make: Make) -> None:
+    """As torchmetrics asks of every metric; the scripted module gives what the module gives."""
+    torch.jit.script(make())
+    module, x = Judged(make()), torch.randn(3, 4)
+    assert_close(torch.jit.script(module)(x), module(x))
+
+
+@every_maker
+def test_a_device_without_float64_is_refused_by_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches on it, and a move of the metric there (`meta` plays the device)."""
+    monkeypatch.setattr(_checks, "WITHOUT_FLOAT64", {"meta"})
+    metric, p = make(), classifier(20, 5, 0)
+    message = r"must be on a device that has float64, in which sums are taken, got meta; move it with \.cpu\(\)$"
+    with pytest.raises(ValueError, match="^preds " + message):
+        metric.update(p.logits.to("meta"), p.target.to("meta"))
+    with pytest.raises(ValueError, match="^metric " + message):
+        nn.ModuleList([metric]).to("meta")
+    assert metric.device.type == "cpu"
+    updated(metric, p)
+
+
+@every_maker
+def test_further_dimensions_are_samples(make: Make) -> None:
+    """``[N, C, H, W]`` with ``[N, H, W]``, as torch's cross-entropy takes them."""
+    logits, target = classifier(24, 5, 0)
+    image, labels = logits.view(2, 3, 4, 5).movedim(-1, 1), target.view(2, 3, 4)
+    assert_close(updated(make(), (image, labels)).compute(), updated(make(), (logits, target)).compute())
+    with pytest.raises(ValueError, match=r"^target must have shape \[2, 3, 4\], one label for each row, got \[24\]$"):
+        make().update(image, target)
+
+
+@pytest.mark.parametrize("make", [CalibrationError, AdaptiveCalibrationError, CalibrationSummary])
+def test_a_number_of_classes_is_not_taken_for_a_number_of_bins(make: Any) -> None:
+    """``MulticlassCalibrationError(10)`` is over ten classes; options are keyword-only (here and in the functions)."""
+    with pytest.raises(TypeError, match="positional argument"):
+        make(10)
+    assert all(p.kind is not p.POSITIONAL_OR_KEYWORD for p in inspect.signature(make).parameters.values())
+    assert {"n_bins", "from_logits", "ignore_index", "validate_args"} <= set(inspect.signature(make).parameters)
+
+
 def test_a_state_of_another_shape_is_not_loaded() -> None:
     """Ten bins are no state of a metric of fifteen, which stays as it was."""
     metric, other = updated(CalibrationError(), classifier(20, 5, 0)), CalibrationError(n_bins=10)
@@ -281,7 +344,6 @@ CASTS: list[Callable[[Metric], object]] = [
     lambda m: m.half(),
     lambda m: m.to(torch.float16),
     lambda m: m.bfloat16(),
-    lambda m: m.set_dtype(torch.float16),
     lambda m: nn.ModuleList([m]).half(),
     lambda m: nn.ModuleList([m]).to(torch.bfloat16),
 ]
@@ -353,7 +415,7 @@ def test_half_precision_batches_are_summed_as_their_float32_values(make: Make, d
     """The only loss is the rounding of the logits; the value is float64, also of a metric that was cast itself."""
     batches = [classifier(30, 5, seed, dtype=dtype) for seed in range(2)]
     expected = updated(make(), *((logits.float(), target) for logits, target in batches)).compute()
-    for metric in (make(), make().to(dtype).set_dtype(dtype)):
+    for metric in (make(), make().to(dtype)):
         value = updated(metric, *batches).compute()
         assert_close(value, expected, rtol=0, atol=0)
         assert {v.dtype for v in (value.values() if isinstance(value, dict) else [value])} == {torch.float64}
@@ -366,6 +428,10 @@ def test_is_a_torchmetrics_metric_in_all_else(make: Make) -> None:
     for constant in ("is_differentiable", "higher_is_better"):
         with pytest.raises(RuntimeError, match="Can't change const"):
             setattr(metric, constant, True)
+    assert metric.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"dst_type must be torch\.float64"):
+        metric.set_dtype(torch.float32)
+    assert metric.set_dtype(torch.float64) is metric
     assert hash(updated(metric, p)) != hash(updated(make(), p))
     assert metric.state_dict() == {}
     metric.persistent(True)

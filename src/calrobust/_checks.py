@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LARGEST: Any = sys.float_info.max  # Any, as numbers.Real promises no comparison with a float
+LARGEST = sys.float_info.max
+PRINTED_DECIMALS = (2, 3, 4)  # of probabilities that were written to text
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
 def check_tensor(**tensors: Any) -> None:
@@ -42,16 +44,27 @@ def check_number(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
-        if not -LARGEST <= value <= LARGEST:  # NaN too, and an int too large for a float
+        number: Any = value if isinstance(value, (int, float)) else float(value)  # NumPy's float32 would overflow below
+        if not -LARGEST <= number <= LARGEST:  # NaN too, and an int too large for a float
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def check_integer(**numbers: Any) -> None:
-    """Raises for an argument that is no int, or too large for a float."""
+    """Raises for an argument that is no integer, or too large for a float."""
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     check_number(**numbers)
+
+
+def check_float64(**tensors: Tensor) -> None:
+    """Raises ``ValueError`` for a tensor on a device that has no float64."""
+    for name, value in tensors.items():
+        if value.device.type in WITHOUT_FLOAT64:
+            raise ValueError(
+                f"{name} must be on a device that has float64, in which sums are taken, got {value.device}; "
+                "move it with .cpu()"
+            )
 
 
 def check_one_device(**tensors: Tensor) -> None:
@@ -86,7 +99,7 @@ def check_count(limit: int, **numbers: Any) -> None:
 
 
 def check_n_bins(n_bins: Any) -> None:
-    """Raises for what is no number of bins."""
+    """Raises for an invalid number of bins."""
     check_count(10**6, n_bins=n_bins)
 
 
@@ -114,14 +127,15 @@ def check_choice(choices: tuple[str, ...], **options: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_labels(length: int, device: torch.device, **labels: Any) -> None:
-    """Raises for labels that are not an ``int64`` tensor of shape ``[length]`` on ``device``."""
+def check_labels(length: int, device: torch.device, further: Sequence[int] = (), **labels: Any) -> None:
+    """Raises for labels that are not an ``int64`` tensor of shape ``[length, *further]`` on ``device``."""
+    shape = [length, *further]
     check_tensor(**labels)
     for name, value in labels.items():
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}; convert it with .long()")
-        if value.shape != (length,):
-            raise ValueError(f"{name} must have shape [{length}], one label for each row, got {list(value.shape)}")
+        if list(value.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, one label for each row, got {list(value.shape)}")
         if value.device != device:
             raise ValueError(
                 f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()"
@@ -212,53 +226,34 @@ def check_nonnegative_integer(**numbers: Any) -> None:
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
-    """Raises unless the argument is a floating ``[N, C]`` tensor, C ≥ 1, and ``target`` has an int64 label a row."""
+    """Raises unless the argument is floating ``[N, C, ...]``, C ≥ 2, and ``target`` has int64 labels ``[N, ...]``."""
     check_floating(**preds)
     for name, value in preds.items():
-        if value.ndim != 2 or value.shape[1] == 0:
+        if value.ndim < 2:
             raise ValueError(
-                f"{name} must have shape [N, C], one row a sample and one column a class, got {list(value.shape)}; "
-                "move other dimensions into the rows"
+                f"{name} must have shape [N, C, ...], one row for each sample and one column for each class, got "
+                f"{list(value.shape)}; add the dimension that is missing with .unsqueeze()"
             )
-        check_labels(len(value), value.device, target=target)
+        if value.shape[1] < 2:
+            raise ValueError(
+                f"{name} must have a column for each of two classes or more, got shape {list(value.shape)}; for a "
+                f"single logit of the class 1 pass torch.cat((torch.zeros_like({name}), {name}), 1), for a single "
+                f"probability torch.cat((1 - {name}, {name}), 1)"
+            )
+        check_labels(len(value), value.device, value.shape[2:], target=target)
 
 
 def check_ignore_index(ignore_index: Any) -> None:
-    """Raises for what could never equal a label."""
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+    """Raises for a value that could never equal a label."""
+    if ignore_index is None:
+        return
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(
             f"ignore_index must be an int or None, got {type(ignore_index).__name__} {ignore_index!r}; "
             "pass the label of the samples to leave out"
         )
-    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+    if not -(2**63) <= int(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be a label, which has 64 bits, got {ignore_index!r}")
-
-
-def check_beside_state(device: torch.device, **preds: Tensor) -> None:
-    """Raises ``ValueError`` for a batch on another device than a metric's state."""
-    for name, value in preds.items():
-        if value.device != device:
-            raise ValueError(
-                f"{name} must be on {device}, as the metric's state, got {value.device}; move the metric with .to()"
-            )
-
-
-def check_mergeable(own: Mapping[str, Any], other: Any) -> None:
-    """Raises unless ``other`` maps the names of a metric's states to states of the same shapes and device."""
-    if not isinstance(other, Mapping):
-        raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(other).__name__}")
-    kinds = [
-        {
-            name: list(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            for name, state in states.items()
-        }
-        for states in (own, other)
-    ]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"incoming_state must have the states {kinds[0]}, got {kinds[1]}; make both metrics with the same arguments"
-        )
-    check_tensor(**{name: value for name, value in other.items() if not isinstance(value, list)})
 
 
 def check_confidences(confidences: Any, correct: Any) -> None:
@@ -302,33 +297,66 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
                 )
 
 
-def _are_probabilities(preds: Tensor) -> Tensor:
-    """``[N]``: whether a row lies in [0, 1] and sums to 1, up to the rounding of its dtype."""
-    tolerance = 1e-3 if preds.dtype in (torch.float32, torch.float64) else 1e-2
-    total = preds.sum(1, dtype=torch.promote_types(preds.dtype, torch.float32))
-    return (preds.amin(1) >= 0) & (preds.amax(1) <= 1 + tolerance) & ((total - 1).abs() <= tolerance)
+def _may_be_probabilities(rows: Tensor) -> Tensor:
+    """``[N]``: whether numbers that round to these can lie in [0, 1] and sum to 1. True for NaN."""
+    low, high = rows.aminmax(dim=1)
+    total = rows.sum(1, dtype=torch.float64)
+    off = (total - 1).abs()
+    wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # 1/64: of a softmax taken in bfloat16
+    doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
+    printed = rows[doubtful].double()
+    for decimals in PRINTED_DECIMALS if len(doubtful) else ():
+        steps = printed * 10**decimals
+        rounded = ((steps - steps.round()).abs() < 2e-3).all(1)
+        half = 0.5 / 10**decimals * 1.001
+        most, least = half * (printed > 0).sum(1), half * rows.shape[1]  # a number can be rounded up from 0 only
+        fits = (total[doubtful] - most <= 1) & (total[doubtful] + least >= 1)
+        wrong[doubtful[rounded & fits]] = False
+    return ~wrong
 
 
-def check_kind(preds: Tensor, *, from_logits: bool) -> None:
-    """Raises ``ValueError`` for logits where probabilities are due and the reverse. Reads values."""
-    if len(preds) == 0:
-        return
-    preds = preds.detach()  # torch warns where a number is made of what needs a gradient
-    if not from_logits:
-        wrong = ~_are_probabilities(preds)
-        if wrong.any():
-            row = preds[wrong][0].double()
+def _cannot_be_logits(rows: Tensor) -> bool:
+    """Whether all rows may be probabilities, and are too many and too exact for logits that do so by chance.
+
+    A row of C logits in [0, 1], such as cosines, sums to 1 within d with a chance of at most 100 * d / C. Logits whose
+    mean is 1/C are rare themselves where C is large.
+    """
+    n_classes = rows.shape[1]
+    if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
+        return False
+    distinct = len(rows[:64].unique(dim=0))
+    off = float((rows.sum(1, dtype=torch.float64) - 1).abs().max())
+    for held in (torch.bfloat16, torch.float16, torch.float32):  # also by a wider dtype
+        if torch.equal(rows.to(held).to(rows.dtype), rows):
+            off = max(off, torch.finfo(held).eps / 4)
+            break
+    allowed = min(1.0, max(2e-5, (n_classes / 1000) ** 3))
+    return bool(off <= n_classes / 100 * allowed ** (1 / distinct))
+
+
+def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
+    """Raises ``ValueError`` for logits ``[N, C]`` where probabilities are due and the reverse. Reads values."""
+    for name, value in scores.items():
+        if len(value) == 0:
+            continue
+        value = value.detach()
+        if not from_logits:
+            wrong = ~_may_be_probabilities(value)
+            if wrong.any():
+                row = value[wrong][0].double()
+                low, high = float(row.min()), float(row.max())
+                fix = "set from_logits=True if these are logits"
+                if low >= 0 and high <= 1:
+                    fix = "divide each row by its sum if these are probabilities, " + fix
+                raise ValueError(
+                    f"{name} must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row "
+                    f"from {low:.4g} to {high:.4g} that sums to {float(row.sum()):.4g}; {fix}"
+                )
+        elif _cannot_be_logits(value):
             raise ValueError(
-                "preds must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row "
-                f"from {float(row.min()):.4g} to {float(row.max()):.4g} that sums to {float(row.sum()):.4g}; "
-                "set from_logits=True if these are logits"
+                f"{name} must be logits, got rows in [0, 1] that sum to 1; pass {name}.log(), or from_logits=False "
+                f"where it exists, if these are probabilities, and {name} + 1, of the same softmax, if they are logits"
             )
-    # The first row of logits tells at once; only probabilities are read to the end.
-    elif preds.shape[1] > 1 and abs(float(preds[0].sum()) - 1) < 0.1 and _are_probabilities(preds).all():
-        raise ValueError(
-            "preds must be logits with from_logits=True, got rows in [0, 1] that all sum to 1; "
-            "set from_logits=False if these are probabilities, or validate_args=False if they are logits after all"
-        )
 
 
 def check_ordered(**numbers: Any) -> None:

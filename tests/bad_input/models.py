@@ -392,8 +392,8 @@ TABLE: Table = [
             Wrong(
                 {"loader": [(INPUTS[0], LABELS)]},
                 ValueError,
-                "logits must have shape [N, C], one row a sample and one column a class, got [3]; move "
-                "other dimensions into the rows",
+                "logits must have shape [N, C, ...], one row for each sample and one column for each class, got [3]; "
+                "add the dimension that is missing with .unsqueeze()",
             ),
             Wrong(
                 {"loader": [(INPUTS, LABELS), (INPUTS[:, :2], LABELS)]},

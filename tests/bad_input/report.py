@@ -20,7 +20,7 @@ from calrobust.plotting import reliability_diagram, reliability_grid, shift_scat
 
 LOGITS, TARGET = classifier(30, 3, 0)
 OTHER, OTHER_TARGET = classifier(30, 3, 1)
-BINS = bin_confidences(torch.tensor([0.3, 0.9]), torch.tensor([False, True]), 5)
+BINS = bin_confidences(torch.tensor([0.3, 0.9]), torch.tensor([False, True]), n_bins=5)
 
 
 def filled(*, fit: bool = True) -> ShiftReport:
@@ -89,8 +89,8 @@ TABLE: Table = [
             Wrong(
                 {"logits": LOGITS[0]},
                 ValueError,
-                "logits must have shape [N, C], one row a sample and one column a class, got [3]; move "
-                "other dimensions into the rows",
+                "logits must have shape [N, C, ...], one row for each sample and one column for each class, got [3]; "
+                "add the dimension that is missing with .unsqueeze()",
             ),
             Wrong(
                 {"logits": LOGITS.long()},

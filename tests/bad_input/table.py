@@ -18,11 +18,14 @@ class Target(NamedTuple):
 
 
 class Wrong(NamedTuple):
-    """Arguments in the place of good ones, the error, and its whole message."""
+    """Arguments in the place of good ones, the error, and its whole message.
+
+    Without a message: one that begins with the name of an argument that was changed, and is written out elsewhere.
+    """
 
     change: dict[str, Any]
     error: type[Exception]
-    message: str
+    message: str = ""
 
 
 Table = Sequence[tuple[Sequence[Target], Sequence[Wrong]]]

@@ -258,7 +258,7 @@ def _library(where: str) -> Table:
     logits, target = (tensor.to(DEVICE) for tensor in classifier(ROWS, CLASSES))
     student = ema.Parameters().to(DEVICE)
     calls: dict[str, Call] = {
-        "CalibrationError": lambda: CalibrationError(N_BINS).to(DEVICE)(logits, target),
+        "CalibrationError": lambda: CalibrationError(n_bins=N_BINS).to(DEVICE)(logits, target),
         "torchmetrics' Metric": lambda: MulticlassCalibrationError(CLASSES, N_BINS).to(DEVICE)(logits, target),
         "NegativeLogLikelihood": lambda: NegativeLogLikelihood().to(DEVICE)(logits, target),
         "F.cross_entropy in 1,024s": lambda: [

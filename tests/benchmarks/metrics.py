@@ -43,10 +43,12 @@ def _speed(logits: Tensor, target: Tensor) -> Table:
         f"{REPEATS}; what takes longer than ten seconds runs once.",
     )
     calls: dict[str, Call] = {
-        "CalibrationError": lambda: _fed(CalibrationError(N_BINS), logits, target, ROWS),
-        "CalibrationError in 512s": lambda: _fed(CalibrationError(N_BINS), logits, target, BATCH),
-        "CalibrationSummary": lambda: _fed(CalibrationSummary(N_BINS), logits, target, ROWS),
-        "ClasswiseCalibrationError": lambda: _fed(ClasswiseCalibrationError(CLASSES, N_BINS), logits, target, ROWS),
+        "CalibrationError": lambda: _fed(CalibrationError(n_bins=N_BINS), logits, target, ROWS),
+        "CalibrationError in 512s": lambda: _fed(CalibrationError(n_bins=N_BINS), logits, target, BATCH),
+        "CalibrationSummary": lambda: _fed(CalibrationSummary(n_bins=N_BINS), logits, target, ROWS),
+        "ClasswiseCalibrationError": lambda: _fed(
+            ClasswiseCalibrationError(num_classes=CLASSES, n_bins=N_BINS), logits, target, ROWS
+        ),
         "softmax and max in 1,024s": lambda: [block.softmax(1).max(1) for block in logits.split(1024)],
         "softmax and amax in 1,024s": lambda: [block.softmax(1).amax(1) for block in logits.split(1024)],
         "torchmetrics' functional": lambda: multiclass_calibration_error(logits, target, CLASSES, N_BINS),
@@ -107,7 +109,7 @@ def _fed(metric: Any, preds: Tensor, target: Tensor, rows: int) -> Any:
 
 def _bootstrap(logits: Tensor, target: Tensor) -> list[Row]:
     confidences, correct = top_label(logits, target)
-    error = binned_error(bin_confidences(confidences, correct, N_BINS))
+    error = binned_error(bin_confidences(confidences, correct, n_bins=N_BINS))
     calls: dict[str, Call] = {"ours": lambda: bootstrap_interval(confidences, correct, n_resamples=RESAMPLES)}
     if (calibration := peer("calibration")) is not None:
         pairs = list(zip(confidences.tolist(), correct.int().tolist(), strict=True))
@@ -147,7 +149,7 @@ def _state(logits: Tensor, target: Tensor) -> Table:
         table.rows.append(
             value(f"CalibrationError, {name}: extra memory, MiB", ours, 16, peer=f"{theirs:.0f} (torchmetrics)")
         )
-    metric, classwise = CalibrationError(N_BINS), ClasswiseCalibrationError(CLASSES, N_BINS)
+    metric, classwise = CalibrationError(n_bins=N_BINS), ClasswiseCalibrationError(num_classes=CLASSES, n_bins=N_BINS)
     torchmetrics_metric = MulticlassCalibrationError(CLASSES, N_BINS)
     for each in (metric, classwise, torchmetrics_metric):
         _fed(each, logits, target, BATCH)
@@ -183,7 +185,7 @@ def build(name: str, rows: int, classes: int) -> Call:
     """The ECE of all rows in one call, by class, by function and by torchmetrics."""
     logits, target = classifier(rows, classes)
     calls: dict[str, Callable[[], object]] = {
-        "update": lambda: CalibrationError(N_BINS).update(logits, target),
+        "update": lambda: CalibrationError(n_bins=N_BINS).update(logits, target),
         "function": lambda: calibration_error(logits, target, n_bins=N_BINS),
         "torchmetrics": lambda: multiclass_calibration_error(logits, target, classes, N_BINS),
     }
@@ -217,7 +219,7 @@ def _exactness() -> Table:
 
 def _drift() -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
-    ours = CalibrationError(N_BINS, from_logits=False, validate_args=False)
+    ours = CalibrationError(n_bins=N_BINS, from_logits=False, validate_args=False)
     theirs = MulticlassCalibrationError(2, N_BINS, validate_args=False)
     sums = np.zeros((2, N_BINS))
     for start in range(0, DRIFT_SAMPLES, DRIFT_CHUNK):
@@ -244,4 +246,4 @@ def _difference(n_bins: int, dtype: torch.dtype) -> float:
     correct = torch.arange(len(confidences)) % 3 == 0
     # As the same numbers in float64: netcal counts with float64 edges and averages with others.
     theirs = peer("netcal.metrics").ECE(n_bins).measure(confidences.double().numpy(), correct.numpy().astype(np.int64))
-    return abs(float(binned_error(bin_confidences(confidences, correct, n_bins))) - float(theirs))
+    return abs(float(binned_error(bin_confidences(confidences, correct, n_bins=n_bins))) - float(theirs))

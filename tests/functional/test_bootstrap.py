@@ -23,7 +23,7 @@ def resampled(samples: Samples, n: int, seed: int, n_bins: int, norm: Norm) -> T
     errors = []
     for _ in range(n):
         draw = torch.randint(len(correct), (len(correct),), generator=generator)
-        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw], n_bins), norm))
+        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw], n_bins=n_bins), norm=norm))
     return torch.stack(errors)
 
 
@@ -31,7 +31,7 @@ def resampled(samples: Samples, n: int, seed: int, n_bins: int, norm: Norm) -> T
 def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float, n_bins: int, norm: Norm) -> None:
     """The ends are reflected quantiles of the naive loop, within the noise of the quantiles."""
     samples = top_label(*classifier(400, 10, 0, sharpness=sharpness))
-    value = binned_error(bin_confidences(*samples, n_bins), norm)
+    value = binned_error(bin_confidences(*samples, n_bins=n_bins), norm=norm)
     errors = resampled(samples, 3000, 1, n_bins, norm)
     low, high = bootstrap_interval(
         *samples, n_bins=n_bins, norm=norm, n_resamples=3000, generator=torch.Generator().manual_seed(2)
@@ -44,7 +44,7 @@ def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float, n_bins:
 @given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
 def test_bootstrap_interval_holds_the_value(samples: Samples, n_bins: int, norm: Norm) -> None:
     """For any data, bins and norm, within [0, 1]."""
-    value = binned_error(bin_confidences(*samples, n_bins), norm)
+    value = binned_error(bin_confidences(*samples, n_bins=n_bins), norm=norm)
     low, high = bootstrap_interval(*samples, n_bins=n_bins, norm=norm, n_resamples=20)
     assert 0 <= low <= value + 1e-12
     assert value - 1e-12 <= high <= 1

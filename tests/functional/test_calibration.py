@@ -15,6 +15,7 @@ from strategies import Predictions, classifier, confidences_and_correct, predict
 from torch import Tensor
 from torch.testing import assert_close
 
+from calrobust.functional._rows import probability_blocks
 from calrobust.functional.calibration import (
     Bins,
     Norm,
@@ -58,10 +59,10 @@ def test_blocks_do_not_show() -> None:
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_the_first_of_equal_scores_is_the_prediction(dtype: torch.dtype, from_logits: bool) -> None:
     """Every tie pattern of four classes, every label: as torch.argmax decides."""
-    patterns = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))
-    scores = patterns if from_logits else patterns / patterns.sum(1, keepdim=True).clamp(min=1)
+    patterns = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))[1:]
+    scores = patterns if from_logits else patterns / patterns.sum(1, keepdim=True)
     scores = scores.to(dtype).repeat_interleave(4, dim=0)
-    target = torch.arange(4).repeat(16)
+    target = torch.arange(4).repeat(15)
     _, correct = top_label(scores, target, from_logits=from_logits)
     assert correct.tolist() == (scores.argmax(1) == target).tolist()
 
@@ -122,9 +123,9 @@ def test_nan_gives_nan_never_a_finite_wrong_value() -> None:
 @pytest.mark.parametrize("bins_of", [bin_confidences, equal_mass_bins])
 def test_a_confidence_that_is_no_probability_gives_nan(wrong: float, bins_of: Callable[..., Bins]) -> None:
     """Percentages and logits are not binned as if they were confidences."""
-    bins = bins_of(torch.tensor([0.5, wrong]), torch.tensor([True, False]), 10)
+    bins = bins_of(torch.tensor([0.5, wrong]), torch.tensor([True, False]), n_bins=10)
     assert bins.counts.sum() == 2
-    assert all(binned_error(bins, norm).isnan() for norm in NORMS)
+    assert all(binned_error(bins, norm=norm).isnan() for norm in NORMS)
 
 
 def test_a_label_out_of_range_is_not_counted_as_wrong() -> None:
@@ -142,7 +143,7 @@ def test_every_edge_opens_its_bin(dtype: torch.dtype) -> None:
         around = [torch.nextafter(edges, torch.tensor(limit, dtype=dtype)).clamp(0, 1) for limit in (0.0, 1.0)]
         values = torch.cat([edges, *around])
         correct = torch.arange(len(values)) % 2 == 0
-        bins = bin_confidences(values, correct, n_bins)
+        bins = bin_confidences(values, correct, n_bins=n_bins)
         expected = [max(k for k in range(n_bins) if k * (1 / n_bins) <= v) for v in values.double().tolist()]
         assert bins.counts.tolist() == torch.bincount(torch.tensor(expected), minlength=n_bins).tolist()
 
@@ -165,14 +166,14 @@ def test_a_confidence_of_one_is_in_the_last_bin_and_of_zero_in_the_first() -> No
     bins = bin_confidences(torch.tensor([0.0, 1.0]), torch.tensor([False, True]), n_bins=10)
     assert bins.counts.tolist() == [1.0] + [0.0] * 8 + [1.0]
     confidences = torch.tensor([1, 1, 0.97, 0.97], dtype=torch.float64)
-    value = binned_error(bin_confidences(confidences, torch.tensor([True, False, True, True]), 10))
+    value = binned_error(bin_confidences(confidences, torch.tensor([True, False, True, True]), n_bins=10))
     assert_close(value, torch.tensor(0.2350, dtype=torch.float64))
 
 
 @given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
 def test_is_the_definition_sample_by_sample(samples: Samples, n_bins: int, norm: Norm) -> None:
     """Equal-width bins, three norms."""
-    value = binned_error(bin_confidences(*samples, n_bins), norm)
+    value = binned_error(bin_confidences(*samples, n_bins=n_bins), norm=norm)
     assert value.item() == pytest.approx(oracles.calibration_error(*samples, n_bins, norm), rel=1e-9, abs=1e-12)
 
 
@@ -180,18 +181,18 @@ def test_is_the_definition_sample_by_sample(samples: Samples, n_bins: int, norm:
 def test_sums_of_batches_add_up(samples: Samples, n_bins: int, cut: int) -> None:
     """The sums of two parts are the sums of the whole, so their error is too."""
     confidences, correct = samples
-    parts = bin_confidences(confidences[:cut], correct[:cut], n_bins) + bin_confidences(
-        confidences[cut:], correct[cut:], n_bins
+    parts = bin_confidences(confidences[:cut], correct[:cut], n_bins=n_bins) + bin_confidences(
+        confidences[cut:], correct[cut:], n_bins=n_bins
     )
     assert isinstance(parts, Bins)
-    assert_close(tuple(parts), tuple(bin_confidences(*samples, n_bins)), rtol=1e-14, atol=1e-15)
+    assert_close(tuple(parts), tuple(bin_confidences(*samples, n_bins=n_bins)), rtol=1e-14, atol=1e-15)
 
 
 @given(confidences_and_correct(), st.integers(1, 20), st.booleans())
 def test_norms_are_ordered_and_in_the_unit_interval(samples: Samples, n_bins: int, adaptive: bool) -> None:
     """0 <= l1 <= l2 <= max <= 1."""
-    bins = (equal_mass_bins if adaptive else bin_confidences)(*samples, n_bins)
-    l1, l2, largest = (binned_error(bins, norm).item() for norm in NORMS)
+    bins = (equal_mass_bins if adaptive else bin_confidences)(*samples, n_bins=n_bins)
+    l1, l2, largest = (binned_error(bins, norm=norm).item() for norm in NORMS)
     assert 0 <= l1 <= l2 + 1e-12 <= largest + 2e-12 <= 1 + 3e-12
 
 
@@ -200,7 +201,7 @@ def test_refining_bins_never_lowers_l1(samples: Samples, n_bins: int, factor: in
     """Gaps of opposite sign cancel within a bin, not across bins."""
     # Off the edges: 1 / n_bins * k and 1 / (factor * n_bins) * (factor * k) may round differently.
     confidences = samples[0] * 0.999 + 1e-7
-    coarse, fine = (binned_error(bin_confidences(confidences, samples[1], n)) for n in (n_bins, factor * n_bins))
+    coarse, fine = (binned_error(bin_confidences(confidences, samples[1], n_bins=n)) for n in (n_bins, factor * n_bins))
     assert fine >= coarse - 1e-12
 
 
@@ -217,8 +218,8 @@ def test_an_empty_bin_weighs_nothing_and_no_samples_give_nan() -> None:
     one = bin_confidences(torch.tensor([0.9]), torch.tensor([False]), n_bins=1000)
     none = bin_confidences(torch.empty(0), torch.empty(0, dtype=torch.bool), n_bins=3)
     for norm in NORMS:
-        assert binned_error(one, norm).item() == pytest.approx(0.9)
-        assert binned_error(none, norm).isnan()
+        assert binned_error(one, norm=norm).item() == pytest.approx(0.9)
+        assert binned_error(none, norm=norm).isnan()
     for error in ERRORS:
         assert error(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)).isnan()
 
@@ -238,7 +239,9 @@ def test_the_value_is_that_of_all_samples_not_a_mean_over_batches() -> None:
     """Batches of 512 averaged would read ten times the value of a calibrated model (trap 22)."""
     logits, target = classifier(2**16, 10, 0)
     confidences, correct = top_label(logits, target)
-    batches = [bin_confidences(c, k, 10) for c, k in zip(confidences.split(512), correct.split(512), strict=True)]
+    batches = [
+        bin_confidences(c, k, n_bins=10) for c, k in zip(confidences.split(512), correct.split(512), strict=True)
+    ]
     merged = Bins(*(torch.stack(sums).sum(0) for sums in zip(*batches, strict=True)))
     value = calibration_error(logits, target, n_bins=10)
     assert_close(binned_error(merged), value)
@@ -265,9 +268,9 @@ def test_debiased_l2_of_a_calibrated_model_is_zero_on_average_before_the_root() 
         bins = bin_confidences(confidences, torch.rand(500, generator=generator) < confidences, n_bins=10)
         accuracies = bins.correct_sums / bins.counts
         noise = (bins.counts * accuracies * (1 - accuracies) / (bins.counts - 1)).sum() / 500
-        plain.append(binned_error(bins, "l2").square())
+        plain.append(binned_error(bins, norm="l2").square())
         debiased.append(plain[-1] - noise)
-        value = binned_error(bins, "l2", debiased=True)
+        value = binned_error(bins, norm="l2", debiased=True)
         assert_close(value, debiased[-1].clamp(min=0).sqrt())
     mean, spread = torch.stack(debiased).mean(), torch.stack(debiased).std() / 300**0.5
     assert mean.abs() < 3 * spread < torch.stack(plain).mean() / 3
@@ -276,7 +279,7 @@ def test_debiased_l2_of_a_calibrated_model_is_zero_on_average_before_the_root() 
 def test_debiased_l2_of_single_samples_is_zero() -> None:
     """The noise of a bin of one is unknown: it is left out rather than divided by zero."""
     bins = bin_confidences(torch.tensor([0.1, 0.9]), torch.tensor([True, False]), n_bins=2)
-    assert binned_error(bins, "l2", debiased=True) == 0
+    assert binned_error(bins, norm="l2", debiased=True) == 0
 
 
 @pytest.mark.parametrize(("norm", "debiased"), [("l1", False), ("l2", False), ("l2", True), ("max", False)])
@@ -288,20 +291,20 @@ def test_leading_dimensions_are_errors_of_their_own(norm: Norm, debiased: bool) 
         for n in (2, 5, 6)
     ]
     stacked = Bins(*(torch.stack(sums) for sums in zip(*rows, strict=True)))
-    expected = torch.stack([binned_error(bins, norm, debiased=debiased) for bins in rows])
+    expected = torch.stack([binned_error(bins, norm=norm, debiased=debiased) for bins in rows])
     assert expected.unique().numel() > 1
-    assert torch.equal(binned_error(stacked, norm, debiased=debiased), expected)
+    assert torch.equal(binned_error(stacked, norm=norm, debiased=debiased), expected)
 
 
 def test_debiased_l2_by_hand() -> None:
     """Of two samples at 1/4 one is right: (1/4)² less (1/4) / 1 is negative. Both are right at 3/4: (1/4)² less 0."""
     two = bin_confidences(torch.tensor([0.25, 0.25]), torch.tensor([True, False]), n_bins=1)
-    assert binned_error(two, "l2") == 0.25
-    assert binned_error(two, "l2", debiased=True) == 0
+    assert binned_error(two, norm="l2") == 0.25
+    assert binned_error(two, norm="l2", debiased=True) == 0
     both = bin_confidences(torch.full((2,), 0.75), torch.ones(2, dtype=torch.bool), n_bins=1)
-    assert binned_error(both, "l2", debiased=True) == 0.25
+    assert binned_error(both, norm="l2", debiased=True) == 0.25
     perfect = bin_confidences(torch.ones(1), torch.ones(1, dtype=torch.bool), n_bins=1)
-    assert binned_error(perfect, "l2", debiased=True) == 0
+    assert binned_error(perfect, norm="l2", debiased=True) == 0
 
 
 def equal_mass_oracle(confidences: Tensor, correct: Tensor, n_bins: int, norm: Norm) -> float:
@@ -315,7 +318,7 @@ def equal_mass_oracle(confidences: Tensor, correct: Tensor, n_bins: int, norm: N
 @given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
 def test_equal_mass_bins_go_by_rank(samples: Samples, n_bins: int, norm: Norm) -> None:
     """As counted sample by sample."""
-    value = binned_error(equal_mass_bins(*samples, n_bins), norm)
+    value = binned_error(equal_mass_bins(*samples, n_bins=n_bins), norm=norm)
     assert value.item() == pytest.approx(equal_mass_oracle(*samples, n_bins, norm), rel=1e-9, abs=1e-12)
 
 
@@ -323,7 +326,7 @@ def test_equal_mass_bins_go_by_rank(samples: Samples, n_bins: int, norm: Norm) -
 def test_equal_mass_bins_differ_by_at_most_one_sample_without_ties(n: int) -> None:
     """N / B each."""
     confidences = torch.rand(n, dtype=torch.float64)
-    counts = equal_mass_bins(confidences, confidences > 0.5, 15).counts
+    counts = equal_mass_bins(confidences, confidences > 0.5, n_bins=15).counts
     assert counts.sum() == n
     assert counts.max() - counts.min() <= 1
 
@@ -334,10 +337,15 @@ def test_ties_are_never_split_and_order_does_not_matter() -> None:
     correct = torch.tensor(([True] * 250 + [False] * 250) + ([True] * 400 + [False] * 100))
     values = []
     for order in (torch.arange(1000), torch.randperm(1000), torch.arange(999, -1, -1)):
-        bins = equal_mass_bins(confidences[order], correct[order], 15)
+        bins = equal_mass_bins(confidences[order], correct[order], n_bins=15)
         assert bins.counts[bins.counts > 0].tolist() == [500, 500]
         values.append(binned_error(bins).item())
     assert values[0] == values[1] == values[2] == pytest.approx(0, abs=1e-12)
+
+
+def class_bins(logits: Tensor, target: Tensor, n_bins: int) -> Bins:
+    """As the function and the metric make them."""
+    return bin_classes(probability_blocks(logits, target, True, None), n_bins)
 
 
 @given(predictions(), st.integers(1, 12), st.sampled_from(NORMS))
@@ -354,7 +362,7 @@ def test_classwise_error_is_the_definition(p: Predictions, n_bins: int, norm: No
     expected = oracles.calibration_error(probs.flatten(), hits.flatten(), n_bins, norm, bins)
     value = classwise_calibration_error(*p, n_bins=n_bins, norm=norm)
     assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    counts, _, correct_sums = bin_classes(*p, n_bins, from_logits=True, ignore_index=None)
+    counts, _, correct_sums = class_bins(*p, n_bins=n_bins)
     assert counts.sum(1).tolist() == [n] * n_classes
     assert correct_sums.sum(1).tolist() == torch.bincount(p.target, minlength=n_classes).tolist()
 
@@ -363,8 +371,7 @@ def test_sums_over_classes_are_those_of_all_blocks() -> None:
     """A batch of several blocks has the sums of its parts."""
     logits, target = classifier(900, 1000, 0)
     whole, start, end = (
-        bin_classes(logits[rows], target[rows], 15, from_logits=True, ignore_index=None)
-        for rows in (slice(None), slice(100), slice(100, None))
+        class_bins(logits[rows], target[rows], n_bins=15) for rows in (slice(None), slice(100), slice(100, None))
     )
     assert_close(whole, start + end)
     assert whole.counts.sum() == logits.numel()
@@ -374,9 +381,7 @@ def test_sums_over_classes_are_those_of_all_blocks() -> None:
 def test_sums_over_classes_are_float64_whatever_the_logits(dtype: torch.dtype) -> None:
     """Those of low precision have the sums of their float32 copies, to the bit (trap 19)."""
     logits, target = classifier(900, 100, 0, dtype=dtype)
-    low, full = (
-        bin_classes(scores, target, 15, from_logits=True, ignore_index=None) for scores in (logits, logits.float())
-    )
+    low, full = (class_bins(scores, target, n_bins=15) for scores in (logits, logits.float()))
     assert_close(low, full, rtol=0, atol=0)
 
 
@@ -386,13 +391,15 @@ def test_an_error_is_that_of_its_bins(norm: Norm) -> None:
     logits, target = classifier(400, 6, 0)
     samples = top_label(logits, target)
     for error, bins_of in ((calibration_error, bin_confidences), (adaptive_calibration_error, equal_mass_bins)):
-        assert torch.equal(error(logits, target, norm=norm), binned_error(bins_of(*samples, 15), norm))
-        assert torch.equal(error(logits, target, n_bins=4, norm=norm), binned_error(bins_of(*samples, 4), norm))
-        assert torch.equal(error(logits, target), binned_error(bins_of(*samples, 15), "l1"))
-    debiased = binned_error(bin_confidences(*samples), "l2", debiased=True)
+        assert torch.equal(error(logits, target, norm=norm), binned_error(bins_of(*samples, n_bins=15), norm=norm))
+        assert torch.equal(
+            error(logits, target, n_bins=4, norm=norm), binned_error(bins_of(*samples, n_bins=4), norm=norm)
+        )
+        assert torch.equal(error(logits, target), binned_error(bins_of(*samples, n_bins=15), norm="l1"))
+    debiased = binned_error(bin_confidences(*samples), norm="l2", debiased=True)
     assert torch.equal(calibration_error(logits, target, norm="l2", debiased=True), debiased)
     assert debiased < calibration_error(logits, target, norm="l2")
-    bins = bin_classes(logits, target, 15, from_logits=True, ignore_index=None)
+    bins = class_bins(logits, target, n_bins=15)
     assert torch.equal(classwise_calibration_error(logits, target, norm=norm), classwise_error(bins, norm))
     assert torch.equal(classwise_calibration_error(logits, target), classwise_error(bins, "l1"))
 

@@ -8,6 +8,7 @@ from strategies import Predictions, classifier, predictions
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from calrobust.functional._rows import probability_blocks
 from calrobust.functional.scoring import brier_score, negative_log_likelihood, row_scores
 
 
@@ -74,7 +75,7 @@ def test_probabilities_are_left_as_they_were() -> None:
     probs = logits.softmax(1)
     before = probs.clone()
     for preds, from_logits in ((probs, False), (logits.clone(), True)):
-        row_scores(preds, target, from_logits=from_logits, ignore_index=None)
+        row_scores(probability_blocks(preds, target, from_logits, None))
     assert torch.equal(probs, before)
 
 
@@ -85,7 +86,7 @@ def test_ignored_samples_are_as_good_as_absent(p: Predictions) -> None:
     target = torch.cat([torch.tensor([-1]), p.target])
     for function in (brier_score, negative_log_likelihood):
         assert_close(function(logits, target, ignore_index=-1), function(*p), rtol=1e-6, atol=1e-12)
-    kept = row_scores(logits, target, from_logits=True, ignore_index=-1)
+    kept = row_scores(probability_blocks(logits, target, True, -1))
     assert all(len(values) == len(p.target) for values in kept)
 
 

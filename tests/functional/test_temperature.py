@@ -203,12 +203,6 @@ def test_constant_logits_leave_the_temperature_at_one_and_say_so(logits: Tensor)
         assert fit_temperature(logits, torch.arange(9) % 3) == 1
 
 
-def test_a_single_class_leaves_the_temperature_at_one_and_says_so() -> None:
-    """C = 1: its probability is 1 whatever T."""
-    with pytest.warns(UserWarning, match="all equal"):
-        assert fit_temperature(torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)) == 1
-
-
 def test_labels_of_one_class_are_fitted_with_a_warning() -> None:
     """The optimum exists, and says little."""
     logits, _ = classifier(50, 3, 0)

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_flag, check_ignore_index, check_label_values
+from calrobust._checks import (
+    check_flag,
+    check_float64,
+    check_ignore_index,
+    check_kind,
+    check_label_values,
+    check_predictions,
+)
 
 # On a CPU a block and its softmax stay in cache from one pass to the next; a GPU needs enough rows to be busy.
 CPU_BLOCK_BYTES = 2**20  # for each thread
@@ -16,14 +23,22 @@ GPU_BLOCK_BYTES = 2**26
 
 
 class Block(NamedTuple):
-    """What the metrics ask of some rows, at least in float32."""
+    """Some rows, at least in float32, to be read before the next block is taken."""
 
     target: Tensor
     scores: Tensor  # [n, C] logits or probabilities
     from_logits: bool
-    probs: Tensor  # [n, C] scratch: its reader may overwrite it, and the next block does
+    probs: Tensor  # [n, C]
     confidences: Tensor
     correct: Tensor
+
+
+def as_rows(target: Tensor, **preds: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks ``preds`` ``[N, C, ...]`` and ``target`` ``[N, ...]``; returns them as ``[M, C]`` and ``[M]``."""
+    check_predictions(target, **preds)
+    check_float64(**preds)
+    (scores,) = preds.values()
+    return scores.detach().movedim(1, -1).flatten(0, -2), target.flatten()
 
 
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
@@ -35,25 +50,32 @@ def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
 
 
 def probability_blocks(
-    preds: Tensor, target: Tensor, *, from_logits: bool, ignore_index: int | None
+    preds: Tensor, target: Tensor, from_logits: bool, ignore_index: int | None, validate: bool | None = None
 ) -> Iterator[Block]:
-    """Yields rows in blocks, without those labelled ``ignore_index``: at least one block, maybe an empty one."""
+    """Yields rows in blocks, without those labelled ``ignore_index``: at least one block, maybe an empty one.
+
+    ``validate`` says whether values are checked; None checks them where a look does not wait for a device. Labels are
+    always checked on a CPU, where a wrong one would be an error of indexing.
+    """
     check_flag(from_logits=from_logits)
     check_ignore_index(ignore_index)
-    if preds.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait for the device
+    preds, target = as_rows(target, preds=preds)
+    on_cpu = preds.device.type == "cpu" and not torch.compiler.is_compiling()
+    if validate or on_cpu:
         check_label_values(target, preds.shape[1], ignore_index)
-    preds = preds.detach()
+    if on_cpu if validate is None else validate:
+        kept = slice(None) if ignore_index is None else target != ignore_index
+        check_kind(from_logits=from_logits, preds=preds[kept])
     dtype = torch.promote_types(preds.dtype, torch.float32)
     step = block_rows(preds, dtype)
-    buffer = preds.new_empty(min(step, len(preds)), preds.shape[1], dtype=dtype)
+    buffer = preds.new_empty(min(step, len(preds)) if from_logits else 0, preds.shape[1], dtype=dtype)
     for start in range(0, max(1, len(preds)), step):
         scores, labels = preds[start : start + step], target[start : start + step]
         if ignore_index is not None:
             keep = labels != ignore_index
             scores, labels = scores[keep], labels[keep]
         scores = scores.to(dtype)
-        probs = buffer[: len(scores)]
-        probs = torch.softmax(scores, 1, out=probs) if from_logits else probs.copy_(scores)
+        probs = torch.softmax(scores, 1, out=buffer[: len(scores)]) if from_logits else scores
         confidences = probs.amax(1)
         yield Block(labels, scores, from_logits, probs, confidences, _is_predicted(scores, labels, probs, confidences))
 

@@ -107,9 +107,9 @@ def bootstrap_interval(
     check_fraction(closed=False, level=level)
     if generator is not None:
         check_instance(torch.Generator, "pass torch.Generator().manual_seed(seed)", generator=generator)
-    value = binned_error(bin_confidences(confidences, correct, n_bins), norm)
+    value = binned_error(bin_confidences(confidences, correct, n_bins=n_bins), norm=norm)
     resampled = resampled_bins(confidences, correct, n_bins, n_resamples, generator)
-    return reflected_interval(value, binned_error(resampled, norm), level)
+    return reflected_interval(value, binned_error(resampled, norm=norm), level)
 
 
 def resampled_bins(

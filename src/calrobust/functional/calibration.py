@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -13,9 +14,8 @@ from calrobust._checks import (
     check_confidences,
     check_flag,
     check_n_bins,
-    check_predictions,
 )
-from calrobust.functional._rows import probability_blocks
+from calrobust.functional._rows import Block, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -57,17 +57,19 @@ def top_label(
 
     Args:
         preds: shape ``[N, C]``, floating: logits, of which some may be ``-inf`` (masked classes); or probabilities.
-        target: shape ``[N]``, int64 labels in [0, C).
+            Further dimensions, ``[N, C, ...]``, hold more samples.
+        target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
         from_logits: whether ``preds`` are logits; never guessed.
         ignore_index: samples with this label are left out.
 
     Returns:
-        ``confidences`` and ``correct``, both ``[N]`` (fewer if samples are left out): float32 (float64 for float64
+        ``confidences`` and ``correct``, one value for each sample that is not left out: float32 (float64 for float64
         ``preds``), and bool. Of equal scores the first class is the predicted one, as with :func:`torch.argmax`.
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or (looked at on the CPU alone) a label is out of range.
+        ValueError: shapes or devices do not fit, or there is a single class; on the CPU, where a look at values waits
+            for nothing, also: a label is out of range, or rows are probabilities where logits are due or the reverse.
 
     Example:
         >>> import torch
@@ -79,8 +81,11 @@ def top_label(
         >>> correct
         tensor([ True, False])
     """
-    check_predictions(target, preds=preds)
-    blocks = probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index)
+    return top_labels(probability_blocks(preds, target, from_logits, ignore_index))
+
+
+def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
+    """:func:`top_label` of rows in blocks."""
     confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
     return torch.cat(confidences), torch.cat(correct)
 
@@ -95,7 +100,7 @@ def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
     return torch.bucketize(confidences, inner_edges(n_bins, confidences.device), right=True)
 
 
-def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> Bins:
+def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, from which :func:`~calrobust.functional.binned_error` computes.
 
     Bins are ``[lo, hi)`` and the last one is closed; edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64, the
@@ -130,7 +135,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, n_bins: int = 15) -> B
     return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
 
 
-def equal_mass_bins(confidences: Tensor, correct: Tensor, n_bins: int) -> Bins:
+def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
     """Sums over bins that hold equally many samples, as far as equal confidences, which are never split, allow.
 
     Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
@@ -156,7 +161,7 @@ def _sum_by_bin(index: Tensor, confidences: Tensor, correct: Tensor, n_bins: int
     return Bins(*values.new_zeros(3, n_bins).index_add(1, index, values))
 
 
-def binned_error(bins: Bins, norm: Norm = "l1", *, debiased: bool = False) -> Tensor:
+def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Tensor:
     r"""Distance between accuracy and mean confidence over bins.
 
     With :math:`n_b` of N samples in bin b, of accuracy :math:`a_b` and mean confidence :math:`c_b`:
@@ -239,21 +244,19 @@ def calibration_error(
     of a value may be noise.
 
     Args:
-        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
-        target: shape ``[N]``, int64 labels in [0, C).
+        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
+        target: labels.
+        from_logits: whether ``preds`` are logits.
+        ignore_index: label of samples to leave out.
         n_bins: number of bins.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``, see :func:`~calrobust.functional.binned_error`.
-        from_logits: whether ``preds`` are logits; never guessed.
-        ignore_index: samples with this label are left out.
 
     Returns:
         A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, an option is unknown, or (looked at on the CPU alone) a label is out
-            of range.
+        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -265,7 +268,7 @@ def calibration_error(
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
     """
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
-    return binned_error(bin_confidences(confidences, correct, n_bins), norm, debiased=debiased)
+    return binned_error(bin_confidences(confidences, correct, n_bins=n_bins), norm=norm, debiased=debiased)
 
 
 def adaptive_calibration_error(
@@ -285,20 +288,18 @@ def adaptive_calibration_error(
     does not depend on the order of the samples, and many ties make for fewer, unequal bins.
 
     Args:
-        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
-        target: shape ``[N]``, int64 labels in [0, C).
+        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
+        target: labels.
+        from_logits: whether ``preds`` are logits.
+        ignore_index: label of samples to leave out.
         n_bins: number of bins.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        from_logits: whether ``preds`` are logits; never guessed.
-        ignore_index: samples with this label are left out.
 
     Returns:
         A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, an option is unknown, or (looked at on the CPU alone) a label is out
-            of range.
+        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -311,45 +312,39 @@ def adaptive_calibration_error(
     Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`, adaptive binning.
     """
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
-    return binned_error(equal_mass_bins(confidences, correct, n_bins), norm)
+    return binned_error(equal_mass_bins(confidences, correct, n_bins=n_bins), norm=norm)
 
 
-def bin_classes(preds: Tensor, target: Tensor, n_bins: int, *, from_logits: bool, ignore_index: int | None) -> Bins:
-    """Sums ``[C, n_bins]`` over every sample's probability of every class, "correct" where the class is the label.
-
-    Arguments and errors are those of :func:`~calrobust.functional.classwise_calibration_error`.
-    """
-    check_predictions(target, preds=preds)
-    check_n_bins(n_bins)
-    n_classes = preds.shape[1]
-    counts, confidence_sums, correct_sums = preds.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
-    lowest = preds.new_zeros(2, n_classes, dtype=torch.float64)
-    for block in probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index):
-        own = block.probs.gather(1, block.target[:, None])[:, 0].double()
-        index = block.target * n_bins + bin_index(own, n_bins)
-        correct_sums.index_add_(0, index, torch.ones_like(own))
-        if block.probs.is_cuda or torch.compiler.is_compiling():  # there, no shape should depend on values
-            classes = torch.arange(n_classes, device=preds.device).expand_as(block.probs).flatten()
-            probs = block.probs.flatten().double()
+def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
+    """Sums ``[C, n_bins]`` over every sample's probability of every class, "correct" where the class is the label."""
+    sums = lowest = torch.empty(0)
+    for block in blocks:
+        probs, n_classes = block.probs, block.probs.shape[1]
+        if not sums.numel():
+            sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
+            lowest = probs.new_zeros(2, n_classes, dtype=torch.float64)
+        own = probs.gather(1, block.target[:, None])[:, 0].double()
+        sums[2].index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
+        if probs.is_cuda or torch.compiler.is_compiling():  # there, no shape should depend on values
+            classes = torch.arange(n_classes, device=probs.device).expand_as(probs).flatten()
+            searched = probs.flatten().double()
         else:
             # A row has at most 2 * n_bins probabilities this high, so with many classes almost all are known to be in
             # the first bin without a search. Half a bin's width keeps rounding of the comparison away from the edge.
-            high = block.probs >= 0.5 / n_bins
+            high = probs >= 0.5 / n_bins
             classes = high.nonzero()[:, 1]
-            probs = block.probs[high].double()
+            searched = probs[high].double()
             lowest[0] += len(high) - high.sum(0)
-            lowest[1] += block.probs.masked_fill_(high, 0).sum(0, dtype=torch.float64)
-        index = classes * n_bins + bin_index(probs, n_bins)
-        counts.index_add_(0, index, torch.ones_like(probs))
-        confidence_sums.index_add_(0, index, probs)
-    counts[::n_bins] += lowest[0]
-    confidence_sums[::n_bins] += lowest[1]
-    return Bins(*(sums.view(n_classes, n_bins) for sums in (counts, confidence_sums, correct_sums)))
+            lowest[1] += probs.masked_fill(high, 0).sum(0, dtype=torch.float64)
+        index = classes * n_bins + bin_index(searched, n_bins)
+        sums[:2].index_add_(1, index, torch.stack((torch.ones_like(searched), searched)))
+    sums[:2, ::n_bins] += lowest
+    return Bins(*sums.unflatten(1, (-1, n_bins)))
 
 
 def classwise_error(bins: Bins, norm: Norm) -> Tensor:
     """:func:`binned_error` over the bins of all classes at once: each has N samples, so all classes weigh the same."""
-    return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm)
+    return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm=norm)
 
 
 def classwise_calibration_error(
@@ -370,20 +365,18 @@ def classwise_calibration_error(
     largest gap of any bin of any class. With many classes most probabilities are near 0, hence so is the value.
 
     Args:
-        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
-        target: shape ``[N]``, int64 labels in [0, C).
+        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
+        target: labels.
+        from_logits: whether ``preds`` are logits.
+        ignore_index: label of samples to leave out.
         n_bins: number of bins of each class.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        from_logits: whether ``preds`` are logits; never guessed.
-        ignore_index: samples with this label are left out.
 
     Returns:
         A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, an option is unknown, or (looked at on the CPU alone) a label is out
-            of range.
+        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -394,4 +387,7 @@ def classwise_calibration_error(
 
     Reference: Nixon et al., 2019, :arxiv:`1904.01685`, static calibration error.
     """
-    return classwise_error(bin_classes(preds, target, n_bins, from_logits=from_logits, ignore_index=ignore_index), norm)
+    check_n_bins(n_bins)
+    check_norm(norm)
+    blocks = probability_blocks(preds, target, from_logits, ignore_index)
+    return classwise_error(bin_classes(blocks, n_bins), norm)

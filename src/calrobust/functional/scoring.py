@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_predictions
 from calrobust.functional._rows import Block, probability_blocks
 
 
@@ -21,8 +20,14 @@ class RowScores(NamedTuple):
     squared_errors: Tensor
 
 
+def row_scores(blocks: Iterable[Block]) -> RowScores:
+    """All scores from one pass."""
+    rows = ((block.confidences, block.correct, log_losses(block), squared_errors(block)) for block in blocks)
+    return RowScores(*map(torch.cat, zip(*rows, strict=True)))
+
+
 def log_losses(block: Block) -> Tensor:
-    """Minus the logarithm of the label's probability; from logits it does not underflow. Before `squared_errors`."""
+    """``[n]``: minus the logarithm of the label's probability; from logits it does not underflow."""
     label = block.target[:, None]
     own = block.probs.gather(1, label)[:, 0]
     losses = -own.log()
@@ -36,27 +41,11 @@ def log_losses(block: Block) -> Tensor:
 
 
 def squared_errors(block: Block) -> Tensor:
-    """Squared distance of the probabilities from the label's indicator. Overwrites ``block.probs``."""
-    # Subtracting before squaring keeps the digits of a confident row, whose score is the small difference of two ones.
-    differences = block.probs.scatter_add_(1, block.target[:, None], -torch.ones_like(block.probs[:, :1]))
-    norms: Tensor = torch.linalg.vector_norm(differences, dim=1)
-    return norms.square()
-
-
-def row_scores(preds: Tensor, target: Tensor, *, from_logits: bool, ignore_index: int | None) -> RowScores:
-    """Everything a summary needs, from one pass over ``preds``."""
-    blocks = probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index)
-    rows = [RowScores(b.confidences, b.correct, log_losses(b), squared_errors(b)) for b in blocks]
-    return RowScores(*(torch.cat(values) for values in zip(*rows, strict=True)))
-
-
-def score(
-    preds: Tensor, target: Tensor, per_row: Callable[[Block], Tensor], *, from_logits: bool, ignore_index: int | None
-) -> Tensor:
-    """``[N]`` values of ``per_row``."""
-    check_predictions(target, preds=preds)
-    blocks = probability_blocks(preds, target, from_logits=from_logits, ignore_index=ignore_index)
-    return torch.cat([per_row(block) for block in blocks])
+    """``[n]``: squared distance of the probabilities from the label's indicator."""
+    # The label's term is replaced before the sum: the score of a confident row is small, a difference would lose it.
+    label = block.target[:, None]
+    own = (block.probs.gather(1, label) - 1).square()
+    return block.probs.square().scatter_(1, label, own).sum(1)
 
 
 def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None) -> Tensor:
@@ -67,17 +56,16 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
     The sum is over all classes, as Brier defined it. With two classes this is twice the binary score of one class.
 
     Args:
-        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
-        target: shape ``[N]``, int64 labels in [0, C).
-        from_logits: whether ``preds`` are logits; never guessed.
-        ignore_index: samples with this label are left out.
+        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
+        target: labels.
+        from_logits: whether ``preds`` are logits.
+        ignore_index: label of samples to leave out.
 
     Returns:
         A float64 scalar in [0, 2]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or (looked at on the CPU alone) a label is out of range.
+        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -87,7 +75,8 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
 
     Reference: Brier, 1950, *Verification of forecasts expressed in terms of probability*, equation 2.
     """
-    return score(preds, target, squared_errors, from_logits=from_logits, ignore_index=ignore_index).double().mean()
+    blocks = probability_blocks(preds, target, from_logits, ignore_index)
+    return torch.cat([squared_errors(block) for block in blocks]).double().mean()
 
 
 def negative_log_likelihood(
@@ -101,17 +90,16 @@ def negative_log_likelihood(
     labels already: one of 0 makes the value inf. So does a label on a masked class, whose logit is ``-inf``.
 
     Args:
-        preds: shape ``[N, C]``, floating: logits, or probabilities with ``from_logits=False``.
-        target: shape ``[N]``, int64 labels in [0, C).
-        from_logits: whether ``preds`` are logits; never guessed.
-        ignore_index: samples with this label are left out.
+        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
+        target: labels.
+        from_logits: whether ``preds`` are logits.
+        ignore_index: label of samples to leave out.
 
     Returns:
         A float64 scalar ≥ 0, in nats; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or (looked at on the CPU alone) a label is out of range.
+        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -121,4 +109,5 @@ def negative_log_likelihood(
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 6.
     """
-    return score(preds, target, log_losses, from_logits=from_logits, ignore_index=ignore_index).double().mean()
+    blocks = probability_blocks(preds, target, from_logits, ignore_index)
+    return torch.cat([log_losses(block) for block in blocks]).double().mean()

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_label_values, check_predictions, check_softmax_exists
-from calrobust.functional._rows import block_rows
+from calrobust._checks import check_kind, check_label_values, check_softmax_exists
+from calrobust.functional._rows import as_rows, block_rows
 
 SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all rows is already a small one
 SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
@@ -84,10 +84,11 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2 (temperature scaling).
     """
-    check_predictions(target, logits=logits)
+    logits, target = as_rows(target, logits=logits)
     if len(logits) == 0:
         raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
     check_label_values(target, logits.shape[1])
+    check_kind(from_logits=True, logits=logits)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data = _scan(logits, target)
         temperature, causes = _solve(data)

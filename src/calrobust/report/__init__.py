@@ -192,7 +192,7 @@ class ShiftReport:
             check_fitted(method, self._temperature(method))
         samples = self._samples[method][domain]
         confidences = torch.cat(samples.scaled if scaled else samples.confidences)
-        return bin_confidences(confidences, torch.cat(samples.correct), self.n_bins)
+        return bin_confidences(confidences, torch.cat(samples.correct), n_bins=self.n_bins)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a method, in the order of first :meth:`add`.

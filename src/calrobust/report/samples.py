@@ -82,7 +82,7 @@ def estimate(samples: Samples, n_bins: int, seed: int) -> Estimates:
     order = torch.cat(samples.fingerprints).argsort()  # by content, so that no draw depends on the order of batches
     correct = torch.cat(samples.correct)[order]
     kinds = [torch.cat(kind)[order].double() for kind in (samples.confidences, samples.scaled) if kind]
-    bins = [bin_confidences(confidences, correct, n_bins) for confidences in kinds]
+    bins = [bin_confidences(confidences, correct, n_bins=n_bins) for confidences in kinds]
     missing = [torch.tensor(math.nan, dtype=torch.float64)] * (2 - len(kinds))
     values = torch.stack([correct.double().mean(), *map(binned_error, bins), *missing])
 

@@ -1,0 +1,338 @@
+"""Calibration metrics for ``torchmetrics``: sums that merge exactly over batches and ranks.
+
+Every metric takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``preds`` are logits, or
+probabilities with ``from_logits=False``; which of the two is never guessed. ``compute`` gives float64 scalars, and NaN
+with torchmetrics' warning before the first ``update``. All options are keyword-only, and an invalid one is an error.
+The formulas are in :mod:`calrobust.functional`.
+"""
+
+# No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calrobust._checks import check_count, check_n_bins
+from calrobust.functional._rows import Block
+from calrobust.functional.calibration import (
+    Norm,
+    bin_classes,
+    bin_confidences,
+    binned_error,
+    check_norm,
+    classwise_error,
+    equal_mass_bins,
+    top_labels,
+)
+from calrobust.functional.scoring import log_losses, row_scores, squared_errors
+from calrobust.metrics._shared import BinnedMetric, PredictionMetric
+
+__all__ = [
+    "AdaptiveCalibrationError",
+    "BrierScore",
+    "CalibrationError",
+    "CalibrationSummary",
+    "ClasswiseCalibrationError",
+    "NegativeLogLikelihood",
+]
+
+
+class CalibrationError(BinnedMetric):
+    """Expected calibration error of the top label (ECE), streaming.
+
+    Formula and bins are those of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums a
+    bin, whatever the number of samples, and does not depend on how they are split into batches. ``metric.bins`` are
+    these sums, for :func:`~calrobust.plotting.reliability_diagram`.
+
+    Args:
+        n_bins: number of bins of equal width.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
+        debiased: only for ``"l2"``: subtract the bias that noise adds, see :func:`~calrobust.functional.binned_error`.
+        from_logits: whether ``preds`` are logits or probabilities.
+        ignore_index: samples with this label are left out.
+        validate_args: check the values of each batch, which reads them back from the device.
+        **kwargs: of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import CalibrationError
+        >>> metric = CalibrationError(n_bins=10, from_logits=False)
+        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 0]))
+        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([1, 1]))
+        >>> metric.compute()  # right half of the time; each batch alone would be 0.25 or 0.75 off
+        tensor(0.2500, dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_bins: int = 15,
+        norm: Norm = "l1",
+        debiased: bool = False,
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        options = {"from_logits": from_logits, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
+        super().__init__(n_bins, **options)
+        check_norm(norm, debiased=debiased)
+        self.norm, self.debiased = norm, debiased
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        return bin_confidences(*top_labels(blocks), n_bins=self.n_bins)._asdict()
+
+    def compute(self) -> Tensor:
+        """The error over all batches and ranks."""
+        return binned_error(self.bins, norm=self.norm, debiased=self.debiased)
+
+
+class AdaptiveCalibrationError(PredictionMetric):
+    """Calibration error over bins of equally many samples.
+
+    Formula and ties are those of :func:`~calrobust.functional.adaptive_calibration_error`. Where such bins begin
+    depends on all samples, so this metric alone keeps them: nine bytes each.
+
+    Args:
+        n_bins: number of bins.
+        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import AdaptiveCalibrationError
+        >>> metric = AdaptiveCalibrationError(n_bins=2, from_logits=False)
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [1.0, 0.0], [1.0, 0.0]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> metric.compute()  # bins {0.75, 0.75} and {1, 1}: (2 * 0.25 + 0) / 4
+        tensor(0.1250, dtype=torch.float64)
+
+    Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`, adaptive binning.
+    """
+
+    plot_upper_bound = 1.0
+    confidences: list[Tensor]
+    correct: list[Tensor]
+
+    def __init__(
+        self,
+        *,
+        n_bins: int = 15,
+        norm: Norm = "l1",
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(from_logits=from_logits, ignore_index=ignore_index, validate_args=validate_args, **kwargs)
+        check_n_bins(n_bins)
+        check_norm(norm)
+        self.n_bins, self.norm = n_bins, norm
+        self.add_state("confidences", [], dist_reduce_fx="cat")
+        self.add_state("correct", [], dist_reduce_fx="cat")
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        confidences, correct = top_labels(blocks)
+        return {"confidences": confidences.double(), "correct": correct}
+
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        """All so far, each in one piece."""
+        states = self._as_states(self.metric_state)
+        nothing = torch.empty(0, dtype=torch.float64, device=self.device)
+        return torch.cat([nothing, *states["confidences"]]), torch.cat([nothing.bool(), *states["correct"]])
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # Ranks must send the same dtype; torchmetrics sends floating point for a rank that saw no sample.
+        confidences, correct = self._samples()
+        self.confidences, self.correct = [confidences], [correct]
+        super()._sync_dist(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """The error over all batches and ranks."""
+        return binned_error(equal_mass_bins(*self._samples(), n_bins=self.n_bins), norm=self.norm)
+
+
+class ClasswiseCalibrationError(BinnedMetric):
+    """Calibration error of the probabilities of all classes (static calibration error), streaming.
+
+    The formula is that of :func:`~calrobust.functional.classwise_calibration_error`.
+
+    Args:
+        num_classes: number C ≥ 2 of classes; the state is three float64 sums for each bin of each class.
+        n_bins: number of bins of each class.
+        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import ClasswiseCalibrationError
+        >>> metric = ClasswiseCalibrationError(num_classes=2, from_logits=False)
+        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
+        >>> metric.compute()  # both classes happen half of the time
+        tensor(0.2500, dtype=torch.float64)
+
+    Reference: Nixon et al., 2019, :arxiv:`1904.01685`, static calibration error.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        n_bins: int = 15,
+        norm: Norm = "l1",
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_count(10**7, num_classes=num_classes)
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be >= 2, got {num_classes!r}; a binary classifier has two classes")
+        options = {"from_logits": from_logits, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
+        super().__init__(n_bins, num_classes, **options)
+        check_norm(norm)
+        self.num_classes, self.norm = num_classes, norm
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        bins = bin_classes(blocks, self.n_bins)
+        if len(bins.counts) != self.num_classes:
+            raise ValueError(
+                f"preds must have num_classes={self.num_classes} columns, got {len(bins.counts)}; "
+                f"make the metric with num_classes={len(bins.counts)}"
+            )
+        return bins._asdict()
+
+    def compute(self) -> Tensor:
+        """The error over all batches and ranks."""
+        return classwise_error(self.bins, self.norm)
+
+
+class BrierScore(PredictionMetric):
+    """Mean squared distance of the probabilities from the label's indicator, streaming.
+
+    The formula is that of :func:`~calrobust.functional.brier_score`, the value in [0, 2].
+
+    Args:
+        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import BrierScore
+        >>> metric = BrierScore(from_logits=False)
+        >>> metric.update(torch.tensor([[0.75, 0.25]]), torch.tensor([1]))
+        >>> metric.compute()  # 0.75² + 0.75²
+        tensor(1.1250, dtype=torch.float64)
+
+    Reference: Brier, 1950, *Verification of forecasts expressed in terms of probability*, equation 2.
+    """
+
+    plot_upper_bound = 2.0
+    scalar_sums = ("brier_sum", "count")
+    brier_sum: Tensor
+    count: Tensor
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        return _sum_and_count("brier_sum", map(squared_errors, blocks))
+
+    def compute(self) -> Tensor:
+        """The mean over all samples of all batches and ranks."""
+        return self.brier_sum / self.count
+
+
+class NegativeLogLikelihood(PredictionMetric):
+    """Mean negative log-likelihood of the labels in nats, streaming.
+
+    The formula is that of :func:`~calrobust.functional.negative_log_likelihood`.
+
+    Args:
+        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`. Probabilities give
+            inf for a label of probability 0.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import NegativeLogLikelihood
+        >>> metric = NegativeLogLikelihood()
+        >>> metric.update(torch.tensor([[0.0, 500.0]]), torch.tensor([0]))
+        >>> metric.compute()
+        tensor(500., dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 6.
+    """
+
+    scalar_sums = ("nll_sum", "count")
+    nll_sum: Tensor
+    count: Tensor
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        return _sum_and_count("nll_sum", map(log_losses, blocks))
+
+    def compute(self) -> Tensor:
+        """The mean over all samples of all batches and ranks."""
+        return self.nll_sum / self.count
+
+
+class CalibrationSummary(BinnedMetric):
+    """Accuracy, mean confidence, proper scores and calibration errors from one pass over the logits, streaming.
+
+    Args:
+        n_bins: number of bins of equal width.
+        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+
+    Returns:
+        ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` (nats), ``brier``, ``ece``, ``rmsce``, ``mce``.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import CalibrationSummary
+        >>> metric = CalibrationSummary(from_logits=False)
+        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
+        >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
+        {'accuracy': 0.5, 'confidence': 0.75, 'nll': 0.837, 'brier': 0.625, 'ece': 0.25, 'rmsce': 0.25, 'mce': 0.25}
+    """
+
+    higher_is_better = None
+    plot_upper_bound = None
+    scalar_sums = ("nll_sum", "brier_sum")
+    nll_sum: Tensor
+    brier_sum: Tensor
+
+    def __init__(
+        self,
+        *,
+        n_bins: int = 15,
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        options = {"from_logits": from_logits, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
+        super().__init__(n_bins, **options)
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        rows = row_scores(blocks)
+        return {
+            **bin_confidences(rows.confidences, rows.correct, n_bins=self.n_bins)._asdict(),
+            "nll_sum": rows.log_losses.sum(dtype=torch.float64),
+            "brier_sum": rows.squared_errors.sum(dtype=torch.float64),
+        }
+
+    def compute(self) -> dict[str, Tensor]:
+        """The values over all samples of all batches and ranks."""
+        count = self.counts.sum()
+        return {
+            "accuracy": self.correct_sums.sum() / count,
+            "confidence": self.confidence_sums.sum() / count,
+            "nll": self.nll_sum / count,
+            "brier": self.brier_sum / count,
+            "ece": binned_error(self.bins, norm="l1"),
+            "rmsce": binned_error(self.bins, norm="l2"),
+            "mce": binned_error(self.bins, norm="max"),
+        }
+
+
+def _sum_and_count(name: str, values: Iterable[Tensor]) -> dict[str, Tensor]:
+    rows = torch.cat(list(values))
+    return {name: rows.sum(dtype=torch.float64), "count": rows.new_tensor(len(rows), dtype=torch.float64)}

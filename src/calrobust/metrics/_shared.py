@@ -1,0 +1,195 @@
+"""What the metrics share."""
+
+# No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from calrobust._checks import (
+    check_flag,
+    check_float64,
+    check_ignore_index,
+    check_n_bins,
+    check_softmax_exists,
+    check_tensor,
+)
+from calrobust.functional._rows import Block, as_rows, probability_blocks
+from calrobust.functional.calibration import Bins
+
+
+class PredictionMetric(Metric):
+    """What the metrics share: checks, a state that a refused batch leaves as it was, and sums that stay float64."""
+
+    __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "bins", "dtype"]
+    higher_is_better: bool | None = False
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot = Metric._plot  # torchmetrics leaves it to each metric to have one
+    scalar_sums: tuple[str, ...] = ()  # MetricCollection shares states of equal name and value: other sum, other name
+
+    def __init__(
+        self, *, from_logits: bool = True, ignore_index: int | None = None, validate_args: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        check_flag(from_logits=from_logits, validate_args=validate_args)
+        check_ignore_index(ignore_index)
+        self.from_logits, self.ignore_index, self.validate_args = from_logits, ignore_index, validate_args
+        for name in self.scalar_sums:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        """What the rows of a batch add to each state."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, or probabilities with ``from_logits=False``.
+            target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C), or ``ignore_index``.
+
+        Raises:
+            TypeError: ``preds`` is not floating or ``target`` is not int64.
+            ValueError: shapes or devices do not fit, or there is a single class; with ``validate_args`` also labels out
+                of range, NaN, +inf, and probabilities where logits are due or the reverse. The state is left as it was.
+        """
+        try:
+            summands = self._checked_summands(preds, target)
+        except BaseException:  # also unforeseen ones, such as a GPU without memory
+            self._update_count -= 1  # torchmetrics counts the call before it is made
+            raise
+        for name, summand in summands.items():
+            state = getattr(self, name)
+            setattr(self, name, [*state, summand] if isinstance(state, list) else state + summand)
+
+    def _checked_summands(self, preds: Tensor, target: Tensor) -> dict[str, Tensor]:
+        preds, target = as_rows(target, preds=preds)
+        if preds.device != self.device:
+            raise ValueError(
+                f"preds must be on {self.device}, as the metric's state, got {preds.device}; move the metric with .to()"
+            )
+        validate = self.validate_args
+        summands = self._summands(probability_blocks(preds, target, self.from_logits, self.ignore_index, validate))
+        # A row without a softmax has left NaN in a sum, so that good batches need no search for one.
+        if validate and bool(torch.cat([summand.flatten() for summand in summands.values()]).isnan().any()):
+            kept = slice(None) if self.ignore_index is None else target != self.ignore_index
+            check_softmax_exists(target[kept], preds=preds[kept])
+        return summands
+
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a batch and returns the value of this batch alone. A batch that fails leaves the state as it was."""
+        before = {**self.__dict__, **self._copy_state_dict()}  # torchmetrics empties the state before it checks
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds what another metric of the same kind has seen, as if it had been seen here.
+
+        Args:
+            incoming_state: the other metric, or its ``metric_state``; it is not changed.
+
+        Raises:
+            TypeError: it is neither a metric nor a dict of tensors.
+            ValueError: its states are others than ours, or of another shape. The state is left as it was.
+        """
+        metric = incoming_state if isinstance(incoming_state, Metric) else None
+        own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
+        # torchmetrics' own would go on giving the value computed before.
+        seen = metric.update_count if metric else _any_samples(incoming)
+        states = {name: own[name] + state for name, state in incoming.items()}
+        self.__dict__.update(states, _computed=None, _update_count=self._update_count + seen)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        before = self.metric_state
+        super()._load_from_state_dict(state_dict, *args)
+        if all(after is before[name] for name, after in self.metric_state.items()):
+            return  # states are in a state_dict only if they are persistent
+        try:
+            states = self._as_states(self.metric_state)
+        except (TypeError, ValueError) as error:
+            self.__dict__.update(before)
+            args[-1].append(str(error))
+        else:
+            self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
+
+    def _as_states(self, states: Any) -> dict[str, Any]:
+        """States of another metric as ours, on this device; raises where they cannot be."""
+        if not isinstance(states, Mapping):
+            raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
+        kept: dict[str, Any] = {}
+        for name, state in states.items():
+            if isinstance(self._defaults.get(name), list):
+                kept[name] = state if isinstance(state, list) else [state]  # synchronised samples are one tensor
+                check_tensor(**{f"{name}[{i}]": samples for i, samples in enumerate(kept[name])})
+            else:
+                check_tensor(**{name: state})
+                kept[name] = state.to(self.device, torch.float64)
+        expected, got = (
+            {name: "list" if isinstance(state, list) else list(state.shape) for name, state in each.items()}
+            for each in (self._defaults, kept)
+        )
+        if expected != got:
+            raise ValueError(
+                f"incoming_state must have the states {expected}, got {got}; make both metrics with the same arguments"
+            )
+        return kept
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sums: always float64."""
+        return torch.float64
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> "PredictionMetric":
+        """Raises ``ValueError`` for another dtype than float64, in which alone counts and small terms are exact."""
+        if dst_type != torch.float64:
+            raise ValueError(
+                f"dst_type must be torch.float64, the dtype of the metric's sums, got {dst_type}; "
+                "convert the result of compute() instead"
+            )
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PredictionMetric":
+        check_float64(metric=fn(torch.empty(0, device=self.device)))
+
+        # Sums follow their module to a device, never to a lower precision.
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, exclude_state)
+        return self
+
+
+class BinnedMetric(PredictionMetric):
+    """A metric whose state is the sums of bins."""
+
+    plot_upper_bound: float | None = 1.0
+    counts: Tensor
+    confidence_sums: Tensor
+    correct_sums: Tensor
+
+    def __init__(self, n_bins: int, *leading: int, **options: Any) -> None:
+        super().__init__(**options)
+        check_n_bins(n_bins)
+        self.n_bins = n_bins
+        for name in Bins._fields:
+            self.add_state(name, torch.zeros(*leading, n_bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def bins(self) -> Bins:
+        """The sums so far, on this rank."""
+        return Bins(self.counts, self.confidence_sums, self.correct_sums)
+
+
+def _any_samples(states: dict[str, Any]) -> int:
+    """1 if samples have left anything in states, else 0."""
+    return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: an atomic write, and a checkpoint that knows which recipe it came from.
+"""A checkpoint that is whole or not there, and knows which recipe it came from.
 
 A checkpoint is three parts: a line of JSON that names the recipe, a line with the SHA-256 of the other two, and what
 ``torch.save`` wrote. Nothing is unpickled before the sum agrees, and nothing is used that another recipe made.
@@ -9,23 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from atomic import write_atomically
 from torch import Tensor
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside ``path``, then renames: a reader, or a run that was cut off, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_or_build(

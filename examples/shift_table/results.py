@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from atomic import write_atomically
 from matplotlib.figure import Figure
 
 import calrobust
-from shift_table.checkpoint import write_atomically
 from shift_table.data import Data
 from shift_table.findings import COLUMNS, Figures, findings
 from shift_table.sheet import contact_sheet

@@ -1,18 +1,18 @@
-"""What the tests of examples/imagenet.py share."""
+"""What the tests of examples/finetune.py share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from tiny_imagenet import Main, main_of_the_script, make_pictures
+from tiny_folders import Main, main_of_the_script, make_folders
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of data, class names and a model's description; tests leave it as it is."""
-    root = tmp_path_factory.mktemp("pictures")
-    make_pictures(root)
+    """Folders of pictures and tiny models; tests leave them as they are."""
+    root = tmp_path_factory.mktemp("folders")
+    make_folders(root)
     return root
 
 

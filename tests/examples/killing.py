@@ -72,8 +72,23 @@ def same(ours: Path, whole: Path) -> bool:
     """Whether two files hold the same; weights are compared as weights."""
     if ours.suffix != ".pt":
         return ours.read_bytes() == whole.read_bytes()
-    one, other = (torch.load(path, weights_only=True) for path in (ours, whole))
-    return all(torch.equal(one[name], other[name]) for name in other)
+    return equal(*(torch.load(path, weights_only=True) for path in (ours, whole)))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """To the bit, tensors in dicts and sequences included."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def files(folder: Path) -> set[str]:
+    """What is in it, but for what a run that was killed left beside it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name[0] != "."}
 
 
 def survive(
@@ -99,34 +114,41 @@ def survive(
         assert done >= before, f"went back from step {before} to {done} after {moment}"
     assert not died
     assert deaths >= len(moments) - 2  # the clock's may come too late
-    assert {path.name for path in cut.glob("[!.]*")} == {path.name for path in whole.glob("[!.]*")}
+    assert files(cut) == files(whole)
     assert all(same(cut / name, whole / name) for name in results)
 
 
-def imagenet(folder: Path) -> None:
-    """Twelve steps in three epochs, a checkpoint every second one."""
-    from tiny_imagenet import CHECKPOINT, main_of_the_script, make_pictures, options
+def finetune(folder: Path) -> None:
+    """Two rows of four steps, a checkpoint every second one."""
+    from tiny_folders import main_of_the_script, make_folders, options
 
     made = folder / "made"
-    make_pictures(made)
+    make_folders(made)
     main = main_of_the_script()
-    more = ("--epochs", "3", "--batch-size", "4", "--checkpoint-every", "2", "--resume")
+    more = ("--method", "wise-ft", "carot", "--epochs", "2", "--checkpoint-every", "2")
 
     def steps(out: Path) -> int:
-        path = out / CHECKPOINT
-        return int(torch.load(path, weights_only=True)["step"]) if path.exists() else 0
+        paths = out.glob("*/checkpoint.pt")
+        return sum(int(torch.load(path, weights_only=True)["step"]) for path in paths)
 
-    results = ("report.md", "report.csv", "classifier.pt", "model.pt")
+    rows = [f"{method}/{name}" for method in ("wise-ft", "carot") for name in ("weights.pt", "logits.pt")]
     moments = [
-        Moment("", 2),  # before there is a log
-        Moment(CHECKPOINT, 2, 1000),  # in the second write of a checkpoint
-        Moment("log.csv", 3, 50),  # in the log
-        *(Moment(CHECKPOINT, touch) for touch in (2, 3, 4, 6)),  # before a rename, in training; before a write
-        *(Moment(name, touch, bytes_on) for name in results for touch, bytes_on in ((1, 50), (2, 0))),
+        Moment("", 1),  # before there is anything
+        Moment("checkpoint.pt", 1, 1000),  # in the first write of a checkpoint
+        Moment("checkpoint.pt", 4),  # before the rename of the second
+        Moment("checkpoint.pt", 2),  # between the log and its checkpoint
+        Moment("checkpoint.pt", 6),  # in the second row, the first one whole
+        Moment("log.csv", 1, 50),  # in the log
+        Moment("weights.pt", 2),  # before a rename, all trained
+        Moment("logits.pt", 1, 50),
+        Moment("report.md", 1, 50),
+        Moment("report.csv", 2),
+        Moment("reliability.png", 1, 50),
     ]
-    survive(lambda out: main(options(made, out, *more)), folder, moments, results, steps)
-    logs = [(folder / name / "log.csv").read_text() for name in ("whole", "cut")]
-    assert logs[0] == logs[1]
+    survive(lambda out: main(options(made, out, *more)), folder, moments, [*rows, "report.md", "report.csv"], steps)
+    for method in ("wise-ft", "carot"):
+        for name in ("checkpoint.pt", "log.csv"):
+            assert same(*(folder / out / method / name for out in ("cut", "whole"))), f"{method}/{name}"
 
 
 def shift_table(folder: Path) -> None:
@@ -156,4 +178,4 @@ def shift_table(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # so few pictures may not determine a temperature
-    {"imagenet": imagenet, "shift_table": shift_table}[sys.argv[1]](Path(sys.argv[2]))
+    {"finetune": finetune, "shift_table": shift_table}[sys.argv[1]](Path(sys.argv[2]))

@@ -11,8 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from atomic import write_atomically
 from shift_table import data, drawing, results
-from shift_table.checkpoint import load_or_build, write_atomically
+from shift_table.checkpoint import load_or_build
 from shift_table.data import CLASSES, HELD_OUT_FONTS, OOD_STYLES, Data, Split, WebData, handwriting_indices
 from shift_table.findings import COLUMNS, Figures, findings
 from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier

@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from finetune import RunError
+from finetune.models import load_clip
+from finetune.pictures import Domain, order, read_data
+from finetune.training import METHODS
+from leaving import torchrun
+from PIL import Image
+from tiny_folders import CLASSES, CONFIG, SCRIPT, Main, draw, options, parse_options, refusal
+from torch.testing import assert_close
+
+# An untrained model may well be wrong on the few pictures held out, and then no temperature is better than the others.
+pytestmark = pytest.mark.filterwarnings("ignore:the data do not determine a temperature")
+
+
+def logged(out: Path, method: str = "carot") -> list[dict[str, float]]:
+    """The CSV log, a row for each step."""
+    with (out / method / "log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def checkpoint(out: Path, method: str = "carot") -> dict[str, Any]:
+    """What the last step left."""
+    content: dict[str, Any] = torch.load(out / method / "checkpoint.pt", weights_only=True)
+    return content
+
+
+def figures(out: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """The report's rows, by method and domain."""
+    with (out / "report.csv").open() as file:
+        return {(row["method"], row["domain"]): row for row in csv.DictReader(file)}
+
+
+def sets(made: Path) -> list[str]:
+    """Two shifts: of some of the classes, and with folders of its own."""
+    renamed = f"renamed={made / 'renamed'}", "--map", f"renamed={made / 'renamed.txt'}"
+    return ["--ood", f"subset={made / 'subset'}", "--ood", *renamed]
+
+
+@pytest.fixture(scope="module")
+def table(made: Path, main: Main, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All nine methods in two runs: the second goes into the folder of the first."""
+    out = tmp_path_factory.mktemp("table")
+    first, *others = METHODS
+    main(options(made, out, *sets(made), method=first))
+    main(options(made, out, *sets(made), "--method", *others))
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_two_steps_and_has_its_row(method: str, table: Path) -> None:
+    """Each logs its own terms, and separate runs share a report, in the table's order."""
+    row = METHODS[method]
+    report = figures(table)
+    assert list(dict.fromkeys(name for name, _ in report)) == [other.name for other in METHODS.values()]
+    assert {domain for name, domain in report if name == row.name} == {"ID", "subset", "renamed"}
+    assert f"| {row.name} " in (table / "report.md").read_text()
+    weights = torch.load(table / method / "weights.pt", weights_only=True)
+    assert weights["classes"] == ["blue ish thing", "green thing", "red thing"]
+    assert weights["head"].shape == (3, 8)
+    if method == "zs":
+        assert not (table / "zs" / "log.csv").exists()
+        return
+    log = logged(table, method)
+    assert [line["step"] for line in log] == [1, 2]
+    assert set(log[0]) - {"step", "learning_rate", "logit_scale", "loss"} == {
+        "contrastive" if row.contrast else "cross_entropy",
+        *(["distillation"] if row.distillation_weight else []),
+        *(["orthogonality"] if row.orthogonality else []),
+    }
+
+
+def test_pictures_are_drawn(table: Path) -> None:
+    """Of reliability, and of the shift."""
+    for name in ("reliability.png", "shift.png"):
+        with Image.open(table / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_terms_add_up_and_the_teacher_moves(table: Path) -> None:
+    """The distillation term is zero at first, when student and teacher are one, and not afterwards."""
+    log = logged(table, "carot-neurips")
+    assert log[0]["distillation"] == pytest.approx(0, abs=1e-5)
+    assert log[1]["distillation"] > 1e-4
+    for line in log:
+        assert line["loss"] == pytest.approx(line["contrastive"] + line["distillation"] + line["orthogonality"])
+    saved = checkpoint(table, "carot-neurips")
+    assert int(saved["teacher"]["updates"]) == 2
+    assert not torch.equal(saved["teacher"]["module.visual.proj"], saved["network"]["visual.proj"])
+
+
+def test_only_matrices_decay(table: Path) -> None:
+    """Logit scale, biases and norms are in the group without weight decay (trap 8)."""
+    saved = checkpoint(table, "flyp")
+    decays, stays = saved["optimizer"]["param_groups"]
+    assert (decays["weight_decay"], stays["weight_decay"]) == (0.1, 0.0)
+    moments = saved["optimizer"]["state"]
+    assert all(moments[index]["exp_avg"].ndim >= 2 for index in decays["params"])
+    assert all(moments[index]["exp_avg"].ndim < 2 for index in stays["params"])
+
+
+def test_fine_tuning_leaves_the_text_tower_and_contrast_moves_both(table: Path) -> None:
+    """What a loss does not depend on is not decayed either."""
+    zero_shot, classified, contrasted = (
+        torch.load(table / method / "weights.pt", weights_only=True)["state_dict"] for method in ("zs", "ft", "flyp")
+    )
+    for name, value in zero_shot.items():
+        text = name.startswith(
+            ("transformer", "token_embedding", "ln_final", "text_projection", "positional_embedding")
+        )
+        if text or name == "logit_scale":
+            assert torch.equal(classified[name], value)
+    for name in ("visual.proj", "visual.conv1.weight"):
+        assert not torch.equal(classified[name], zero_shot[name])
+    for name in ("visual.proj", "text_projection", "logit_scale"):
+        assert not torch.equal(contrasted[name], zero_shot[name])
+
+
+def test_the_head_of_every_row_is_scaled_text(table: Path) -> None:
+    """What is judged is what the weights say."""
+    saved = torch.load(table / "flyp" / "weights.pt", weights_only=True)
+    assert_close(saved["head"].norm(dim=1), saved["state_dict"]["logit_scale"].exp().expand(3))
+
+
+def test_the_logit_scale_stops_at_a_hundred(made: Path, tmp_path: Path, main: Main) -> None:
+    """Also if it was above before (trap 8). The weights that a run writes are those that open_clip loads."""
+    main(options(made, tmp_path, method="flyp"))
+    shutil.copytree(made / "tiny-clip", tmp_path / "steep")
+    model = open_clip.CLIP(**CONFIG)  # type: ignore[arg-type]
+    open_clip.load_checkpoint(model, str(tmp_path / "flyp" / "weights.pt"))
+    torch.save(model.state_dict() | {"logit_scale": torch.tensor(5.0)}, tmp_path / "steep/open_clip_pytorch_model.bin")
+    main(options(made, tmp_path / "second", "--model", f"local-dir:{tmp_path / 'steep'}", method="flyp"))
+    scales = [line["logit_scale"] for line in logged(tmp_path / "second", "flyp")]
+    assert scales[0] == pytest.approx(100)
+    assert max(scales) < 100.001
+
+
+def test_the_ood_mean_is_over_the_shifted_sets_alone(table: Path) -> None:
+    """Each counts once, whatever its size, and neither the ID set nor any other column is among them (trap 34)."""
+    report = figures(table)
+    row = (table / "report.md").read_text().splitlines()[2].split("|")
+    accuracy = {domain: float(report["ZS", domain]["accuracy"]) for domain in ("ID", "subset", "renamed")}
+    assert float(row[2].split()[0]) == pytest.approx(100 * accuracy["ID"], abs=0.06)
+    assert float(row[3].split()[0]) == pytest.approx(50 * (accuracy["subset"] + accuracy["renamed"]), abs=0.06)
+
+
+def test_rows_of_other_pictures_are_not_in_the_report(
+    made: Path, tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are named, and what is there stays."""
+    main(options(made, tmp_path, method="zs"))
+    main(options(made, tmp_path, "--test", str(made / "val"), method="ft"))
+    assert f"{tmp_path / 'zs' / 'logits.pt'} is of other sets or pictures" in capsys.readouterr().out
+    assert {name for name, _ in figures(tmp_path)} == {"FT"}
+    main(options(made, tmp_path, "--test", str(made / "val"), method="zs"))
+    assert {name for name, _ in figures(tmp_path)} == {"ZS", "FT"}
+
+
+@pytest.mark.parametrize("method", ["wise-ft", "carot-neurips"])
+def test_models_of_transformers_are_trained_alike(method: str, made: Path, tmp_path: Path, main: Main) -> None:
+    """With their own tokenizer and image processor; recomputing activations changes no step."""
+    for name, more in {"kept": (), "recomputed": ("--recompute",)}.items():
+        main(options(made, tmp_path / name, "--model", f"hf:{made / 'tiny-hf'}", *more, method=method))
+    kept, recomputed = (logged(tmp_path / name, method) for name in ("kept", "recomputed"))
+    assert_close(recomputed, kept)
+    saved = checkpoint(tmp_path / "kept", method)["network"]
+    prefix = "network." if method == "wise-ft" else ""
+    before = torch.load(tmp_path / "kept" / method / "weights.pt", weights_only=True)["state_dict"]
+    assert f"{prefix}visual_projection.weight" in saved
+    assert "text_model.encoder.layers.0.mlp.fc1.weight" in before
+    assert METHODS[method].name in (tmp_path / "kept" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["ft", "flyp"])
+def test_recomputing_changes_no_step_of_open_clip(method: str, made: Path, tmp_path: Path, main: Main) -> None:
+    """And freezes no parameter that would be trained."""
+    for name, more in {"kept": (), "recomputed": ("--recompute",)}.items():
+        main(options(made, tmp_path / name, *more, method=method))
+    assert_close(
+        checkpoint(tmp_path / "recomputed", method)["network"], checkpoint(tmp_path / "kept", method)["network"]
+    )
+
+
+def test_bf16_changes_the_features_alone(made: Path, tmp_path: Path, main: Main) -> None:
+    """The loss is near that of float32, and not equal."""
+    for precision in ("bf16", "fp32"):
+        main(options(made, tmp_path / precision, "--precision", precision))
+    low, full = (logged(tmp_path / precision) for precision in ("bf16", "fp32"))
+    assert low[0]["contrastive"] != full[0]["contrastive"]
+    assert low[0]["contrastive"] == pytest.approx(full[0]["contrastive"], rel=0.02)
+
+
+def test_float16_is_not_offered(made: Path, tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing here scales a loss, so that no gradient is clipped while it is scaled (trap 10)."""
+    refusal(main, options(made, tmp_path, "--precision", "fp16"))
+    assert "invalid choice: 'fp16'" in capsys.readouterr().err
+
+
+def test_workers_read_the_same_pictures(made: Path, tmp_path: Path, main: Main) -> None:
+    """In other processes, with other generators."""
+    for name, more in {"a": (), "b": ("--workers", "1")}.items():
+        main(options(made, tmp_path / name, *more, method="ft"))
+    assert logged(tmp_path / "a", "ft") == logged(tmp_path / "b", "ft")
+
+
+def test_ranks_share_a_batch() -> None:
+    """Together they see each picture of an epoch once, whatever their number, and a later start skips what was seen."""
+
+    def keys(start: int, world_size: int) -> list[set[tuple[int, int]]]:
+        shares = [
+            list(order(13, start=start, steps=6, batch_size=4, rank=rank, world_size=world_size, seed=5))
+            for rank in range(world_size)
+        ]
+        return [{key for share in shares for key in share[step]} for step in range(6 - start)]
+
+    whole = keys(0, 1)
+    assert keys(0, 2) == whole
+    assert keys(4, 2) == whole[4:]
+    assert [len(set().union(*whole[epoch * 3 :][:3])) for epoch in (0, 1)] == [12, 12]
+    assert {index for _, index in whole[0]} != {index for _, index in whole[3]}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(made: Path, tmp_path: Path, main: Main) -> None:
+    """The batches that torchrun's processes share give the losses and the report of one process."""
+    torchrun(SCRIPT, *options(made, tmp_path / "two"))
+    main(options(made, tmp_path / "one"))
+    one, two = logged(tmp_path / "one")[1], logged(tmp_path / "two")[1]
+    for name in ("contrastive", "loss", "logit_scale"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+    first, second = (torch.load(tmp_path / name / "carot" / "logits.pt", weights_only=True) for name in ("one", "two"))
+    for name in first:
+        assert torch.equal(first[name][1], second[name][1])  # in the order of the set
+    assert (tmp_path / "two" / "report.md").exists()
+
+
+class TestBadImages:
+    """An unreadable picture is named, and the run goes on."""
+
+    @pytest.fixture
+    def damaged(self, made: Path, tmp_path: Path) -> Path:
+        """The data, with half a picture in train and no picture at all in test."""
+        root = tmp_path / "damaged"
+        shutil.copytree(made, root)
+        for path, content in {"train/green_thing/3.png": None, "test/red thing/0.png": b"no picture"}.items():
+            (root / path).write_bytes(content or (root / path).read_bytes()[:200])
+        return root
+
+    def test_is_reported_once_and_counted(
+        self, damaged: Path, tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With its path, however many epochs meet it; the batch stays full, the test set shrinks."""
+        more = ("--val", str(damaged / "val"), "--epochs", "3")
+        main(options(damaged, tmp_path / "out", *more))
+        printed = capsys.readouterr()
+        for path in ("train/green_thing/3.png", "test/red thing/0.png"):
+            assert printed.err.count(f"skipped {damaged / path}, which cannot be read: ") == 1
+        assert "Pictures that could not be read: 2." in printed.out
+        assert figures(tmp_path / "out")["CaRot", "ID"]["n"] == "8"
+
+    def test_nothing_but_unreadable_pictures_stops_the_run(self, made: Path, tmp_path: Path, main: Main) -> None:
+        """In training, and in a set to judge on."""
+        root = tmp_path / "data"
+        shutil.copytree(made, root)
+        val = ("--val", str(root / "val"))
+        for path in root.glob("test/*/*.png"):
+            path.write_bytes(b"no picture")
+        said = refusal(main, options(root, tmp_path / "a", *val, method="zs"))
+        assert "none of 9 pictures can be read" in said
+        for path in root.glob("train/*/*.png"):
+            path.write_bytes(b"no picture")
+        assert "none of the 21 training pictures can be read" in refusal(main, options(root, tmp_path / "b", *val))
+
+
+class TestFolders:
+    """What is wrong is said before training starts; other names of classes are translated."""
+
+    def test_parts_are_split_off_by_class(self, made: Path) -> None:
+        """For validation and test, where no folder is given: no picture twice, and none lost."""
+        data = read_data(parse_options([*options(made, made), "--share", "0.3"]))
+        parts = [data.train, data.domains["validation"].samples]
+        assert [[sum(target == k for _, target in part) for k in range(3)] for part in parts] == [[5] * 3, [2] * 3]
+        without = [option for option in options(made, made) if option not in ("--test", str(made / "test"))]
+        data = read_data(parse_options([*without, "--seed", "7"]))
+        parts = [data.train, *(domain.samples for domain in data.domains.values())]
+        assert list(data.domains) == ["validation", "ID"]
+        assert [[sum(target == k for _, target in part) for k in range(3)] for part in parts] == [
+            [5] * 3,
+            [1] * 3,
+            [1] * 3,
+        ]
+        assert sorted(path for part in parts for path, _ in part) == sorted(map(str, (made / "train").glob("*/*.png")))
+        again = read_data(parse_options(without))
+        assert (again.train, again.domains) == (data.train, data.domains)
+
+    @pytest.mark.parametrize(
+        ("lines", "expected"),
+        [
+            (None, ["blue ish thing", "green thing", "red thing"]),
+            ("blue-ish thing\tsea, sky\ngreen_thing\tgrass\nred thing\tpoppy\n", ["sea, sky", "grass", "poppy"]),
+            ("red thing poppy, rose\ngreen_thing grass\nred fish\nblue-ish thing sky\n", ["sky", "grass", "poppy"]),
+            ("red thing\ngreen_thing\nblue-ish thing the sky\n", ["the sky", "green thing", "red thing"]),
+        ],
+        ids=["folders", "tabs", "spaces", "some"],
+    )
+    def test_names_come_from_folders_or_a_file(
+        self, lines: str | None, expected: list[str], made: Path, tmp_path: Path
+    ) -> None:
+        """With spaces in either; a line for another folder is no fault."""
+        (tmp_path / "names.txt").write_text(lines or "")
+        more = ("--classes", str(tmp_path / "names.txt")) if lines else ()
+        assert read_data(parse_options([*options(made, tmp_path), *more])).names == expected
+
+    def test_imagenet_is_known(self, tmp_path: Path) -> None:
+        """A thousand synsets have open_clip's names, and ImageNetV2 numbers them."""
+        synsets = [f"n{index:08d}" for index in range(1000)]
+        for root, folders in (("train", synsets), ("v2", ["999", "10", "2"])):
+            for folder in folders:
+                (tmp_path / root / folder).mkdir(parents=True)
+                for name in ("a.png", "b.png", "c.png"):
+                    (tmp_path / root / folder / name).touch()
+        without = [option for option in options(tmp_path, tmp_path) if option not in ("--test", str(tmp_path / "test"))]
+        data = read_data(parse_options([*without, "--ood", f"v2={tmp_path / 'v2'}"]))
+        assert data.names[0] == "tench"
+        assert data.domains["v2"].columns == [[2], [10], [999]]
+        assert {(Path(path).parent.name, target) for path, target in data.domains["v2"].samples} == {
+            ("2", 0), ("10", 1), ("999", 2)
+        }  # fmt: skip
+        shutil.rmtree(tmp_path / "train" / synsets[0])
+        with pytest.raises(RunError, match="n00000001 tells a text tower nothing"):
+            read_data(parse_options(without))
+
+    def test_several_folders_are_one_class(self, made: Path) -> None:
+        """The highest of their logits counts, and a set of some classes has no other logits."""
+        data = read_data(parse_options([*options(made, made), *sets(made)]))
+        renamed, subset = data.domains["renamed"], data.domains["subset"]
+        assert (renamed.columns, subset.columns) == ([[0, 1], [2]], [[0], [2]])
+        scores = torch.tensor([[1.0, 2.0, 5.0], [4.0, 3.0, -1.0]])
+        assert_close(renamed.logits(scores), torch.tensor([[2.0, 5.0], [4.0, -1.0]]))
+        assert_close(subset.logits(scores), torch.tensor([[1.0, 5.0], [4.0, -1.0]]))
+        assert Domain([], [[1], [0], [2]]).logits(scores).tolist() == [[2.0, 1.0, 5.0], [3.0, 4.0, -1.0]]
+        assert {(Path(path).parent.name, target) for path, target in renamed.samples} == {("cold", 0), ("warm", 1)}
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (("--train", "{made}/nowhere"), "No such file or directory: '{made}/nowhere'"),
+            (("--test", "{made}/train/red thing"), "{made}/train/red thing must hold a folder of pictures for each"),
+            (("--test", "{made}/subset"), "{made}/subset: 1 of the 3 classes in {made}/train have no folder"),
+            (("--ood", "r={made}/renamed"), "{made}/renamed: 'cold', for 'cold', is no folder of --train; --map"),
+            (("--ood", "r={made}/subset", "--map", "r={made}/renamed.txt"), "{made}/subset has no folder 'cold'"),
+            (("--classes", "{made}/none.txt"), "No such file or directory: '{made}/none.txt'"),
+            (("--classes", "{made}/renamed.txt"), "renamed.txt does not list 'blue-ish thing', a folder of --train"),
+            (("--batch-size", "64"), "18 pictures to train on are no batch; pass a smaller --batch-size"),
+            (("--model", "no-such-model"), "--model no-such-model, --pretrained None: Model config for"),
+            (("--model", "hf:{made}/none"), "--model hf:{made}/none, --pretrained None: "),
+            (("--pretrained", "openai"), "tiny-clip brings its own weights; leave out --pretrained"),
+        ],
+    )
+    def test_wrong_options_are_named(
+        self, more: tuple[str, ...], said: str, made: Path, tmp_path: Path, main: Main
+    ) -> None:
+        """The folder or the option, and the rule."""
+        arguments = options(made, tmp_path / "out", *(option.format(made=made) for option in more))
+        assert said.format(made=made) in refusal(main, arguments)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (("--ood", "ID=x"), "--ood takes NAME=PATH, each name once, and neither ID nor validation"),
+            (("--ood", "a=x", "--ood", "a=y"), "--ood takes NAME=PATH, each name once"),
+            (("--ood", "subset"), "--ood takes NAME=PATH"),
+            (("--map", "r=x"), "--map r=...: no --ood has this name"),
+            (("--template", "a photo"), "--template must hold {} where the class name goes, got 'a photo'"),
+            (("--epochs", "0"), "--epochs, --batch-size and --checkpoint-every must be at least 1"),
+        ],
+    )
+    def test_options_that_cannot_be_meant_are_refused(
+        self, more: tuple[str, ...], said: str, made: Path, main: Main, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Before anything is read."""
+        refusal(main, options(made, made / "out", *more))
+        assert said in capsys.readouterr().err
+
+    def test_an_empty_class_folder_is_named(self, made: Path, tmp_path: Path, main: Main) -> None:
+        """Before training."""
+        draw(tmp_path / "test", CLASSES, 1)
+        (tmp_path / "test" / "red thing" / "0.png").unlink()
+        said = refusal(main, options(made, tmp_path / "out", "--test", str(tmp_path / "test")))
+        assert "Found no valid file for the classes red thing" in said
+
+
+class TestActivation:
+    """Weights that were trained with QuickGELU want a model that has it; nothing is downloaded to find out."""
+
+    @pytest.mark.parametrize("model", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"])
+    def test_a_mismatch_is_refused(self, model: str, made: Path, tmp_path: Path, main: Main) -> None:
+        """With the name of the right model."""
+        said = refusal(main, options(made, tmp_path, "--model", model, "--pretrained", "openai"))
+        assert f"--model {model} has GELU, but openai are weights of a model with QuickGELU" in said
+        assert said.endswith(f"pass --model {model}-quickgelu")
+
+    def test_the_right_model_goes_on_to_its_weights(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is refused is refused for its activation alone."""
+        asked = []
+
+        def create(name: str, pretrained: str, **_: object) -> None:
+            asked.append((name, pretrained))
+            raise RuntimeError("no network here")
+
+        monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+        pairs = ("ViT-B-16-quickgelu", "openai"), ("ViT-B-16", "laion2b_s34b_b88k"), ("ViT-B-16", "file.pt")
+        for name, pretrained in pairs:
+            arguments = parse_options(options(made, tmp_path, "--model", name, "--pretrained", pretrained))
+            with pytest.raises(RunError, match="no network here"):
+                load_clip(arguments, torch.device("cpu"))
+        assert tuple(asked) == pairs

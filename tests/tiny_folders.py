@@ -47,7 +47,7 @@ def make_open_clip(folder: Path) -> None:
     folder.mkdir()
     torch.manual_seed(0)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {}}))
-    torch.save(open_clip.CLIP(**CONFIG).state_dict(), folder / "open_clip_pytorch_model.bin")  # type: ignore[arg-type]
+    torch.save(open_clip.CLIP(**CONFIG).state_dict(), folder / "open_clip_pytorch_model.bin")
 
 
 def make_transformers(folder: Path) -> None:
@@ -55,9 +55,10 @@ def make_transformers(folder: Path) -> None:
     torch.manual_seed(0)
     vocabulary = {"<pad>": 0, "<unk>": 1, "a": 2, "photo": 3, "of": 4, "thing": 5, "red": 6, "blue": 7, "<end>": 8}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment] # tokenizers' annotations call it read-only
-    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 8)])  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(folder)
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 8)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")  # type: ignore[no-untyped-call]
+    fast.save_pretrained(folder)
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     text = {**tiny, "vocab_size": 9, "eos_token_id": 8, "max_position_embeddings": 12}
     vision = {**tiny, "image_size": 16, "patch_size": 8}

@@ -39,7 +39,8 @@ class Clip(NamedTuple):
             return output["image_features"], output["text_features"], output["logit_scale"].reshape(())
         from calrobust.integrations.transformers import clip_features
 
-        return clip_features(network(pixel_values=images, **tokens), network)
+        image_features, text_features, scale = clip_features(network(pixel_values=images, **tokens), network)[:3]
+        return image_features, text_features, scale
 
     def projection(self) -> Tensor | nn.Linear:
         """The visual projection, which orthogonality is asked of."""
@@ -107,7 +108,7 @@ def _from_transformers(name: str) -> Clip:
 
     network, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     tokenizer.model_max_length = min(tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor: Any = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
 
     def preprocess(picture: Image.Image) -> Tensor:
         image: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]

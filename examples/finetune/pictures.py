@@ -149,7 +149,7 @@ class Pictures(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, index = key
-        bad = []
+        bad: list[tuple[str, str]] = []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, epoch, index)) % 2**63)
             template = torch.randint(max(1, self.templates), (1,))

@@ -134,7 +134,7 @@ def test_the_logit_scale_stops_at_a_hundred(made: Path, tmp_path: Path, main: Ma
     """Also if it was above before (trap 8). The weights that a run writes are those that open_clip loads."""
     main(options(made, tmp_path, method="flyp"))
     shutil.copytree(made / "tiny-clip", tmp_path / "steep")
-    model = open_clip.CLIP(**CONFIG)  # type: ignore[arg-type]
+    model = open_clip.CLIP(**CONFIG)
     open_clip.load_checkpoint(model, str(tmp_path / "flyp" / "weights.pt"))
     torch.save(model.state_dict() | {"logit_scale": torch.tensor(5.0)}, tmp_path / "steep/open_clip_pytorch_model.bin")
     main(options(made, tmp_path / "second", "--model", f"local-dir:{tmp_path / 'steep'}", method="flyp"))

@@ -16,7 +16,7 @@ images = colors[target, :, None, None] + 2 * torch.randn(512, 3, 32, 32)
 tokenizer = open_clip.SimpleTokenizer(context_length=12)
 captions = torch.stack([tokenizer([t.format(name) for t in TEMPLATES]) for name in COLORS])
 
-# Yours: open_clip.create_model("ViT-B-16", pretrained="openai")
+# Yours: open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai")
 model = open_clip.model.CLIP(embed_dim=32, vision_cfg=VISION, text_cfg=TEXT)
 criterion = ClipLoss()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

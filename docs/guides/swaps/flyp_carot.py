@@ -17,7 +17,7 @@ images = colors[target, :, None, None] + 2 * torch.randn(512, 3, 32, 32)
 tokenizer = open_clip.SimpleTokenizer(context_length=12)
 captions = torch.stack([tokenizer([t.format(name) for t in TEMPLATES]) for name in COLORS])
 
-# Yours: open_clip.create_model("ViT-B-16", pretrained="openai")
+# Yours: open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai")
 model = open_clip.model.CLIP(embed_dim=32, vision_cfg=VISION, text_cfg=TEXT)
 teacher = cr.EMATeacher(model, decay=0.9)
 criterion = cr.CaRotLoss(label_smoothing=0.05, distillation_weight=1.5)

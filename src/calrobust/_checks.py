@@ -210,10 +210,14 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
         ],
     }
     if any(wrong.values()):
-        found = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
+        found = "; ".join(
+            f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            for what, names in wrong.items()
+            if names
+        )
         raise ValueError(
             f"{first} and {second} must have the same names and shapes; {found}; "
-            "are they one architecture, and saved without a wrapper's prefix?"
+            "are they one architecture, with the same adapters?"
         )
 
 
@@ -359,13 +363,6 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
             )
 
 
-def check_ordered(**numbers: Any) -> None:
-    """Raises ``ValueError`` unless the numbers, in the order given, never fall."""
-    names, values = list(numbers), list(numbers.values())
-    if values != sorted(values):
-        raise ValueError(f"{' <= '.join(names)} must hold, got {', '.join(map(repr, values))}; swap them")
-
-
 def check_text(**texts: Any) -> None:
     """Raises for an argument that is not a string with something to read in it."""
     for name, value in texts.items():
@@ -459,13 +456,6 @@ def check_one_row(**bins: tuple[Tensor, ...]) -> None:
             raise ValueError(
                 f"{name} must be sums of shape [n_bins], got {list(counts.shape)}; take one class or one set at a time"
             )
-
-
-def check_sequence(**sequences: Any) -> None:
-    """Raises ``TypeError`` for an argument that is no list or other sequence."""
-    for name, value in sequences.items():
-        if not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a sequence such as a list, got {type(value).__name__}")
 
 
 def check_instance(kind: type, fix: str, **objects: Any) -> None:

@@ -8,25 +8,33 @@ teacher after ``k`` updates is the product of the first ``k`` decays.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from calrobust._checks import (
     check_count,
     check_fraction,
     check_nonnegative_integer,
-    check_ordered,
     check_positive,
     check_positive_integer,
 )
 
-__all__ = ["beta", "constant", "linear_warmup", "power", "uniform"]
+__all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
+
+
+class _Schedule:
+    def __call__(self, n: int) -> float:
+        """The decay of update ``n``."""
+        check_nonnegative_integer(n=n)
+        return self._decay(n)
+
+    def _decay(self, n: int) -> float:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class constant:
-    r"""The same decay at every update.
-
-    .. math:: \alpha_n = \alpha
+class constant(_Schedule):
+    r"""The same decay at every update, as a float alone gives it.
 
     Args:
         decay: :math:`\alpha` in ``[0, 1]``; 1 freezes the teacher, 0 makes it the student.
@@ -45,14 +53,12 @@ class constant:
     def __post_init__(self) -> None:
         check_fraction(closed=True, decay=self.decay)
 
-    def __call__(self, n: int) -> float:
-        """The decay of update ``n``."""
-        check_nonnegative_integer(n=n)
+    def _decay(self, n: int) -> float:
         return self.decay
 
 
 @dataclass(frozen=True)
-class linear_warmup:
+class linear_warmup(_Schedule):
     r"""A straight line from ``start`` to ``end``, then ``end``.
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
@@ -90,16 +96,14 @@ class linear_warmup:
         check_fraction(closed=True, start=self.start, end=self.end)
         check_positive_integer(updates=self.updates)
 
-    def __call__(self, n: int) -> float:
-        """The decay of update ``n``."""
-        check_nonnegative_integer(n=n)
+    def _decay(self, n: int) -> float:
         if n >= self.updates:
             return self.end
         return self.start + (self.end - self.start) * (n / self.updates)
 
 
 @dataclass(frozen=True)
-class power:
+class power(_Schedule):
     r"""A decay that rises towards 1 by a power law, so that the average spans a fixed share of the past.
 
     .. math::
@@ -134,16 +138,15 @@ class power:
     def __post_init__(self) -> None:
         check_positive(exponent=self.exponent, scale=self.scale)
         check_fraction(closed=True, start=self.start, end=self.end)
-        check_ordered(start=self.start, end=self.end)
+        if self.start > self.end:
+            raise ValueError(f"start <= end must hold, got {self.start!r}, {self.end!r}; swap them")
 
-    def __call__(self, n: int) -> float:
-        """The decay of update ``n``."""
-        check_nonnegative_integer(n=n)
-        return min(self.end, max(self.start, 1 - math.pow(1 + n / self.scale, -self.exponent)))
+    def _decay(self, n: int) -> float:
+        return min(self.end, max(self.start, 1 - (1 + n / self.scale) ** -self.exponent))
 
 
 @dataclass(frozen=True)
-class uniform:
+class uniform(_Schedule):
     r"""The plain mean of the trajectory, the pre-trained model included: stochastic weight averaging.
 
     .. math:: \alpha_n = \frac{n + 1}{n + 2}
@@ -159,14 +162,12 @@ class uniform:
     Reference: Izmailov et al., 2018, :arxiv:`1803.05407`, Algorithm 1.
     """
 
-    def __call__(self, n: int) -> float:
-        """The decay of update ``n``."""
-        check_nonnegative_integer(n=n)
+    def _decay(self, n: int) -> float:
         return (n + 1) / (n + 2)
 
 
 @dataclass(frozen=True)
-class beta:
+class beta(_Schedule):
     r"""A mean of the whole trajectory, the pre-trained model included, weighted by the density of a Beta distribution.
 
     .. math::
@@ -215,7 +216,41 @@ class beta:
             log_total = log_sum
         object.__setattr__(self, "_decays", tuple(decays[1:]))
 
-    def __call__(self, n: int) -> float:
-        """The decay of update ``n``."""
-        check_nonnegative_integer(n=n)
+    def _decay(self, n: int) -> float:
         return self._decays[n] if n < self.updates else 1.0
+
+
+@dataclass(frozen=True)
+class every(_Schedule):
+    """A schedule by training step: the teacher moves at steps 0, k, 2k, ..., and stays as it is in between.
+
+    For a teacher with ``update_every=1``, whose updates are then the training steps. With ``update_every=k`` alone the
+    teacher moves after k, 2k, ... steps, and schedules count these moves.
+
+    Args:
+        steps: k, at least 1.
+        decay: a float in ``[0, 1]``, or a schedule, which is asked for steps 0, k, 2k, ....
+
+    Raises:
+        ValueError: ``steps`` is below 1, or ``decay`` is outside ``[0, 1]``.
+        TypeError: ``steps`` is no int, or ``decay`` neither a number nor callable.
+
+    Example:
+        >>> from calrobust import schedules
+        >>> schedule = schedules.every(500, schedules.linear_warmup(0.05, 0.9, updates=5000))
+        >>> [round(schedule(step), 3) for step in (0, 1, 499, 500, 1000)]
+        [0.05, 1.0, 1.0, 0.135, 0.22]
+    """
+
+    steps: int
+    decay: float | Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        check_positive_integer(steps=self.steps)
+        if not callable(self.decay):
+            check_fraction(closed=True, decay=self.decay)
+
+    def _decay(self, n: int) -> float:
+        if n % self.steps != 0:
+            return 1.0
+        return float(self.decay(n) if callable(self.decay) else self.decay)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_floating, check_fraction, check_same_state, check_sequence, check_tensor
+from calrobust._checks import check_floating, check_fraction, check_same_state, check_tensor
+from calrobust._state import tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -28,12 +29,12 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
         alpha: in [0, 1]; the ends are exact, bit for bit.
 
     Returns:
-        A new state dict for ``load_state_dict``, of the dtypes and devices of ``zero_shot``. Integer and bool entries
-        are those of ``fine_tuned``. Low-precision weights are averaged in float32.
+        A new state dict for ``load_state_dict``, of the names, dtypes and devices of ``zero_shot``. Integers, other
+        buffers, and what is not finite on either side are those of ``fine_tuned``, as for :func:`average`.
 
     Raises:
         ValueError: names or shapes differ, or ``alpha`` is outside [0, 1].
-        TypeError: an argument is neither a module nor a state dict of tensors.
+        TypeError: an argument is neither a module nor a state dict of tensors, or it is quantised.
 
     Example:
         >>> import torch
@@ -44,26 +45,31 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
     Reference: Wortsman et al., 2022, :arxiv:`2109.01903`, equation 1.
     """
     check_fraction(closed=True, alpha=alpha)
-    states = _states({"zero_shot": zero_shot, "fine_tuned": fine_tuned})
-    if alpha in (0, 1):  # not through arithmetic, where 0 * inf would be NaN
-        return _combine(states, lambda tensors: tensors[int(alpha)])
-    return _combine(states, lambda tensors: tensors[0].lerp(tensors[1], alpha))
+    models, weight = {"zero_shot": zero_shot, "fine_tuned": fine_tuned}, float(alpha)
+    if weight in (0, 1):  # an end is exact, whatever the other model holds
+        return _combine(models, lambda tensors: tensors[int(weight)], finite=False)
+    return _combine(models, lambda tensors: tensors[0].lerp(tensors[1], weight))
 
 
-def average(models: Sequence[Weights]) -> StateDict:
+def average(models: Iterable[Weights]) -> StateDict:
     r"""The uniform mean of models (a model soup).
 
     .. math:: \theta = \tfrac{1}{K} \sum_{k=1}^{K} \theta_k
 
+    Parameters and the running statistics of torch's normalisation layers are averaged in float32 or better; other
+    buffers, and values that are not finite in some model, are the last model's. A plain state dict does not tell
+    parameters from buffers: unless some model is given as a module, all its floating entries are averaged, except the
+    vectors of ``spectral_norm``. Prefixes that wrappers such as DDP add to names are ignored.
+
     Args:
-        models: K ≥ 1 state dicts or modules of the same names and shapes; not changed.
+        models: K ≥ 1 state dicts or modules of the same names and shapes, in a list or another iterable; not changed.
 
     Returns:
-        A new state dict, of the dtypes and devices of the first; integer and bool entries are those of the last.
+        A new state dict, of the names, dtypes and devices of the first model.
 
     Raises:
         ValueError: there is no model, or names or shapes differ.
-        TypeError: ``models`` is no sequence, or one of them neither a module nor a state dict of tensors.
+        TypeError: ``models`` is no iterable, or one of them neither a module nor a state dict of tensors, or quantised.
 
     Example:
         >>> import torch
@@ -73,13 +79,10 @@ def average(models: Sequence[Weights]) -> StateDict:
 
     Reference: Wortsman et al., 2022, :arxiv:`2203.05482`, uniform soup.
     """
-    check_sequence(models=models)
-    if len(models) == 0:
-        raise ValueError("models must hold at least one model, got none")
-    return _combine(_states({f"models[{k}]": model for k, model in enumerate(models)}), _mean)
+    return _combine(_listed(models, at_least=1), _mean)
 
 
-def model_stock(pretrained: Weights, models: Sequence[Weights]) -> StateDict:
+def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     r"""Mean of fine-tuned models, drawn towards the pre-trained one as far as they disagree (Model Stock).
 
     .. math::
@@ -94,12 +97,12 @@ def model_stock(pretrained: Weights, models: Sequence[Weights]) -> StateDict:
         models: K ≥ 2 fine-tuned state dicts or modules of the same names and shapes; not changed.
 
     Returns:
-        A new state dict, of the dtypes and devices of ``pretrained``; integer and bool entries are those of the last
-        model.
+        A new state dict, of the names, dtypes and devices of ``pretrained``. Integers, other buffers, and what is not
+        finite somewhere are those of the last model, as for :func:`average`.
 
     Raises:
         ValueError: there are fewer than two models, or names or shapes differ.
-        TypeError: ``models`` is no sequence, or one of them neither a module nor a state dict of tensors.
+        TypeError: as for :func:`average`.
 
     Example:
         >>> import torch
@@ -112,11 +115,7 @@ def model_stock(pretrained: Weights, models: Sequence[Weights]) -> StateDict:
 
     Reference: Jang et al., 2024, :arxiv:`2403.19522`, equation 7.
     """
-    check_sequence(models=models)
-    if len(models) < 2:
-        raise ValueError(f"models must hold at least two models, whose angle matters, got {len(models)}")
-    states = _states({"pretrained": pretrained, **{f"models[{k}]": model for k, model in enumerate(models)}})
-    return _combine(states, _stock)
+    return _combine({"pretrained": pretrained, **_listed(models, at_least=2)}, _stock)
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
@@ -132,38 +131,89 @@ def _stock(tensors: list[Tensor]) -> Tensor:
     return start.lerp(_mean(models), k * cosine / (1 + (k - 1) * cosine))
 
 
-def _states(models: Mapping[str, Weights]) -> list[Mapping[str, Tensor]]:
-    states: dict[str, Mapping[str, Tensor]] = {}
-    for name, model in models.items():
-        if not isinstance(model, (nn.Module, Mapping)):
-            raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
-        states[name] = model.state_dict() if isinstance(model, nn.Module) else model
-        for key, value in states[name].items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")
-            if not key.endswith("_extra_state"):  # a whole checkpoint has numbers and dicts elsewhere
-                check_tensor(**{f"{name}[{key!r}]": value})
-                if value.is_floating_point():
-                    check_floating(**{f"{name}[{key!r}]": value})
-    (first, reference), *others = states.items()
-    for name, state in others:
-        check_same_state(**{first: reference, name: state})
-    return list(states.values())
+def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
+    if not isinstance(models, Iterable) or isinstance(models, (str, Mapping, nn.Module)):
+        raise TypeError(f"models must be a list or another iterable of models, got {type(models).__name__}")
+    listed = {f"models[{k}]": model for k, model in enumerate(models)}
+    if len(listed) < at_least:
+        raise ValueError(f"models must hold at least {at_least} of them, got {len(listed)}; is it a used generator?")
+    return listed
 
 
 @torch.no_grad()
-def _combine(states: list[Mapping[str, Tensor]], combination: Callable[[list[Tensor]], Tensor]) -> StateDict:
-    """Applies ``combination`` to the floating (or complex) tensors of each name; others come from the last state."""
+def _combine(
+    models: Mapping[str, Weights], combination: Callable[[list[Tensor]], Tensor], *, finite: bool = True
+) -> StateDict:
+    """Applies ``combination`` to the tensors of each name that are averaged; others come from the last model."""
+    own, states = {}, {}
+    for model, weights in models.items():
+        state = _checked(model, weights)
+        own[model] = unwrapped(state, model)
+        states[model] = {name: state[key] for name, key in own[model].items()}
+    (first, reference), *others = states.items()
+    for model, state in others:
+        check_same_state(**{first: reference, model: state})
+    copied = _copied(models.values(), reference.keys())
     combined: dict[str, Any] = {}
-    for name, reference in states[0].items():
-        if not isinstance(reference, Tensor):  # what a module's get_extra_state gave
-            combined[name] = copy.deepcopy(states[-1][name])
-        elif reference.is_floating_point() or reference.is_complex():
-            precise = torch.promote_types(reference.dtype, torch.float32)
-            tensors = [state[name].to(reference.device, precise) for state in states]
-            # What all agree on stays: attention masks hold -inf, and inf - inf is NaN.
-            agreed = torch.stack([tensor == tensors[0] for tensor in tensors]).all(0)
-            combined[name] = torch.where(agreed, tensors[0], combination(tensors)).to(reference.dtype)
+    for name, key in own[first].items():
+        entries = [state[name] for state in states.values()]
+        if not isinstance(entries[0], Tensor):  # what a module's get_extra_state gave
+            combined[key] = copy.deepcopy(entries[-1])
+            continue
+        device, dtype = entries[0].device, entries[0].dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            values = [entry.to(device, torch.promote_types(dtype, torch.float32)) for entry in entries]
+            if not finite:
+                result = combination(values)
+            elif name in copied:
+                result = values[-1]
+            else:
+                all_finite = torch.stack([value.isfinite() for value in values]).all(0)
+                result = combination([value.where(all_finite, 0) for value in values]).where(all_finite, values[-1])
         else:
-            combined[name] = states[-1][name].detach().to(reference.device, copy=True)
+            result = entries[-1].to(device)
+            packed = result.ndim > 1 or (dtype.itemsize == 1 and result.numel() > 1)
+            differ = (entry.to(device) != result for entry in entries)
+            if packed and dtype not in (torch.bool, torch.int64) and any(one.any() for one in differ):
+                _refuse_quantised(f"{first}[{key!r}]", f"{dtype} values that differ between the models")
+        combined[key] = result.detach().to(dtype, copy=True)
     return combined
+
+
+def _checked(name: str, model: Weights) -> Mapping[str, Any]:
+    if not isinstance(model, (nn.Module, Mapping)):
+        raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
+    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")
+        if key.endswith("_extra_state"):  # a whole checkpoint has numbers and dicts elsewhere
+            continue
+        entry = f"{name}[{key!r}]"
+        check_tensor(**{entry: value})
+        if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not hasattr(value, "full_tensor"):
+            _refuse_quantised(entry, type(value).__name__)
+        if value.is_floating_point():
+            check_floating(**{entry: value})
+        elif not value.is_complex() and value.dtype not in _INTEGERS:
+            _refuse_quantised(entry, str(value.dtype))
+    return state
+
+
+_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
+
+
+def _refuse_quantised(entry: str, kind: str) -> None:
+    raise TypeError(
+        f"{entry} must not be quantised, because integers cannot be averaged apart from their scales, got {kind}; "
+        "combine the models before they are quantised, or dequantise them"
+    )
+
+
+def _copied(models: Iterable[Weights], names: Collection[str]) -> set[str]:
+    """The names that are not averaged: other buffers, where a module tells, and the vectors of ``spectral_norm``."""
+    told = [tensors(model) for model in models if isinstance(model, nn.Module)]
+    vectors = {name for name in names if name.endswith(("._u", "._v")) and "parametrizations." in name}
+    vectors |= {name for name in names if name.endswith(("_u", "_v")) and f"{name[:-2]}_orig" in names}
+    return vectors.union(*(state.keys() - averaged for state, averaged in told))

@@ -15,7 +15,8 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
 
     Args:
         weight: shape ``[in, out]``, floating: a projection applied as ``x @ W``, as open_clip's ``visual.proj`` is; or
-            an ``nn.Linear``, whose weight is stored as ``[out, in]`` and is transposed here.
+            an ``nn.Linear``, whose weight is stored as ``[out, in]`` and is transposed here. A ``DTensor`` (FSDP2) is
+            gathered, which every rank must do.
         squared: False gives the norm itself, whose gradient at an orthonormal ``W`` is zero.
 
     Returns:
@@ -34,6 +35,8 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     Reference: Oh et al., 2024, :arxiv:`2311.01723`, the orthogonality constraint of its contrastive loss.
     """
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
+    if hasattr(matrix, "full_tensor"):  # sharded by FSDP2 or tensor parallelism
+        matrix = matrix.full_tensor()
     check_floating(weight=matrix)
     check_flag(squared=squared)
     if matrix.ndim != 2 or matrix.numel() == 0:

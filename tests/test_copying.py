@@ -1,0 +1,299 @@
+"""What a teacher's copy shares with its student: nothing, or an error says what stands in the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calrobust import EMATeacher
+
+INPUTS = torch.ones(2, 3)
+FEATURES: dict[str, Tensor] = {}
+
+
+def model() -> nn.Sequential:
+    """Two layers."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+class Recorder:
+    """Keeps what a layer gave."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        """The hook."""
+        self.seen.append(output)
+
+    def hook(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        """The same as a method."""
+        self.seen.append(output)
+
+
+def record_globally(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+    """A hook as scripts write it."""
+    FEATURES["layer"] = output
+
+
+def closure_in_forward(layer: nn.Module) -> None:
+    """The original forward, kept in a closure."""
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def default_in_forward(layer: nn.Module) -> None:
+    """The layer itself, kept in a default."""
+    layer.forward = lambda x, own=layer: x @ own.weight.T
+
+
+def closure_in_a_method(layer: nn.Module) -> None:
+    """Bound to the copy, but the inner function is the student's."""
+    forward = layer.forward
+    layer.forward = MethodType(lambda self, x: 2 * forward(x), layer)
+
+
+def closure_in_a_partial(layer: nn.Module) -> None:
+    """The same behind functools.partial."""
+    forward = layer.forward
+    layer.forward = partial(lambda factor, x: factor * forward(x), 2)
+
+
+def closure_in_a_closure(layer: nn.Module) -> None:
+    """Two levels down, behind a partial."""
+    forward = partial(layer.forward)
+
+    def inner(x: Tensor) -> Tensor:
+        return forward(x)
+
+    layer.forward = lambda x: inner(x)
+
+
+def compiled_forward(layer: nn.Module) -> None:
+    """What torch.compile returns holds the student's method."""
+    layer.forward = torch.compile(layer.forward)
+
+
+def another_attribute(layer: nn.Module) -> None:
+    """A function that is not the forward."""
+    layer.scale = lambda x: x * layer.weight.mean()
+
+
+def captured_dict(layer: nn.Module) -> None:
+    """A dict that the copy would fill as well."""
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
+
+
+def captured_list_before(layer: nn.Module) -> None:
+    """A hook that runs before the layer."""
+    seen: list[Any] = []
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+
+
+def captured_recorder(layer: nn.Module) -> None:
+    """An object of the caller's."""
+    recorder = Recorder()
+    layer.register_forward_hook(lambda *arguments: recorder(*arguments))
+
+
+def captured_global(layer: nn.Module) -> None:
+    """A dict of the script's."""
+    layer.register_forward_hook(record_globally)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        closure_in_forward,
+        default_in_forward,
+        closure_in_a_method,
+        closure_in_a_partial,
+        closure_in_a_closure,
+        compiled_forward,
+        another_attribute,
+        captured_dict,
+        captured_list_before,
+        captured_recorder,
+        captured_global,
+    ],
+)
+def test_a_function_that_captures_what_a_copy_would_share_is_refused_by_name(
+    change: Callable[[nn.Module], None],
+) -> None:
+    """Else the teacher would run the student's weights, or write over the student's features."""
+    student = model()
+    change(student[1])
+    with pytest.raises(ValueError, match=r"captures what a copy would share, got .* of the Linear '1', which captures"):
+        EMATeacher(student)
+    EMATeacher(student, copy=model())
+
+
+def scaled(self: nn.Module, x: Tensor) -> Tensor:
+    """A forward that is bound to its module."""
+    return x @ self.get_parameter("weight").T * 2
+
+
+def bound_forward(layer: nn.Module) -> None:
+    """Deepcopy binds it to the copy."""
+    layer.forward = MethodType(scaled, layer)
+
+
+def partial_forward(layer: nn.Module) -> None:
+    """Deepcopy copies the arguments of a partial."""
+    layer.forward = partial(scaled, layer)
+
+
+def harmless_closure(layer: nn.Module) -> None:
+    """A number is no state."""
+    factor = 2.0
+    layer.act = lambda x: factor * x
+    layer.register_forward_hook(lambda module, inputs, output: factor * output)
+
+
+def hook_of_an_object(layer: nn.Module) -> None:
+    """Of which the teacher has a copy."""
+    recorder = Recorder()
+    layer.register_forward_hook(recorder.hook)
+    layer.register_forward_hook(recorder)
+    layer.register_forward_hook(partial(Recorder.hook, recorder))
+
+
+def compiled_in_place(layer: nn.Module) -> None:
+    """Torch leaves the compiled function out of copies."""
+    layer.compile()
+
+
+@pytest.mark.parametrize(
+    "change", [bound_forward, partial_forward, harmless_closure, hook_of_an_object, compiled_in_place]
+)
+def test_what_deepcopy_copies_is_taken(change: Callable[[nn.Module], None]) -> None:
+    """The copy computes with its own weights, and its hooks write to objects of its own."""
+    student = model()
+    change(student[1])
+    teacher = EMATeacher(student)
+    expected = student.get_submodule("1").forward(torch.ones(2, 4))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert torch.equal(teacher.module.get_submodule("1").forward(torch.ones(2, 4)), expected)
+    teacher(INPUTS)
+    for hook in student[1]._forward_hooks.values():
+        assert not getattr(getattr(hook, "__self__", hook), "seen", [])
+
+
+def test_parameters_without_values_are_refused_by_name() -> None:
+    """Of the student when the teacher is made, and of either at an update, which then does not count."""
+    for device, message in (("meta", "one on the meta device"), ("cpu", r"an empty one of shape \[0\]")):
+        student = model()
+        teacher = EMATeacher(student)
+        student[1].weight = nn.Parameter(torch.empty(0, device=device))
+        with pytest.raises(ValueError, match=rf"student's 1\.weight must be a tensor with values, got {message}"):
+            EMATeacher(student)
+        with pytest.raises(ValueError, match=rf"student's 1\.weight must be a tensor with values, got {message}"):
+            teacher.update(student)
+        assert (teacher.step, teacher.updates) == (0, 0)
+    with pytest.raises(ValueError, match="student's weight must be a tensor with values, got a lazy one"):
+        EMATeacher(nn.LazyLinear(2))
+    with pytest.raises(ValueError, match="teacher's weight must be a tensor with values, got one on the meta device"):
+        EMATeacher(nn.Linear(1, 1), device="meta").update(nn.Linear(1, 1))
+
+
+class Graph(nn.Linear):
+    """Keeps a tensor of the graph."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Keeps its own output."""
+        self.last = super().forward(inputs)
+        return self.last
+
+
+def with_graph_tensor() -> nn.Module:
+    """After a forward pass."""
+    student = nn.Sequential(nn.Linear(3, 3), Graph(3, 2))
+    student(INPUTS)
+    return student
+
+
+def with_lock() -> nn.Module:
+    """What neither pickle nor deepcopy takes."""
+    student = nn.Sequential(nn.Linear(3, 3), Graph(3, 2))
+    student[1].last = threading.Lock()  # type: ignore[assignment]  # the wrong type is the test
+    return student
+
+
+@pytest.mark.parametrize("build", [with_graph_tensor, with_lock])
+def test_a_model_that_cannot_be_copied_is_told_by_attribute_and_can_be_given_twice(
+    build: Callable[[], nn.Module],
+) -> None:
+    """The error names the attribute and ``copy=``, whose state becomes the student's."""
+    student = build()
+    with pytest.raises(
+        TypeError, match=r"got the attribute '1\.last' of a Graph, where it raises .*copy=build_model\(\)"
+    ):
+        EMATeacher(student)
+    teacher = EMATeacher(student, 0.0, copy=nn.Sequential(nn.Linear(3, 3), Graph(3, 2)))
+    assert torch.equal(teacher(INPUTS), student(INPUTS))
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    assert not teacher.module[1].training  # type: ignore[index]  # it is a Sequential
+    teacher.update(student)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # old weight_norm is deprecated
+def test_old_weight_norm_is_taken_by_a_second_model() -> None:
+    """Its weight is a tensor of the graph, computed anew at each forward pass."""
+
+    def build() -> nn.Module:
+        return nn.utils.weight_norm(nn.Linear(3, 2))
+
+    student = build()
+    student(INPUTS)
+    with pytest.raises(TypeError, match="'weight' of a Linear"):
+        EMATeacher(student)
+    assert torch.equal(EMATeacher(student, copy=build())(INPUTS), student(INPUTS))
+
+
+def test_a_second_model_must_fit_and_be_another() -> None:
+    """Names and shapes of the student's, and tensors of its own."""
+    student = model()
+    with pytest.raises(ValueError, match="must have the same names and shapes"):
+        EMATeacher(student, copy=nn.Linear(3, 4))
+    for shared in (student, nn.Sequential(student[0], nn.Linear(4, 2))):
+        with pytest.raises(ValueError, match="copy must be a model of its own, got one that shares tensors"):
+            EMATeacher(student, copy=shared)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    with pytest.raises(TypeError, match="copy must be a torch.nn.Module, got str"):
+        EMATeacher(student, copy="model")  # type: ignore[arg-type]  # the wrong type is the test
+
+
+def test_a_low_precision_second_model_gets_masters_and_a_float32_one_needs_none() -> None:
+    """The copy's dtype decides."""
+    student = model().bfloat16()
+    assert EMATeacher(student, copy=model().bfloat16()).masters is not None
+    teacher = EMATeacher(student, 0.5, copy=model())
+    assert teacher.masters is None
+    before = student[0].weight.detach().float()
+    nn.init.ones_(student[0].weight)
+    teacher.update(student)
+    assert torch.equal(teacher.module.get_parameter("0.weight"), before.lerp(torch.ones_like(before), 0.5))
+
+
+def test_a_teacher_made_in_inference_mode_can_be_updated_outside() -> None:
+    """Of a student made in it or before; inference tensors could not be written to."""
+    outer = model()
+    with torch.inference_mode():
+        inner = model()
+        teachers = [EMATeacher(outer, 0.5), EMATeacher(inner, 0.5), EMATeacher(inner, 0.5, copy=outer)]
+    for teacher in teachers:
+        teacher.update(inner)
+        with torch.inference_mode():
+            teacher.update(inner)
+            teacher(INPUTS)
+        assert teacher.updates == 2

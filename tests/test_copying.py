@@ -235,9 +235,7 @@ def test_a_model_that_cannot_be_copied_is_told_by_attribute_and_can_be_given_twi
 ) -> None:
     """The error names the attribute and ``copy=``, whose state becomes the student's."""
     student = build()
-    with pytest.raises(
-        TypeError, match=r"got the attribute '1\.last' of a Graph, where it raises .*copy=build_model\(\)"
-    ):
+    with pytest.raises(TypeError, match=r"got the attribute '1\.last' of a Graph, where it raises .*copy=build_mod"):
         EMATeacher(student)
     teacher = EMATeacher(student, 0.0, copy=nn.Sequential(nn.Linear(3, 3), Graph(3, 2)))
     assert torch.equal(teacher(INPUTS), student(INPUTS))
@@ -269,7 +267,7 @@ def test_a_second_model_must_fit_and_be_another() -> None:
         with pytest.raises(ValueError, match="copy must be a model of its own, got one that shares tensors"):
             EMATeacher(student, copy=shared)
     assert all(parameter.requires_grad for parameter in student.parameters())
-    with pytest.raises(TypeError, match="copy must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"copy must be a torch\.nn\.Module, got str"):
         EMATeacher(student, copy="model")  # type: ignore[arg-type]  # the wrong type is the test
 
 

@@ -6,8 +6,9 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import decay_schedules, seeds
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -118,7 +121,7 @@ def test_after_its_first_update_torchs_averaged_model_agrees(decay: float, seed:
     def average(old: Tensor, new: Tensor, _: Tensor | int) -> Tensor:
         return decay * old + (1 - decay) * new if old.is_floating_point() else new
 
-    student.mask.zero_()  # -inf - -inf is NaN in the peer
+    student.mask.zero_()  # -inf - -inf is NaN in the peer, which averages masks as well
     teacher.module.get_buffer("mask").zero_()
     peer = AveragedModel(student, avg_fn=average, use_buffers=True)
     peer.update_parameters(student)
@@ -223,6 +226,150 @@ def test_a_frozen_teacher_outlives_a_student_that_diverged() -> None:
     following.update(student)
     assert frozen.module.get_parameter("weight") == 1.0
     assert following.module.get_parameter("weight").isnan()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_not_finite_on_either_side_takes_the_students_value(
+    decay: float, dtype: torch.dtype, compiled: bool
+) -> None:
+    """Element by element, in parameters and in statistics; inf - inf would be NaN."""
+    inf, nan = torch.inf, torch.nan
+    ours = torch.tensor([1.0, 1.0, 1.0, inf, -inf, nan, -inf, inf, nan])
+    theirs = torch.tensor([5.0, inf, nan, 5.0, 5.0, 5.0, -inf, -inf, inf])
+    student = nn.Sequential(nn.Linear(9, 1), nn.BatchNorm1d(9)).to(dtype)
+    with torch.no_grad():
+        student[0].weight.copy_(ours[None])
+        student.get_buffer("1.running_mean").copy_(ours)
+        teacher = EMATeacher(student, decay)
+        student[0].weight.copy_(theirs[None])
+        student.get_buffer("1.running_mean").copy_(theirs)
+    update = torch.compile(teacher.update, fullgraph=True, backend="eager") if compiled else teacher.update
+    update(student)
+    expected = torch.where(ours.isfinite() & theirs.isfinite(), decay * ours + (1 - decay) * theirs, theirs).to(dtype)
+    for averaged in (teacher.module.get_parameter("0.weight")[0], teacher.module.get_buffer("1.running_mean")):
+        assert_close(averaged, expected, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_a_parameter_that_was_lost_comes_back_with_the_student() -> None:
+    """At the next scan at the latest, or when a state is loaded: NaN is not kept for good."""
+    student = single(1.0, torch.float32)
+    teacher = EMATeacher(student, 0.5)
+    nn.init.constant_(student.weight, torch.nan)
+    teacher.update(student)
+    nn.init.constant_(student.weight, 3.0)
+    resumed = EMATeacher(student, 0.5)
+    resumed.load_state_dict(teacher.state_dict())
+    resumed.update(student)
+    assert resumed.module.get_parameter("weight") == 3.0
+    for _ in range(64):
+        teacher.update(student)
+    assert teacher.module.get_parameter("weight") == 3.0
+
+
+class Buffers(nn.Module):
+    """One buffer of each kind that is no statistic of a normalisation layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Sequential(nn.BatchNorm2d(2, dtype=torch.float64))  # a wrapper between
+        kinds = {"queue": torch.ones(3), "steps": torch.tensor(7.0), "running_mean": torch.ones(2)}
+        for name, value in {**kinds, "mask": torch.eye(2), "observed": torch.tensor(torch.inf)}.items():
+            self.register_buffer(name, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_buffers_that_are_no_statistics_are_the_students(dtype: torch.dtype) -> None:
+    """Queues, counters, masks, observers, also one that bears the name of a statistic; the mean of a unit is none."""
+    student = Buffers().to(dtype)
+    teacher = EMATeacher(student, 0.75)
+    for buffer in student.buffers():
+        buffer.copy_(torch.full_like(buffer, 5))
+    teacher.update(student)
+    for name, value in teacher.module.named_buffers():
+        expected = {"norm.0.running_mean": 0.25 * 5, "norm.0.running_var": 0.75 + 0.25 * 5}.get(name, 5.0)
+        assert (value == expected).all(), name
+
+
+class Named(nn.BatchNorm1d):
+    """A subclass with a buffer of its own."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("seen", torch.zeros(features))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(2),
+        nn.BatchNorm2d(2),
+        nn.BatchNorm3d(2),
+        nn.SyncBatchNorm(2),
+        nn.InstanceNorm1d(2, track_running_stats=True),
+        nn.InstanceNorm3d(2, track_running_stats=True),
+        nn.LazyBatchNorm2d(),
+        Named(2),
+        checkpoint_wrapper(nn.BatchNorm1d(2)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_statistics_of_every_normalisation_layer_are_averaged(layer: nn.Module) -> None:
+    """Of torch's, their subclasses and what wraps them."""
+    if isinstance(layer, nn.LazyBatchNorm2d):
+        layer(torch.randn(2, 2, 3, 3))
+    teacher = EMATeacher(layer, 0.75)
+    for buffer in layer.buffers():
+        buffer.fill_(8)
+    before = dict(EMATeacher(teacher.module).module.named_buffers())
+    teacher.update(layer)
+    for name, value in teacher.module.named_buffers():
+        expected = 0.75 * before[name] + 0.25 * 8 if "running" in name else torch.full_like(value, 8)
+        assert_close(value, expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the old form is deprecated
+@pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_spectral_normalised_layer_of_the_teacher_has_norm_one(spectral_norm: Callable[..., nn.Module]) -> None:
+    """Old form and parametrisation, once the student's estimate is good: averaged vectors would not have norm 1."""
+    torch.manual_seed(0)
+    student = nn.Sequential(*(spectral_norm(nn.Linear(16, 16, bias=False)) for _ in range(6)))
+    teacher = EMATeacher(student, 0.99)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
+    for _ in range(100):
+        inputs = torch.randn(32, 16)
+        optimizer.zero_grad()
+        (student(inputs) - inputs.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        teacher.update(student)
+    for layer in cast(nn.Sequential, teacher.module):
+        assert torch.linalg.matrix_norm(layer(torch.eye(16)), 2).item() == pytest.approx(1, abs=1e-2)
+
+
+class Overlapping(nn.Module):
+    """Buffers whose elements repeat in memory."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([scale]))
+        self.register_buffer("eye", (scale * torch.eye(2)).expand(3, 2, 2))
+        self.register_buffer("count", torch.tensor([scale]).long().expand(4))
+
+
+def test_expanded_buffers_are_followed_and_swapped() -> None:
+    """Torch refuses to write to them as a whole."""
+    student = Overlapping(1.0)
+    teacher = EMATeacher(student, 0.5)
+    moved = Overlapping(3.0)
+    teacher.update(moved)
+    assert torch.equal(teacher.module.get_buffer("eye"), moved.get_buffer("eye"))
+    assert torch.equal(teacher.module.get_buffer("count"), moved.get_buffer("count"))
+    with teacher.swapped_into(student):
+        assert torch.equal(student.get_buffer("eye"), moved.get_buffer("eye"))
+        assert student.weight == 2.0
+    assert torch.equal(student.get_buffer("eye"), Overlapping(1.0).get_buffer("eye"))
+    assert student.weight == 1.0
 
 
 def test_tied_weights_stay_tied_and_move_once() -> None:
@@ -356,13 +503,17 @@ def wrapped(student: nn.Module, how: str) -> nn.Module:
         "module": Wrapper,
         "compiled": lambda inner: cast(nn.Module, torch.compile(inner)),  # compiles nothing before its first call
         "DataParallel": nn.DataParallel,
+        "checkpoint": checkpoint_wrapper,
     }
     for name in how.split(" of "):
         student = wrappers[name](student)
     return student
 
 
-@pytest.mark.parametrize("how", ["module", "compiled", "DataParallel", "module of compiled", "compiled of module"])
+@pytest.mark.parametrize(
+    "how",
+    ["module", "compiled", "DataParallel", "module of compiled", "compiled of module", "checkpoint of compiled"],
+)
 def test_wrapped_names_are_found(how: str) -> None:
     """The prefixes of DDP and torch.compile, nested too, before or after the teacher was made (trap 14)."""
     student = Student()
@@ -380,14 +531,42 @@ def test_wrapped_names_are_found(how: str) -> None:
                 assert_close(found[0], expected)
 
 
-def test_a_wrapper_of_a_part_is_found() -> None:
-    """A compiled submodule has ``_orig_mod`` in the middle of its names."""
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_a_wrapper_of_a_part_is_found(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A compiled or checkpointed submodule has a word more in the middle of its names, here after the teacher's."""
     student = Student()
     teacher = EMATeacher(student, 0.0)
     train(student)
-    student.layer = cast(nn.Linear, torch.compile(student.layer))
+    own = student.layer.weight
+    student.layer = cast(nn.Linear, wrap(student.layer))
     teacher.update(student)
-    assert_close(teacher.module.get_parameter("layer.weight"), student.get_parameter("layer._orig_mod.weight"))
+    assert_close(teacher.module.get_parameter("layer.weight"), own)
+    train(student)
+    with teacher.swapped_into(student):
+        assert torch.equal(own, teacher.module.get_parameter("layer.weight"))
+
+
+def test_the_copy_cannot_be_replaced_but_compiled_in_place() -> None:
+    """A wrapper in its place would change the names in checkpoints; the same module may be assigned, as FSDP2 does."""
+    teacher = EMATeacher(Student().bfloat16())
+    keys = [*teacher.state_dict()]
+    for name in ("module", "masters"):
+        with pytest.raises(AttributeError, match=rf"teacher\.{name} must stay .*call teacher\.{name}\.compile\(\)"):
+            setattr(teacher, name, torch.compile(getattr(teacher, name)))
+        setattr(teacher, name, getattr(teacher, name))
+    teacher.module.compile(backend="eager")
+    inputs = torch.randn(4, 3, dtype=torch.bfloat16)
+    assert torch.equal(teacher(inputs), copy.deepcopy(teacher)(inputs))
+    teacher.update(Student().bfloat16())
+    assert [*teacher.state_dict()] == keys
+
+
+def test_a_long_mismatch_is_told_by_its_first_names() -> None:
+    """As when adapters were added to the student after the teacher was made."""
+    teacher = EMATeacher(nn.Sequential(*(nn.Linear(1, 1) for _ in range(50))))
+    with pytest.raises(ValueError, match=r"student: 0\.weight, 0\.bias, 1\.weight and 97 more; un") as told:
+        teacher.update(nn.Sequential(*(Wrapper(nn.Sequential(nn.Linear(1, 1))) for _ in range(50))))
+    assert len(str(told.value)) < 300
 
 
 def without_bias(student: Student) -> nn.Module:
@@ -607,6 +786,46 @@ def test_an_update_is_one_fused_operation_that_allocates_nothing() -> None:
     assert events is not None
     assert [event.name for event in events].count("aten::_foreach_lerp_") == 1
     assert sum(max(event.self_cpu_memory_usage, 0) for event in events) == 0
+
+
+@pytest.mark.parametrize(
+    ("decay", "update_every", "graphs"),
+    [
+        (0.9, 1, 2),  # the first step, and all others
+        (0.9, 3, 4),  # each with and without an update
+        (schedules.linear_warmup(0.1, 0.9, updates=5), 1, 3),  # its line and its end
+        (schedules.power(), 1, 2),
+        (schedules.uniform(), 1, 2),
+        (schedules.every(4, schedules.constant(0.5)), 1, 4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_update_is_one_graph_that_serves_all_steps(
+    decay: float | Callable[[int], float], update_every: int, graphs: int, dtype: torch.dtype
+) -> None:
+    """With fullgraph=True; its values are those of the plain update."""
+    student = Student().to(dtype)
+    plain, teacher = (EMATeacher(student, decay, update_every=update_every) for _ in range(2))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    update = torch.compile(teacher.update, fullgraph=True, backend=counter)
+    for _ in range(20):
+        train(student)
+        update(student)
+        plain.update(student)
+    assert counter.frame_count <= graphs
+    assert (teacher.step, teacher.updates) == (plain.step, plain.updates)
+    assert_close(teacher.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numbers_of_numpy_are_taken_as_numbers(kind: type[Any]) -> None:
+    """As decays and from schedules, without a warning, which would be an error here; the rest is in float64."""
+    student = single(1.0)
+    for decay in (kind(0.75), lambda n: kind(0.75), schedules.constant(kind(0.75)), schedules.every(2, kind(0.75))):
+        teacher = EMATeacher(student, decay)
+        teacher.update(single(5.0))
+        assert teacher.module.get_parameter("weight") == 2.0
 
 
 @pytest.fixture

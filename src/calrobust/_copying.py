@@ -45,7 +45,8 @@ def _check_captures(student: nn.Module) -> None:
     parts = {id(part) for part in (*student.modules(), *student.parameters(), *student.buffers())}
     for path, owner in student.named_modules():
         hooks = [*owner._forward_hooks.values(), *owner._forward_pre_hooks.values()]
-        attributes = owner.__getstate__()  # which leaves out what is made anew, such as compiled functions
+        attributes = {} if "_orig_mod" in owner._modules else dict(vars(owner))  # torch.compile makes its own anew
+        attributes.pop("_compiled_call_impl", None)  # likewise
         for what, function in [*(("a hook", hook) for hook in hooks), *attributes.items()]:
             for value in _captured(function):
                 if id(value) in parts or (function in hooks and _may_be_filled(value)):

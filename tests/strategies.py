@@ -120,6 +120,7 @@ def decay_schedules() -> st.SearchStrategy[Callable[[int], float]]:
         st.builds(schedules.power, positive, positive, st.floats(0, 0.5), st.floats(0.5, 1)),
         st.builds(schedules.uniform),
         st.builds(schedules.beta, positive, positive, updates),
+        st.builds(schedules.every, updates, st.one_of(decays, st.builds(schedules.constant, decays))),
     )
 
 

@@ -14,7 +14,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributions import Beta
 
-from calrobust import schedules
+from calrobust import EMATeacher, schedules
 
 Schedule = Callable[[int], float]
 
@@ -135,6 +135,24 @@ def test_beta_keeps_the_ratio_of_weights_that_underflow() -> None:
     ratio = ((first * (1 - first)) / (second * (1 - second))) ** 149
     assert schedule(0) == pytest.approx(ratio / (1 + ratio), rel=1e-9, abs=0)
     assert schedule(999) == 1
+
+
+@pytest.mark.parametrize("decay", [0.25, schedules.constant(0.25), schedules.linear_warmup(0.0, 1.0, updates=12)])
+def test_every_moves_the_teacher_at_steps_0_k_2k(decay: float | Schedule) -> None:
+    """The schedule is asked by training step; in between the teacher stays bit for bit."""
+    schedule = schedules.every(3, decay)
+    student = nn.Linear(1, 1)
+    teacher = EMATeacher(student, schedule)
+    nn.init.constant_(student.weight, 5.0)
+    expected = teacher.module.get_parameter("weight").item()
+    for step in range(13):
+        if step % 3 == 0:
+            share = decay(step) if callable(decay) else decay
+            expected = share * expected + (1 - share) * 5
+        before = teacher.module.get_parameter("weight").clone()
+        teacher.update(student)
+        assert teacher.module.get_parameter("weight").item() == pytest.approx(expected)
+        assert step % 3 == 0 or torch.equal(teacher.module.get_parameter("weight"), before)
 
 
 def test_a_schedule_cannot_be_changed() -> None:

@@ -191,6 +191,138 @@ def test_extra_state_is_a_copy_of_the_last_models(combine: Callable[[Any, Any], 
     assert result["a._extra_state"] is not second["a._extra_state"]
 
 
+class Mixed(nn.Module):
+    """A parameter, statistics, and a buffer that is none."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.norm = nn.BatchNorm1d(1)
+        self.norm.running_var.fill_(value)  # type: ignore[union-attr]  # it tracks them
+        self.register_buffer("queue", torch.full((2,), value))
+
+
+@combinations
+def test_a_module_tells_buffers_from_parameters(combine: Callable[[Any, Any], State]) -> None:
+    """Its buffers that are no statistics are the last model's; of plain state dicts all floats are combined."""
+    told, untold = combine(Mixed(1.0), Mixed(3.0)), combine(Mixed(1.0).state_dict(), Mixed(3.0).state_dict())
+    assert torch.equal(told["queue"], torch.full((2,), 3.0))
+    for name in ("weight", "norm.running_var"):
+        assert torch.equal(told[name], untold[name])
+    assert torch.equal(untold["queue"], untold["weight"])
+    assert_close(combine(Mixed(1.0).state_dict(), Mixed(3.0)), told, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the old form is deprecated
+@pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("as_dicts", [False, True])
+def test_vectors_of_spectral_norm_are_the_last_models(
+    spectral_norm: Callable[[nn.Module], Any], as_dicts: bool
+) -> None:
+    """Named as torch names them, in its old form and as a parametrisation; their mean would have another norm."""
+    models = [spectral_norm(nn.Linear(8, 8)) for _ in range(2)]
+    result = average([model.state_dict() if as_dicts else model for model in models])
+    last = models[1].state_dict()
+    vectors = [name for name in result if name.endswith(("_u", "_v"))]
+    assert len(vectors) == 2
+    assert all(torch.equal(result[name], last[name]) for name in vectors)
+    assert not torch.equal(result["bias"], last["bias"])
+
+
+@combinations
+def test_what_is_not_finite_somewhere_is_the_last_models(combine: Callable[[Any, Any], State]) -> None:
+    """Element by element, and the others are as if it were not there."""
+    inf, nan = torch.inf, torch.nan
+    first = torch.tensor([1.0, inf, -inf, nan, 1.0, -inf])
+    last = torch.tensor([3.0, 3.0, 3.0, 3.0, nan, inf])
+    result = combine({"w": first}, {"w": last})["w"]
+    assert torch.equal(result[1:4], last[1:4])
+    assert result[4].isnan()
+    assert result[5] == inf
+    assert torch.equal(result[:1], combine({"w": first[:1]}, {"w": last[:1]})["w"])
+
+
+@combinations
+def test_wrappers_words_are_left_out_of_names(combine: Callable[[Any, Any], State]) -> None:
+    """Of DDP, torch.compile and activation checkpointing, anywhere in a path; the result has the names of the first."""
+    first, second = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    expected = combine(first, second)
+    words = ("module.", "_orig_mod.", "module._orig_mod.", "_checkpoint_wrapped_module.")
+    for word in words:
+        front, middle = (
+            {word + name: value for name, value in second.state_dict().items()},
+            {name.replace(".", f".{word}"): value for name, value in second.state_dict().items()},
+        )
+        for wrapped in (front, middle):
+            assert_close(combine(first, wrapped), expected, rtol=0, atol=0)
+        wrapped = {word + name: value for name, value in first.state_dict().items()}
+        assert list(combine(wrapped, second)) == list(wrapped)
+    compiled = cast(nn.Module, torch.compile(second))
+    assert_close(combine(first, compiled), expected, rtol=0, atol=0)
+
+
+def test_generators_are_taken() -> None:
+    """As of checkpoints that are loaded one after the other."""
+    states = [{"w": torch.tensor([float(n)])} for n in (1, 2, 6)]
+    assert average(iter(states)) == {"w": torch.tensor([3.0])}
+    assert_close(model_stock(states[0], (state for state in states)), model_stock(states[0], states))
+
+
+class Packed(Tensor):
+    """A wrapper as torchao's: floating outside, integers within."""
+
+    @staticmethod
+    def __new__(cls: type[Packed], data: Tensor) -> Packed:
+        """Of the shape of ``data``."""
+        return cast(Packed, Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """No arithmetic."""
+        raise NotImplementedError
+
+
+def quantised(kind: str, shift: int) -> Any:
+    """A weight of small numbers, in one of the forms in use."""
+    values = torch.arange(6).view(2, 3) + shift
+    make: dict[str, Callable[[], Any]] = {
+        "int8": lambda: values.to(torch.int8),
+        "int8 vector": lambda: values.flatten().to(torch.int8),
+        "uint8": lambda: values.to(torch.uint8),
+        "int32": lambda: values.int(),
+        "qint8": lambda: torch.quantize_per_tensor(values.float(), 1.0, 0, torch.qint8),
+        "subclass": lambda: Packed(values),
+        "uint4": lambda: values.to(torch.uint8).view(torch.uint4),
+    }
+    return make[kind]()
+
+
+@combinations
+@pytest.mark.parametrize("kind", ["int8", "int8 vector", "uint8", "int32", "qint8", "subclass", "uint4"])
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")  # deprecated, and still saved in files
+def test_quantised_weights_are_refused(combine: Callable[[Any, Any], State], kind: str) -> None:
+    """Integers cannot be averaged apart from their scales."""
+    models = [{"weight": quantised(kind, shift), "scale": torch.tensor(1.0 + shift)} for shift in range(2)]
+    with pytest.raises(TypeError, match=r"\['weight'\] must not be quantised, because integers cannot be averaged"):
+        combine(*models)
+
+
+@combinations
+def test_integers_that_are_no_weights_are_taken(combine: Callable[[Any, Any], State]) -> None:
+    """Position numbers, masks in eight bits that agree, a flag of an observer, counters of codes."""
+    first, last = (
+        {
+            "positions": torch.arange(6).view(2, 3),
+            "mask": torch.ones(2, 2, dtype=torch.uint8),
+            "enabled": torch.tensor([flag], dtype=torch.uint8),
+            "uses": torch.arange(3, dtype=torch.int32) * flag,
+            "codes": torch.arange(4).view(2, 2) * flag,
+        }
+        for flag in (0, 1)
+    )
+    assert_close(combine(first, last), last)
+
+
 def test_half_precision_models_do_not_overflow_in_the_mean() -> None:
     """Two float16 weights of 60,000 sum to more than float16 holds; their mean does not."""
     state = {"w": torch.full((2,), 60000.0, dtype=torch.float16)}

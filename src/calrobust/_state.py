@@ -99,7 +99,7 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` for a tensor that has a name but no values yet, or not here."""
     for model, state in states.items():
         for name, tensor in state.items():
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
                 kind, fix = "a lazy one", "run a batch through the model first"
             elif tensor.is_meta:
                 kind, fix = "one on the meta device", "load or initialise the model first"

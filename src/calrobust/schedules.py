@@ -142,7 +142,8 @@ class power(_Schedule):
             raise ValueError(f"start <= end must hold, got {self.start!r}, {self.end!r}; swap them")
 
     def _decay(self, n: int) -> float:
-        return min(self.end, max(self.start, 1 - (1 + n / self.scale) ** -self.exponent))
+        newest: float = (1 + n / self.scale) ** -self.exponent
+        return min(self.end, max(self.start, 1 - newest))
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ class beta(_Schedule):
 
     where :math:`T` is ``updates``, :math:`t = 0` the model the teacher started from and :math:`t = n + 1` the student
     at update ``n``. After ``updates`` updates the weights are the density at the midpoints; each earlier teacher is the
-    mean of what there was by then. From there on the decay is 1: the average is complete and stays.
+    mean of what there was by then. From there on the decay is 1: the average is complete and stays. The decays are a
+    table, so ``torch.compile`` of an update would compile each entry anew; compile with another schedule.
 
     Args:
         a: first shape of the distribution, > 0; below 1 it favours the pre-trained model.

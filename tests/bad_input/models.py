@@ -53,20 +53,6 @@ def swap(teacher: EMATeacher, student: Any) -> None:
         pass
 
 
-class Nested(nn.Module):
-    """Two tensors whose names differ by a wrapper's word alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.module = nn.Linear(1, 1, bias=False)
-
-
-def tied() -> nn.Module:
-    """One layer under two names."""
-    return nn.Sequential(*[nn.Linear(1, 1)] * 2)
-
-
 def update(teacher: EMATeacher, student: Any) -> None:
     """One step."""
     teacher.update(student)
@@ -74,13 +60,14 @@ def update(teacher: EMATeacher, student: Any) -> None:
 
 MODEL, LOADER = nn.Identity(), [(torch.randn(2, 3), torch.tensor([0, 2]))]
 INPUTS, LABELS = LOADER[0]
-A, B, C = weights(), weights(), weights()
+A = weights()
 SCHEDULES: list[tuple[str, Any, dict[str, Any]]] = [
     ("constant", schedules.constant, {"decay": 0.9}),
     ("linear_warmup", schedules.linear_warmup, {"start": 0.1, "end": 0.9, "updates": 10}),
     ("power", schedules.power, {}),
     ("uniform", schedules.uniform, {}),
     ("beta", schedules.beta, {"a": 0.5, "b": 0.5, "updates": 10}),
+    ("every", schedules.every, {"steps": 2, "decay": 0.9}),
 ]
 NEW = {name: Target(f"schedules.{name}", make, given.copy) for name, make, given in SCHEDULES}
 
@@ -95,55 +82,48 @@ TABLE: Table = [
         [Target("EMATeacher", EMATeacher, lambda: {"student": nn.Linear(3, 2)})],
         [
             Wrong({"student": "ViT-B-16"}, TypeError, "student must be a torch.nn.Module, got str"),
-            Wrong(
-                {"student": nn.Linear(3, 2).state_dict()},
-                TypeError,
-                "student must be a torch.nn.Module, got OrderedDict",
-            ),
             Wrong({"decay": 1.5}, ValueError, "decay must be in [0, 1], got 1.5; did you mean 0.15 or 0.015?"),
-            Wrong({"decay": -0.1}, ValueError, "decay must be in [0, 1], got -0.1"),
-            Wrong({"decay": 99}, ValueError, "decay must be in [0, 1], got 99; did you mean 9.9 or 0.99?"),
             Wrong({"decay": math.nan}, ValueError, "decay must be finite, got nan"),
-            Wrong({"decay": "0.9"}, TypeError, "decay must be a real number, got str '0.9'"),
-            Wrong({"decay": None}, TypeError, "decay must be a real number, got NoneType None"),
             Wrong({"decay": torch.tensor(0.9)}, TypeError, "decay must be a real number, got Tensor tensor(0.9000)"),
             Wrong({"update_every": 0}, ValueError, "update_every must be > 0, got 0"),
             Wrong({"update_every": 1.0}, TypeError, "update_every must be an int, got float 1.0"),
+            Wrong({"copy": "model"}, TypeError, "copy must be a torch.nn.Module, got str"),
+            Wrong(
+                {"student": nn.Linear(2, 2, device="meta")},
+                ValueError,
+                "student's weight must be a tensor with values, got one on the meta device; load or initialise the "
+                "model first",
+            ),
         ],
     ),
     (
         [Target("EMATeacher.update", update, followed), Target("EMATeacher.swapped_into", swap, followed)],
         [
             Wrong({"student": {}}, TypeError, "student must be a torch.nn.Module, got dict"),
-            Wrong({"student": None}, TypeError, "student must be a torch.nn.Module, got NoneType"),
             Wrong(
-                {"student": nn.Linear(3, 2, bias=False)},
+                {"student": nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))},
                 ValueError,
-                "teacher and student must have the same names and shapes; missing from student: bias; are"
-                " they one architecture, and saved without a wrapper's prefix?",
-            ),
-            Wrong(
-                {"student": nn.Sequential(nn.Linear(3, 2))},
-                ValueError,
-                "teacher and student must have the same names and shapes; missing from student: weight, "
-                "bias; unexpected in student: 0.weight, 0.bias; are they one architecture, and saved "
-                "without a wrapper's prefix?",
+                "teacher and student must have the same names and shapes; missing from student: weight, bias; "
+                "unexpected in student: 0.weight, 0.bias, 1.weight and 1 more; are they one architecture, with the "
+                "same adapters?",
             ),
             Wrong(
                 {"student": nn.Linear(4, 2)},
                 ValueError,
-                "teacher and student must have the same names and shapes; of another shape in student: "
-                "weight [2, 4] for [2, 3]; are they one architecture, and saved without a wrapper's "
-                "prefix?",
+                "teacher and student must have the same names and shapes; of another shape in student: weight [2, 4] "
+                "for [2, 3]; are they one architecture, with the same adapters?",
             ),
             Wrong(
-                {"student": Nested()},
+                {"student": nn.ModuleDict({"module": nn.ModuleDict({"a": nn.Linear(3, 2)}), "a": nn.Linear(3, 2)})},
                 ValueError,
-                "two tensors of the Nested are named 'weight' once 'module' and '_orig_mod' are stripped "
-                "from their paths; rename the submodule that is called 'module'",
+                "two tensors of the ModuleDict are named 'a.weight' once the wrappers' words, such as 'module' and "
+                "'_orig_mod', are stripped from their paths; rename the submodule that is called 'module'",
             ),
             Wrong(
-                {"teacher": EMATeacher(tied()), "student": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))},
+                {
+                    "teacher": EMATeacher(nn.Sequential(*[nn.Linear(1, 1)] * 2)),
+                    "student": nn.Sequential(*map(nn.Linear, (1, 1), (1, 1))),
+                },
                 ValueError,
                 "1.weight is tied to another parameter in the teacher but not in the student; tie the "
                 "student's parameters before the teacher copies it, and keep them tied",
@@ -154,40 +134,24 @@ TABLE: Table = [
         [Target("EMATeacher.update", update, followed)],
         [
             Wrong(
-                {"teacher": EMATeacher(nn.Linear(3, 2), lambda n: 1.5)},
+                {"teacher": EMATeacher(nn.Linear(3, 2), lambda n: -0.1)},
                 ValueError,
-                "decay must be in [0, 1], got 1.5; did you mean 0.15 or 0.015?",
-            ),
-            Wrong(
-                {"teacher": EMATeacher(nn.Linear(3, 2), lambda n: torch.tensor(0.5))},  # type: ignore[arg-type, return-value]
-                TypeError,
-                "decay must be a real number, got Tensor tensor(0.5000)",
-            ),
+                "decay must be in [0, 1], got -0.1",
+            )
         ],
     ),
+    ([NEW["constant"], NEW["every"]], [Wrong({"decay": -1.0}, ValueError, "decay must be in [0, 1], got -1.0")]),
+    ([NEW["every"]], [Wrong({"steps": 0}, ValueError, "steps must be > 0, got 0")]),
     (
-        [NEW["constant"]],
-        [
-            Wrong({"decay": 1.01}, ValueError, "decay must be in [0, 1], got 1.01; did you mean 0.101 or 0.0101?"),
-            Wrong({"decay": math.nan}, ValueError, "decay must be finite, got nan"),
-            Wrong({"decay": "0.9"}, TypeError, "decay must be a real number, got str '0.9'"),
-        ],
-    ),
-    (
-        [NEW["linear_warmup"]],
+        [NEW["linear_warmup"], NEW["power"]],
         [
             Wrong({"start": -0.05}, ValueError, "start must be in [0, 1], got -0.05"),
             Wrong({"end": 90}, ValueError, "end must be in [0, 1], got 90; did you mean 9 or 0.9?"),
-            Wrong({"end": None}, TypeError, "end must be a real number, got NoneType None"),
         ],
     ),
     (
         [NEW["linear_warmup"], NEW["beta"]],
-        [
-            Wrong({"updates": 0}, ValueError, "updates must be > 0, got 0"),
-            Wrong({"updates": 2.0}, TypeError, "updates must be an int, got float 2.0"),
-            Wrong({"updates": True}, TypeError, "updates must be an int, got bool True"),
-        ],
+        [Wrong({"updates": 2.0}, TypeError, "updates must be an int, got float 2.0")],
     ),
     (
         [NEW["power"]],
@@ -195,7 +159,6 @@ TABLE: Table = [
             Wrong({"exponent": 0.0}, ValueError, "exponent must be > 0, got 0.0"),
             Wrong({"scale": -1.0}, ValueError, "scale must be > 0, got -1.0"),
             Wrong({"start": 0.9, "end": 0.5}, ValueError, "start <= end must hold, got 0.9, 0.5; swap them"),
-            Wrong({"end": 1.5}, ValueError, "end must be in [0, 1], got 1.5; did you mean 0.15 or 0.015?"),
         ],
     ),
     (
@@ -207,7 +170,6 @@ TABLE: Table = [
                 "updates must be at most 10,000,000, got 100000000; was another number meant?",
             ),
             Wrong({"a": 0.0}, ValueError, "a must be > 0, got 0.0"),
-            Wrong({"b": -0.5}, ValueError, "b must be > 0, got -0.5"),
             Wrong({"b": math.inf}, ValueError, "b must be finite, got inf"),
         ],
     ),
@@ -216,44 +178,18 @@ TABLE: Table = [
         [
             Wrong({"n": -1}, ValueError, "n must be >= 0, got -1"),
             Wrong({"n": 1.0}, TypeError, "n must be an int, got float 1.0"),
-            Wrong({"n": 10**400}, ValueError, f"n must be finite, got {10**400}"),
-            Wrong({"n": None}, TypeError, "n must be an int, got NoneType None"),
         ],
     ),
     (
         [Target("interpolate", interpolate, lambda: {"zero_shot": weights(), "fine_tuned": weights(), "alpha": 0.5})],
         [
-            Wrong({"alpha": 1.5}, ValueError, "alpha must be in [0, 1], got 1.5; did you mean 0.15 or 0.015?"),
             Wrong({"alpha": -0.5}, ValueError, "alpha must be in [0, 1], got -0.5"),
-            Wrong({"alpha": math.nan}, ValueError, "alpha must be finite, got nan"),
-            Wrong({"alpha": torch.tensor(0.5)}, TypeError, "alpha must be a real number, got Tensor tensor(0.5000)"),
             Wrong({"zero_shot": "a.pt"}, TypeError, "zero_shot must be a state dict or a torch.nn.Module, got str"),
-            Wrong({"fine_tuned": [A]}, TypeError, "fine_tuned must be a state dict or a torch.nn.Module, got list"),
-            Wrong(
-                {"fine_tuned": {"w": A["w"]}},
-                ValueError,
-                "zero_shot and fine_tuned must have the same names and shapes; missing from fine_tuned: "
-                "n; are they one architecture, and saved without a wrapper's prefix?",
-            ),
             Wrong(
                 {"fine_tuned": weights(extra=A["w"])},
                 ValueError,
-                "zero_shot and fine_tuned must have the same names and shapes; unexpected in fine_tuned: "
-                "extra; are they one architecture, and saved without a wrapper's prefix?",
-            ),
-            Wrong(
-                {"fine_tuned": weights(w=torch.ones(3, 2))},
-                ValueError,
-                "zero_shot and fine_tuned must have the same names and shapes; of another shape in "
-                "fine_tuned: w [3, 2] for [2, 3]; are they one architecture, and saved without a "
-                "wrapper's prefix?",
-            ),
-            Wrong(
-                {"fine_tuned": {"module." + name: value for name, value in A.items()}},
-                ValueError,
-                "zero_shot and fine_tuned must have the same names and shapes; missing from fine_tuned: "
-                "w, n; unexpected in fine_tuned: module.w, module.n; are they one architecture, and saved"
-                " without a wrapper's prefix?",
+                "zero_shot and fine_tuned must have the same names and shapes; unexpected in fine_tuned: extra; are "
+                "they one architecture, with the same adapters?",
             ),
             Wrong(
                 {"fine_tuned": {"state_dict": A}},
@@ -276,47 +212,36 @@ TABLE: Table = [
                 TypeError,
                 "zero_shot must map names to tensors, got the key 1; is it a state dict?",
             ),
+            Wrong(
+                {"zero_shot": {"w": torch.ones(2, dtype=torch.int8)}, "fine_tuned": {"w": torch.zeros(2).char()}},
+                TypeError,
+                "zero_shot['w'] must not be quantised, because integers cannot be averaged apart from their scales, "
+                "got torch.int8 values that differ between the models; combine the models before they are quantised, "
+                "or dequantise them",
+            ),
         ],
     ),
     (
         [Target("average", average, lambda: {"models": [weights(), weights()]})],
         [
-            Wrong({"models": []}, ValueError, "models must hold at least one model, got none"),
-            Wrong({"models": A}, TypeError, "models must be a sequence such as a list, got dict"),
-            Wrong({"models": nn.Linear(1, 1)}, TypeError, "models must be a sequence such as a list, got Linear"),
-            Wrong({"models": None}, TypeError, "models must be a sequence such as a list, got NoneType"),
-            Wrong({"models": "ab"}, TypeError, "models[0] must be a state dict or a torch.nn.Module, got str"),
+            Wrong({"models": []}, ValueError, "models must hold at least 1 of them, got 0; is it a used generator?"),
             Wrong({"models": [A, 3]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got int"),
-            Wrong(
-                {"models": [A, B, {"w": A["w"]}]},
-                ValueError,
-                "models[0] and models[2] must have the same names and shapes; missing from models[2]: n; "
-                "are they one architecture, and saved without a wrapper's prefix?",
-            ),
-            Wrong(
-                {"models": [{"w": 1.0}]},
-                TypeError,
-                "models[0]['w'] must be a torch.Tensor, got float; convert it with torch.as_tensor",
-            ),
+        ],
+    ),
+    (
+        [
+            Target("average", average, lambda: {"models": [weights(), weights()]}),
+            Target("model_stock", model_stock, lambda: {"pretrained": weights(), "models": [weights(), weights()]}),
+        ],
+        [
+            Wrong({"models": A}, TypeError, "models must be a list or another iterable of models, got dict"),
+            Wrong({"models": None}, TypeError, "models must be a list or another iterable of models, got NoneType"),
+            Wrong({"models": [A, Odd()]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got Odd"),
         ],
     ),
     (
         [Target("model_stock", model_stock, lambda: {"pretrained": weights(), "models": [weights(), weights()]})],
-        [
-            Wrong({"models": [A]}, ValueError, "models must hold at least two models, whose angle matters, got 1"),
-            Wrong({"models": A}, TypeError, "models must be a sequence such as a list, got dict"),
-            Wrong(
-                {"pretrained": None}, TypeError, "pretrained must be a state dict or a torch.nn.Module, got NoneType"
-            ),
-            Wrong(
-                {"pretrained": weights(w=torch.ones(4))},
-                ValueError,
-                "pretrained and models[0] must have the same names and shapes; of another shape in "
-                "models[0]: w [2, 3] for [4]; are they one architecture, and saved without a wrapper's "
-                "prefix?",
-            ),
-            Wrong({"models": [A, Odd()]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got Odd"),
-        ],
+        [Wrong({"models": [A]}, ValueError, "models must hold at least 2 of them, got 1; is it a used generator?")],
     ),
     (
         [Target("zero_shot_classifier", zero_shot_classifier, named_texts)],

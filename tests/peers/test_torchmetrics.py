@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.wrappers import BootStrapper
 
 from calrobust.functional.calibration import Norm, calibration_error
+from calrobust.functional.temperature import fit_temperature
 from calrobust.metrics import CalibrationError
 
 
@@ -49,6 +50,24 @@ def test_an_empty_metric_is_nan_where_theirs_raises() -> None:
         MulticlassCalibrationError(4).compute()
     with pytest.warns(UserWarning, match="before"):
         assert CalibrationError().compute().isnan()
+
+
+def test_what_its_users_write_is_an_error_or_the_same() -> None:
+    """A position for the classes, probabilities without a word, int32 labels; and labels of pixels."""
+    logits, target = classifier(60, 4, 0)
+    with pytest.raises(TypeError, match="positional"):
+        CalibrationError(4)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="from_logits=False"):
+        calibration_error(logits.softmax(1), target)
+    with pytest.raises(ValueError, match="logits"):
+        fit_temperature(logits.softmax(1), target)
+    with pytest.raises(TypeError, match="long"):
+        calibration_error(logits, target.int())
+    pixels = logits.unflatten(0, (10, 6)).movedim(2, 1), target.unflatten(0, (10, 6))
+    ours = calibration_error(*pixels).item()
+    theirs = multiclass_calibration_error(pixels[0].softmax(1), pixels[1], num_classes=4, n_bins=15).item()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours == pytest.approx(calibration_error(logits, target).item())
 
 
 def test_its_bootstrap_takes_quantiles_in_float64() -> None:

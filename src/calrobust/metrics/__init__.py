@@ -99,7 +99,8 @@ class AdaptiveCalibrationError(PredictionMetric):
     Args:
         n_bins: number of bins.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
+        **kwargs: of :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -164,7 +165,8 @@ class ClasswiseCalibrationError(BinnedMetric):
         num_classes: number C ≥ 2 of classes; the state is three float64 sums for each bin of each class.
         n_bins: number of bins of each class.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
+        **kwargs: of :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -216,7 +218,8 @@ class BrierScore(PredictionMetric):
     The formula is that of :func:`~calrobust.functional.brier_score`, the value in [0, 2].
 
     Args:
-        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
+        **kwargs: of :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -243,12 +246,12 @@ class BrierScore(PredictionMetric):
 
 
 class NegativeLogLikelihood(PredictionMetric):
-    """Mean negative log-likelihood of the labels in nats, streaming.
+    r"""Mean negative log-likelihood of the labels in nats, streaming.
 
     The formula is that of :func:`~calrobust.functional.negative_log_likelihood`.
 
     Args:
-        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`. Probabilities give
+        from_logits, ignore_index, validate_args, \*\*kwargs: as those of :class:`CalibrationError`. Probabilities give
             inf for a label of probability 0.
 
     Example:
@@ -279,7 +282,8 @@ class CalibrationSummary(BinnedMetric):
 
     Args:
         n_bins: number of bins of equal width.
-        from_logits, ignore_index, validate_args, **kwargs: as those of :class:`CalibrationError`.
+        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
+        **kwargs: of :class:`torchmetrics.Metric`.
 
     Returns:
         ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` (nats), ``brier``, ``ece``, ``rmsce``, ``mce``.

@@ -56,7 +56,7 @@ def test_what_its_users_write_is_an_error_or_the_same() -> None:
     """A position for the classes, probabilities without a word, int32 labels; and labels of pixels."""
     logits, target = classifier(60, 4, 0)
     with pytest.raises(TypeError, match="positional"):
-        CalibrationError(4)  # type: ignore[misc]
+        CalibrationError(4)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="from_logits=False"):
         calibration_error(logits.softmax(1), target)
     with pytest.raises(ValueError, match="logits"):

@@ -145,7 +145,7 @@ class PredictionMetric(Metric):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the sums: always float64."""
+        """The dtype of the sums, always float64."""
         return torch.float64
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "PredictionMetric":

@@ -70,7 +70,7 @@ def closure_in_a_closure(layer: nn.Module) -> None:
     """Two levels down, behind a partial."""
     forward = partial(layer.forward)
 
-    def inner(x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Any:
         return forward(x)
 
     layer.forward = lambda x: inner(x)
@@ -81,7 +81,7 @@ def compiled_forward(layer: nn.Module) -> None:
     layer.forward = torch.compile(layer.forward)
 
 
-def another_attribute(layer: nn.Module) -> None:
+def another_attribute(layer: Any) -> None:
     """A function that is not the forward."""
     layer.scale = lambda x: x * layer.weight.mean()
 
@@ -151,7 +151,7 @@ def partial_forward(layer: nn.Module) -> None:
     layer.forward = partial(scaled, layer)
 
 
-def harmless_closure(layer: nn.Module) -> None:
+def harmless_closure(layer: Any) -> None:
     """A number is no state."""
     factor = 2.0
     layer.act = lambda x: factor * x
@@ -277,8 +277,8 @@ def test_a_low_precision_second_model_gets_masters_and_a_float32_one_needs_none(
     assert EMATeacher(student, copy=model().bfloat16()).masters is not None
     teacher = EMATeacher(student, 0.5, copy=model())
     assert teacher.masters is None
-    before = student[0].weight.detach().float()
-    nn.init.ones_(student[0].weight)
+    before = student.get_parameter("0.weight").detach().float()
+    nn.init.ones_(student.get_parameter("0.weight"))
     teacher.update(student)
     assert torch.equal(teacher.module.get_parameter("0.weight"), before.lerp(torch.ones_like(before), 0.5))
 

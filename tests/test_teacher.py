@@ -240,10 +240,10 @@ def test_what_is_not_finite_on_either_side_takes_the_students_value(
     theirs = torch.tensor([5.0, inf, nan, 5.0, 5.0, 5.0, -inf, -inf, inf])
     student = nn.Sequential(nn.Linear(9, 1), nn.BatchNorm1d(9)).to(dtype)
     with torch.no_grad():
-        student[0].weight.copy_(ours[None])
+        student.get_parameter("0.weight").copy_(ours[None])
         student.get_buffer("1.running_mean").copy_(ours)
         teacher = EMATeacher(student, decay)
-        student[0].weight.copy_(theirs[None])
+        student.get_parameter("0.weight").copy_(theirs[None])
         student.get_buffer("1.running_mean").copy_(theirs)
     update = torch.compile(teacher.update, fullgraph=True, backend="eager") if compiled else teacher.update
     update(student)

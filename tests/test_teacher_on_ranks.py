@@ -64,9 +64,11 @@ def check_swap(rank: int, mesh: DeviceMesh) -> None:
         for parameter in student.parameters():
             parameter.mul_(5)
     own, lent = student.eval()(INPUTS), teacher(INPUTS)
-    apply_activation_checkpointing(student, check_fn=lambda part: isinstance(part, nn.Linear))  # type: ignore[no-untyped-call]
+    apply_activation_checkpointing(student, check_fn=lambda part: isinstance(part, nn.Linear))
+    sharded: nn.Module = model(seed=0)
+    fully_shard(sharded, mesh=mesh)
     with pytest.raises(ValueError, match=r"sharded alike, got 0\.weight whole in the teacher and sharded in the stud"):
-        EMATeacher(model(seed=0)).update(fully_shard(model(seed=0), mesh=mesh))
+        EMATeacher(model(seed=0)).update(sharded)
     for module in (student, teacher.module):
         fully_shard(module, mesh=mesh)
     with teacher.swapped_into(student):
@@ -75,7 +77,7 @@ def check_swap(rank: int, mesh: DeviceMesh) -> None:
     teacher.update(student)
     averaged = teacher.module.get_parameter("0.weight")
     assert isinstance(averaged, DTensor)
-    assert_close(averaged.full_tensor(), 3 * model(seed=0)[0].weight.detach())
+    assert_close(averaged.full_tensor(), 3 * model(seed=0).get_parameter("0.weight").detach())
 
 
 def check_orthogonality(rank: int, mesh: DeviceMesh) -> None:
@@ -111,4 +113,4 @@ def on_a_rank(rank: int, store: str) -> None:
 
 def test_two_ranks_hold_one_teacher(tmp_path: Path) -> None:
     """Made before DDP from models that differ, or sharded by FSDP2."""
-    spawn(on_a_rank, ((tmp_path / "store").as_uri(),), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(on_a_rank, ((tmp_path / "store").as_uri(),), nprocs=2)

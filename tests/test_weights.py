@@ -274,10 +274,10 @@ class Packed(Tensor):
     @staticmethod
     def __new__(cls: type[Packed], data: Tensor) -> Packed:
         """Of the shape of ``data``."""
-        return cast(Packed, Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32))
+        return Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """No arithmetic."""
         raise NotImplementedError
 
@@ -292,7 +292,7 @@ def quantised(kind: str, shift: int) -> Any:
         "int32": lambda: values.int(),
         "qint8": lambda: torch.quantize_per_tensor(values.float(), 1.0, 0, torch.qint8),
         "subclass": lambda: Packed(values),
-        "uint4": lambda: values.to(torch.uint8).view(torch.uint4),
+        "uint4": lambda: values.to(torch.uint8).view(getattr(torch, "uint4")),  # noqa: B009  (not in its stubs)
     }
     return make[kind]()
 

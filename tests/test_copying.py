@@ -128,7 +128,7 @@ def captured_global(layer: nn.Module) -> None:
 def test_a_function_that_captures_what_a_copy_would_share_is_refused_by_name(
     change: Callable[[nn.Module], None],
 ) -> None:
-    """Else the teacher would run the student's weights, or write over the student's features."""
+    """Else the teacher would run the student's weights, or write over the student's features (trap 38)."""
     student = model()
     change(student[1])
     with pytest.raises(ValueError, match=r"captures what a copy would share, got .* of the Linear '1', which captures"):

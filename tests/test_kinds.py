@@ -56,7 +56,7 @@ def taken(scores: Tensor, *, from_logits: bool) -> bool:
 def test_probabilities_of_any_precision_are_probabilities_and_no_logits(
     rounded: Callable[[Tensor], Tensor], n: int
 ) -> None:
-    """The precision is that which the numbers can have had, not that of the tensor they lie in."""
+    """The precision is that which the numbers can have had, not that of the tensor they lie in (trap 35)."""
     for n_classes, spread in (
         (2, 0.3),
         (2, 4.0),
@@ -119,7 +119,7 @@ def test_numbers_that_are_neither_are_no_probabilities() -> None:
 
 
 def test_the_example_of_the_report_is_refused_everywhere() -> None:
-    """A softmax in bfloat16 has an ECE of .0135; taken for logits it would read .556."""
+    """A softmax in bfloat16 has an ECE of .0135; taken for logits it would read .556 (trap 35)."""
     torch.manual_seed(0)
     z = 4 * torch.randn(4096, 10)
     y = torch.multinomial(z.softmax(1), 1)[:, 0]
@@ -144,7 +144,7 @@ def test_the_example_of_the_report_is_refused_everywhere() -> None:
 
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_a_single_class_is_refused_with_the_way_out(from_logits: bool) -> None:
-    """The head of a binary classifier has one column; what the message says gives two."""
+    """The head of a binary classifier has one column; what the message says gives two (trap 36)."""
     z, y = torch.randn(50, 1), torch.randint(0, 2, (50,))
     probs = z.sigmoid()
     both = torch.cat((torch.zeros_like(z), z), 1) if from_logits else torch.cat((1 - probs, probs), 1)

@@ -234,7 +234,7 @@ def test_a_frozen_teacher_outlives_a_student_that_diverged() -> None:
 def test_what_is_not_finite_on_either_side_takes_the_students_value(
     decay: float, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Element by element, in parameters and in statistics; inf - inf would be NaN."""
+    """Element by element, in parameters and in statistics; inf - inf would be NaN (trap 37)."""
     inf, nan = torch.inf, torch.nan
     ours = torch.tensor([1.0, 1.0, 1.0, inf, -inf, nan, -inf, inf, nan])
     theirs = torch.tensor([5.0, inf, nan, 5.0, 5.0, 5.0, -inf, -inf, inf])
@@ -332,7 +332,7 @@ def test_statistics_of_every_normalisation_layer_are_averaged(layer: nn.Module) 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the old form is deprecated
 @pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 def test_a_spectral_normalised_layer_of_the_teacher_has_norm_one(spectral_norm: Callable[..., nn.Module]) -> None:
-    """Old form and parametrisation, once the student's estimate is good: averaged vectors would not have norm 1."""
+    """Once the student's estimate is good, in both forms: averaged vectors would not have norm 1 (trap 37)."""
     torch.manual_seed(0)
     student = nn.Sequential(*(spectral_norm(nn.Linear(16, 16, bias=False)) for _ in range(6)))
     teacher = EMATeacher(student, 0.99)

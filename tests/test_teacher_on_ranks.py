@@ -112,5 +112,5 @@ def on_a_rank(rank: int, store: str) -> None:
 
 
 def test_two_ranks_hold_one_teacher(tmp_path: Path) -> None:
-    """Made before DDP from models that differ, or sharded by FSDP2."""
+    """Made before DDP from models that differ, or sharded by FSDP2 (trap 40)."""
     spawn(on_a_rank, ((tmp_path / "store").as_uri(),), nprocs=2)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-TRAPS = 34
+TRAPS = 40
 
 
 def described(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
@@ -22,7 +22,7 @@ def described(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[st
 
 
 def test_the_list_of_traps_is_that_of_the_docstrings() -> None:
-    """All 34, each with a test at least; what is listed exists and says so, and what says so is listed."""
+    """All of them, each with a test at least; what is listed exists and says so, and what says so is listed."""
     listed: dict[int, set[str]] = {}
     for line in (TESTS / "TRAPS.md").read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"(\d+)\. ", line):

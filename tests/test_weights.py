@@ -219,7 +219,7 @@ def test_a_module_tells_buffers_from_parameters(combine: Callable[[Any, Any], St
 def test_vectors_of_spectral_norm_are_the_last_models(
     spectral_norm: Callable[[nn.Module], Any], as_dicts: bool
 ) -> None:
-    """Named as torch names them, in its old form and as a parametrisation; their mean would have another norm."""
+    """Named as torch names them in both of its forms; their mean would have another norm (trap 37)."""
     models = [spectral_norm(nn.Linear(8, 8)) for _ in range(2)]
     result = average([model.state_dict() if as_dicts else model for model in models])
     last = models[1].state_dict()
@@ -301,7 +301,7 @@ def quantised(kind: str, shift: int) -> Any:
 @pytest.mark.parametrize("kind", ["int8", "int8 vector", "uint8", "int32", "qint8", "subclass", "uint4"])
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")  # deprecated, and still saved in files
 def test_quantised_weights_are_refused(combine: Callable[[Any, Any], State], kind: str) -> None:
-    """Integers cannot be averaged apart from their scales."""
+    """Integers cannot be averaged apart from their scales (trap 39)."""
     models = [{"weight": quantised(kind, shift), "scale": torch.tensor(1.0 + shift)} for shift in range(2)]
     with pytest.raises(TypeError, match=r"\['weight'\] must not be quantised, because integers cannot be averaged"):
         combine(*models)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_floating
+from calrobust._checks import check_float64, check_floating
 from calrobust.functional.temperature import fit_temperature
 
 
@@ -49,8 +49,8 @@ class TemperatureScaler(nn.Module):
         Takes logits, never a model: collect them in eval mode, :func:`~calrobust.collect_logits` does.
 
         Args:
-            logits: shape ``[N, C]``, floating, N ≥ 1; ``-inf`` masks a class.
-            target: shape ``[N]``, int64 labels in [0, C).
+            logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf`` masks a class.
+            target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
         Returns:
             The scaler itself.
@@ -85,6 +85,7 @@ class TemperatureScaler(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperatureScaler:
         # .half() and .to(dtype) are for weights: T only changes device.
+        check_float64(scaler=fn(torch.empty(0, device=self.temperature.device)))
         temperature = self.temperature
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.temperature.dtype != temperature.dtype:

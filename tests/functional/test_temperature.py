@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import oracles
 import pytest
@@ -12,6 +13,7 @@ from strategies import Predictions, classifier, predictions, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
+from calrobust import TemperatureScaler, _checks
 from calrobust.functional import temperature as module
 from calrobust.functional.temperature import fit_temperature
 
@@ -253,3 +255,81 @@ def test_no_graph_and_no_change_of_the_inputs() -> None:
     before = logits.clone()
     assert not fit_temperature(logits.requires_grad_(), target).requires_grad
     assert_close(logits.detach(), before, rtol=0, atol=0)
+
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "classes": lambda z, y, value: torch.cat([z, torch.full((len(z), 7), value, dtype=z.dtype)], 1),
+    "classes of each sample": lambda z, y, value: z.masked_fill(
+        (torch.arange(z.shape[1]) - y[:, None]) % z.shape[1] > z.shape[1] // 2, value
+    ),
+    "classes of one sample": lambda z, y, value: z.masked_fill(
+        (torch.arange(len(z)) == 5)[:, None] & (torch.arange(z.shape[1]) != y[:, None]), value
+    ),
+    "classes, by addition": lambda z, y, value: torch.cat([z, z[:, :3].roll(1, 0) + value / 2], 1),
+}
+
+
+@pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "n_classes"), [(60, 3), (300, 20), (20_000, 20)])
+def test_a_finite_mask_gives_the_temperature_of_minus_infinity(
+    hide: Callable[[Tensor, Tensor, float], Tensor], dtype: torch.dtype, n: int, n_classes: int
+) -> None:
+    """Of any value, to the least of the dtype, without a warning."""
+    logits, target = classifier(n, n_classes, 0, sharpness=0.5, spread=3.0, dtype=dtype)
+    expected = fit_temperature(hide(logits, target, -math.inf), target).item()
+    least = torch.finfo(dtype).min
+    for value in (-100.0, -1e3, -1e4, -1e6, -1e9, -1e20, -1e30, least / 2, least):
+        if value >= least:
+            assert fit_temperature(hide(logits, target, value), target).item() == pytest.approx(expected, rel=1e-6), (
+                value
+            )
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min])
+def test_a_finite_mask_does_not_change_what_degenerate_data_give(value: float) -> None:
+    """As ``-inf`` does not."""
+    logits = classifier(200, 5, 0).logits
+    for target, cause in ((logits.argmin(1), "negatively correlated"), (logits.argmax(1), "separable")):
+        with pytest.warns(UserWarning, match=cause):
+            expected = fit_temperature(logits, target)
+        with pytest.warns(UserWarning, match=cause):
+            assert_close(fit_temperature(HIDDEN["classes"](logits, target, value), target), expected, rtol=1e-6, atol=0)
+
+
+def test_a_far_logit_is_no_mask_where_its_probability_counts() -> None:
+    """Ten rows know little and are wrong, one knows 500 times as much: the optimum weighs both."""
+    logits = torch.tensor([[0.01, 0.0]] * 10 + [[5.0, 0.0]], dtype=torch.float64)
+    target = torch.tensor([1] * 10 + [0])
+    assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
+
+
+def test_a_label_far_below_all_others_is_no_mask() -> None:
+    """It is finite, so it has a likelihood."""
+    logits, target = classifier(3000, 4, 0, sharpness=0.5, dtype=torch.float64)
+    logits[3, target[3]] = -1e3
+    assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
+
+
+def test_a_cap_that_is_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a wrong T in silence."""
+    monkeypatch.setattr(module, "MAX_STEPS", 1)
+    with pytest.warns(UserWarning, match="Newton's method did not converge in 1 steps; T = "):
+        fit_temperature(*classifier(300, 10, 0, sharpness=0.3))
+
+
+def test_further_dimensions_are_samples() -> None:
+    """``[N, C, ...]`` with ``[N, ...]``, as torch's cross-entropy takes them."""
+    logits, target = classifier(300, 5, 0, sharpness=0.5)
+    image = logits.view(10, 6, 5, 5).movedim(-1, 1)
+    assert_close(fit_temperature(image, target.view(10, 6, 5)), fit_temperature(logits, target), rtol=1e-7, atol=0)
+
+
+def test_a_device_without_float64_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums are float64 (`meta` plays the device)."""
+    monkeypatch.setattr(_checks, "WITHOUT_FLOAT64", {"meta"})
+    logits, target = classifier(30, 3, 0)
+    with pytest.raises(ValueError, match=r"^logits must be on a device that has float64.* got meta; .*\.cpu\(\)$"):
+        fit_temperature(logits.to("meta"), target.to("meta"))
+    with pytest.raises(ValueError, match=r"^scaler must be on a device that has float64"):
+        TemperatureScaler().to("meta")

@@ -27,6 +27,9 @@ MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 a
 LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
 FLOOR = -200.0  # a finite stand-in for -inf among scaled logits: exp(-200) is as good as 0
 EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
+GAP = 6  # powers of two between the furthest logit and a mask: at least 32 times as far
+GAP_ROWS = 256  # looked at for such a gap
+NEGLIGIBLE = 40.0  # nats below the top at which a mask no longer counts; exp(-40) is 4e-18
 
 
 class _Data(NamedTuple):
@@ -36,11 +39,14 @@ class _Data(NamedTuple):
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
     means: Tensor  # [N] mean of logit - top over classes that are not masked
-    masked: bool  # whether there is any -inf
+    limit: float  # how far below the top a logit is a mask; inf: only -inf is
+    nearest: float  # how far below the top the highest mask is; inf: none is finite
+    masked: bool
 
     def rows(self, step: int) -> _Data:
         """Every ``step``-th row."""
-        return _Data(self.logits[::step], self.top[::step], self.own[::step], self.means[::step], self.masked)
+        rows = {name: getattr(self, name)[::step] for name in ("logits", "top", "own", "means")}
+        return self._replace(**rows)
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
@@ -62,8 +68,9 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     such a T says little about other data.
 
     Args:
-        logits: shape ``[N, C]``, floating, N ≥ 1; ``-inf`` masks a class. No gradient flows through the fit.
-        target: shape ``[N]``, int64 labels in [0, C).
+        logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1. ``-inf`` masks a class, and so does a finite value
+            that is 32 to 64 times as far below the highest logit as others are. No gradient flows through the fit.
+        target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
     Returns:
         T, a float64 scalar on the logits' device, exact to about 1e-7 relative (arithmetic is float32 for float32 and
@@ -71,8 +78,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``logits`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, there are no samples, a logit is NaN or +inf, a label is outside
-            [0, C) or on a masked class.
+        ValueError: shapes or devices do not fit, there are no samples or a single class, ``logits`` are probabilities,
+            a logit is NaN or +inf, a label is outside [0, C) or on a class whose logit is ``-inf``.
 
     Example:
         >>> import torch
@@ -90,8 +97,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        data = _scan(logits, target)
-        temperature, causes = _solve(data)
+        temperature, causes = _fit(logits, target)
         if len(target) == 1:
             causes.append("there is a single sample")
         elif (target == target[0]).all():
@@ -103,10 +109,36 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
 
 
-def _scan(logits: Tensor, target: Tensor) -> _Data:
+def _fit(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
+    """T, and why the data do not determine it."""
+    data = _scan(logits, target, math.inf)
+    limit = _mask_limit(data)
+    if (data.own >= -limit).all() and limit < math.inf:  # no label is on a mask
+        without = _scan(logits, target, limit)
+        temperature, causes = _solve(without)
+        # If they were masks, their probabilities are nil at this T, where the sum over all classes is then stationary
+        # too, and it is convex. Degenerate data have no such T.
+        if without.nearest / temperature >= (NEGLIGIBLE / 4 if causes else NEGLIGIBLE):
+            return temperature, causes
+    return _solve(data)
+
+
+def _mask_limit(data: _Data) -> float:
+    """How far below the top finite logits must be masks: beyond the first wide gap in their distances; inf if none."""
+    some = torch.arange(0, len(data.top), max(1, len(data.top) // GAP_ROWS), device=data.top.device)
+    some = torch.cat((some, data.means.argmin()[None]))  # and a row that has masks, if any has
+    distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
+    distances = distances.masked_fill((distances <= 0) | distances.isposinf(), torch.nan)
+    usual = distances.nan_to_num(math.inf, math.inf).amin(1).median()
+    powers = torch.frexp(distances[distances >= usual]).exponent.unique()
+    gaps = (powers.diff() >= GAP).nonzero()
+    return math.ldexp(1.0, int(powers[gaps[0, 0]]) + 3) if len(gaps) else math.inf
+
+
+def _scan(logits: Tensor, target: Tensor, limit: float) -> _Data:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     top, own, means = logits.new_empty(3, len(logits), dtype=dtype)
-    step, masked = block_rows(logits, dtype), False
+    step, masked, nearest = block_rows(logits, dtype), False, math.inf
     buffer = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
@@ -117,18 +149,19 @@ def _scan(logits: Tensor, target: Tensor) -> _Data:
         differences = torch.sub(scores, top[rows, None], out=buffer[: len(scores)])
         own[rows] = differences.gather(1, target[rows, None])[:, 0]
         torch.mean(differences, 1, out=means[rows])
-        if means[rows].isneginf().any():
+        if limit < math.inf or means[rows].isneginf().any():
             masked = True
-            hidden = differences.isneginf()
-            means[rows] = differences.masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)
-    data = _Data(logits, top, own, means, masked)
-    if masked and data.own.isneginf().any():
-        row = int(data.own.isneginf().nonzero()[0])
+            hidden = differences <= -limit
+            means[rows] = (differences.double().masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)).to(dtype)
+            finite = differences[hidden & ~differences.isneginf()]
+            nearest = min(nearest, -float(finite.max())) if len(finite) else nearest
+    if masked and own.isneginf().any():
+        row = int(own.isneginf().nonzero()[0])
         raise ValueError(
             f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
             "unmask the class or drop the sample"
         )
-    return data
+    return _Data(logits, top, own, means, limit, nearest, masked)
 
 
 def _solve(data: _Data) -> tuple[float, list[str]]:
@@ -144,17 +177,19 @@ def _solve(data: _Data) -> tuple[float, list[str]]:
     beta = 1 / spread
     step = len(data.logits) // SUBSET_ROWS
     if step >= 4:
-        beta = _newton(data.rows(step), beta, max_steps=8)
+        beta, _ = _newton(data.rows(step), beta, max_steps=8)
         beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
-    return 1 / _newton(data, beta, max_steps=MAX_STEPS), []
+    beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
+    return 1 / beta, [] if converged else [f"Newton's method did not converge in {MAX_STEPS} steps"]
 
 
-def _newton(data: _Data, beta: float, *, max_steps: int) -> float:
+def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
+    """1/T, and whether the last step was a small one."""
     low, high = 0.0, math.inf  # the gradient is negative at low and positive at high
     for _ in range(max_steps):
         gradient, curvature = _derivatives(data, beta)
         if gradient == 0:
-            break
+            return beta, True
         low, high = (beta, high) if gradient < 0 else (low, beta)
         ratio = 1 - gradient / curvature if curvature > 0 else LARGEST_RATIO if gradient < 0 else 0.0
         new = beta * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
@@ -163,8 +198,8 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> float:
         converged = abs(new / beta - 1) <= SMALL_STEP
         beta = new
         if converged:
-            break
-    return beta
+            return beta, True
+    return beta, False
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
@@ -178,7 +213,7 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
         scores = data.logits[rows].to(dtype)
         scaled = torch.sub(scores, data.top[rows, None], out=scaled_buffer[: len(scores)]).mul_(beta)
         if data.masked:
-            scaled.clamp_(min=FLOOR)
+            torch.threshold_(scaled, max(-data.limit * beta, torch.finfo(dtype).min), FLOOR)
         weighted = torch.softmax(scaled, 1, out=probs_buffer[: len(scores)])
         mean = weighted.mul_(scaled).sum(1)
         square = weighted.mul_(scaled).sum(1)

@@ -149,8 +149,8 @@ def test_a_single_class_is_refused_with_the_way_out(from_logits: bool) -> None:
     probs = z.sigmoid()
     both = torch.cat((torch.zeros_like(z), z), 1) if from_logits else torch.cat((1 - probs, probs), 1)
     message = r"must have a column for each of two classes or more, got shape \[50, 1\]"
-    functions = [F.top_label, F.calibration_error, F.classwise_calibration_error, F.brier_score]
-    for function in (*functions, F.adaptive_calibration_error, F.negative_log_likelihood):
+    functions: list[Callable[..., object]] = [F.top_label, F.calibration_error, F.classwise_calibration_error]
+    for function in (*functions, F.adaptive_calibration_error, F.brier_score, F.negative_log_likelihood):
         with pytest.raises(ValueError, match=message):
             function(z if from_logits else probs, y, from_logits=from_logits)
     calls: list[Callable[[Tensor], object]] = [

@@ -283,7 +283,8 @@ class Judged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits."""
-        return self.layer(x)
+        logits: Tensor = self.layer(x)
+        return logits
 
 
 @every_maker

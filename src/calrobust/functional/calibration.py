@@ -337,7 +337,8 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             lowest[0] += len(high) - high.sum(0)
             lowest[1] += probs.masked_fill(high, 0).sum(0, dtype=torch.float64)
         index = classes * n_bins + bin_index(searched, n_bins)
-        sums[:2].index_add_(1, index, torch.stack((torch.ones_like(searched), searched)))
+        sums[0].index_add_(0, index, torch.ones_like(searched))
+        sums[1].index_add_(0, index, searched)
     sums[:2, ::n_bins] += lowest
     return Bins(*sums.unflatten(1, (-1, n_bins)))
 

@@ -28,7 +28,7 @@ LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says lit
 FLOOR = -200.0  # a finite stand-in for -inf among scaled logits: exp(-200) is as good as 0
 EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
 GAP = 6  # powers of two between the furthest logit and a mask: at least 32 times as far
-GAP_ROWS = 256  # looked at for such a gap
+GAP_ROWS = 64  # looked at for such a gap
 NEGLIGIBLE = 40.0  # nats below the top at which a mask no longer counts; exp(-40) is 4e-18
 
 

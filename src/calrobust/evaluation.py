@@ -15,6 +15,7 @@ from calrobust._checks import check_module, check_predictions
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
 Template = str | Callable[[str], str]
+_FORWARD = "forward=lambda model, batch: (logits, target)"
 
 
 def collect_logits(
@@ -62,9 +63,7 @@ def collect_logits(
             f"loader must be something to iterate over, got {_kind(loader)}; pass a DataLoader or a list of batches"
         )
     if forward is not None and not callable(forward):
-        raise TypeError(
-            f"forward must be callable, got {_kind(forward)}; pass forward=lambda model, batch: (logits, target)"
-        )
+        raise TypeError(f"forward must be callable, got {_kind(forward)}; pass {_FORWARD}")
     logits: list[Tensor] = []
     target: list[Tensor] = []
     with _evaluating(model), torch.no_grad():
@@ -85,17 +84,11 @@ def collect_logits(
 
 def _call(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"loader must yield (inputs, target), got {_kind(batch)}; "
-            "pass forward=lambda model, batch: (logits, target)"
-        )
+        raise TypeError(f"loader must yield (inputs, target), got {_kind(batch)}; pass {_FORWARD}")
     inputs, target = batch
     logits = model(inputs)
     if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"model must return a tensor of logits, got {_kind(logits)}; "
-            "pass forward=lambda model, batch: (logits, target), which takes the logits out of it"
-        )
+        raise TypeError(f"model must return a tensor of logits, got {_kind(logits)}; pass {_FORWARD}")
     return logits, target
 
 
@@ -114,10 +107,8 @@ def _checked(pair: Any) -> tuple[Tensor, Tensor]:
                 "target must hold the index of each sample's class, got a value for every class, of shape "
                 f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
             )
-        if logits.ndim > 2 and target.shape == (len(logits), *logits.shape[2:]):
-            logits, target = logits.movedim(1, -1).flatten(0, -2), target.flatten()
     check_predictions(target, logits=logits)
-    return logits, target
+    return logits.movedim(1, -1).flatten(0, -2), target.flatten()
 
 
 def _kind(value: Any) -> str:

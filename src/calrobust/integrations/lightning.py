@@ -14,7 +14,7 @@ from calrobust.integrations._shards import load_whole_state, whole_state
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("calrobust.integrations.lightning needs lightning: pip install 'lightning>=2.6'") from error
+    raise ImportError(f"{__name__} needs lightning: pip install 'lightning>=2.6'") from error
 
 __all__ = ["EMATeacherCallback"]
 
@@ -73,7 +73,7 @@ class EMATeacherCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The place of the teacher in checkpoints, one for each ``name``."""
+        """Where checkpoints keep the teacher: one place for each ``name``."""
         return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,9 +99,7 @@ class EMATeacherCallback(Callback):
         self._check_restored(trainer)
         self._optimizer_steps = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Moves the teacher towards the student if an optimiser stepped."""
         if trainer.global_step > self._optimizer_steps:
             self._optimizer_steps = trainer.global_step
@@ -113,16 +111,12 @@ class EMATeacherCallback(Callback):
             self._check_restored(trainer)
             self._swap.enter_context(self.teacher.swapped_into(self.student))
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, *_: Any, **__: Any) -> None:
         """Gives the student its own back; checkpoints, which Lightning writes after this, hold those."""
         self._swap.close()
 
     on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As after validation."""
-        self._swap.close()
+    on_test_end = on_predict_end = on_exception = on_validation_end
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher, unless the module saves it."""
@@ -137,6 +131,6 @@ class EMATeacherCallback(Callback):
         if trainer.ckpt_path is not None and not self._restored:
             raise ValueError(
                 f"ckpt_path must be a checkpoint with a teacher in it, got {trainer.ckpt_path}, which has none under "
-                f"{self.state_key!r}; resume one that a trainer with this callback saved, or load the student's "
-                "weights yourself, before EMATeacher(student), and leave ckpt_path out"
+                f"{self.state_key!r}; pass one that was saved with this callback, or load the student's weights before "
+                "EMATeacher(student) and leave ckpt_path out"
             )

@@ -13,11 +13,9 @@ from calrobust._checks import check_attributes, check_instance, check_module
 from calrobust.integrations._shards import load_whole_state, whole_state
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerState, TrainingArguments
 except ImportError as error:
-    raise ImportError(
-        "calrobust.integrations.transformers needs transformers: pip install 'transformers[torch]>=5'"
-    ) from error
+    raise ImportError(f"{__name__} needs transformers: pip install 'transformers[torch]>=5'") from error
 
 __all__ = ["EMATeacherCallback", "clip_features"]
 
@@ -62,27 +60,23 @@ class EMATeacherCallback(TrainerCallback):
         self.teacher = teacher
         self.student = student
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Moves the teacher to the device, and loads it if training resumes."""
         self.teacher.to(args.device)
         if state.global_step > 0:
             self._load(_checkpoint(args, state), "copy the checkpoint that is resumed into output_dir, all its files")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         """Moves the teacher towards the student."""
         self.teacher.update(self.student)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Puts the teacher into the checkpoint just written."""
         whole = whole_state(self.teacher)  # on every rank, each of which holds a part
         if args.should_save:
             torch.save(whole, _checkpoint(args, state) / "teacher.pt")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Loads the teacher of the checkpoint whose student the trainer has loaded as the best."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint), "use this callback from the first step on")
@@ -99,11 +93,9 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
-    r"""The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
+    """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
-    The models normalise their features but keep the scale to themselves, as a logarithm:
-
-    .. math:: \text{logit\_scale} = e^{\text{model.logit\_scale}}
+    The models normalise their features but do not return their logit scale, whose logarithm is a parameter.
 
     Args:
         output: with ``image_embeds`` and ``text_embeds``, each ``[N, D]`` and of unit norm.

@@ -275,7 +275,7 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def test_a_finite_mask_gives_the_temperature_of_minus_infinity(
     hide: Callable[[Tensor, Tensor, float], Tensor], dtype: torch.dtype, n: int, n_classes: int
 ) -> None:
-    """Of any value, to the least of the dtype, without a warning."""
+    """Of any value, to the least of the dtype, without a warning (trap 41)."""
     logits, target = classifier(n, n_classes, 0, sharpness=0.5, spread=3.0, dtype=dtype)
     expected = fit_temperature(hide(logits, target, -math.inf), target).item()
     least = torch.finfo(dtype).min

@@ -73,7 +73,7 @@ class EMATeacherCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Where checkpoints keep the teacher: one place for each ``name``."""
+        """The place of the teacher in checkpoints, one for each ``name``."""
         return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

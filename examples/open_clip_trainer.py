@@ -1,8 +1,9 @@
 """open_clip's own trainer, not a line of it changed, with calrobust's loss and teacher.
 
 ``python examples/open_clip_trainer.py`` trains a tiny CLIP with random weights for two epochs on pictures it makes
-(``pip install 'calrobust[open-clip]'``; CPU, seconds). Options of ``open_clip_train`` may follow and win over the ones
-below: ``python examples/open_clip_trainer.py --epochs 4``, then ``--epochs 6 --resume latest``.
+(``pip install '.[open-clip]'`` in a clone; CPU, seconds). Options of ``open_clip_train`` may follow and win over the
+ones below: ``python examples/open_clip_trainer.py --epochs 4``, then ``--epochs 6 --resume latest``. On several GPUs:
+``torchrun --nproc-per-node 2 examples/open_clip_trainer.py --device cuda``.
 
 open_clip makes its loss in ``create_loss`` and offers no place for a teacher that learns, but ``main`` looks up
 ``train_one_epoch`` at each epoch and hands it everything: that name is what we replace, by a function that calls it.
@@ -10,6 +11,7 @@ open_clip makes its loss in ``create_loss`` and offers no place for a teacher th
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,12 @@ class CaRotEpochs:
 
     def __init__(self, criterion: cr.losses.PairLoss) -> None:
         """Remembers open_clip's own function, which does the work."""
-        self.loss, self.train_one_epoch = OpenClipLoss(criterion), trainer.train_one_epoch
+        if not hasattr(trainer, "create_loss"):
+            raise RuntimeError(
+                "this trainer is open_clip 4's, which makes no loss with create_loss; "
+                "pip install 'open_clip_torch[training]>=3.3,<4'"
+            )
+        self.criterion, self.train_one_epoch = criterion, trainer.train_one_epoch
         self.teacher: cr.EMATeacher | None = None
 
     def __call__(
@@ -56,6 +63,11 @@ class CaRotEpochs:
         """One epoch; the teacher is made in the first and kept beside each of open_clip's checkpoints."""
         checkpoints = Path(args.checkpoint_path)
         if self.teacher is None:
+            if args.horovod:
+                raise ValueError("--horovod has no process group to gather pairs over; start with torchrun instead")
+            if args.distill:
+                raise ValueError("--distill-model names a fixed teacher, and this one learns; leave the option out")
+            self.loss = OpenClipLoss(self.criterion, caption_weight=args.coca_caption_loss_weight)
             self.teacher = teacher = cr.EMATeacher(model, decay=0.9)
             if epoch > 0:
                 kept = torch.load(checkpoints / f"teacher_{epoch}.pth", map_location=args.device, weights_only=True)
@@ -85,10 +97,12 @@ def make_data(folder: Path) -> Path:
 
 def main(options: list[str]) -> int | None:
     """open_clip's command line and exit code, with our defaults before the user's options."""
-    data = make_data(FOLDER / "data")
-    (FOLDER / "tiny-clip.json").write_text(json.dumps(MODEL))
-    open_clip.add_model_config(FOLDER / "tiny-clip.json")
-    criterion = cr.MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * cr.MultimodalDistillationLoss()
+    own = FOLDER / f"rank_{os.environ.get('RANK', 0)}"  # where no other process writes
+    data = make_data(own / "data")
+    (own / "tiny-clip.json").write_text(json.dumps(MODEL))
+    open_clip.add_model_config(own / "tiny-clip.json")
+    contrastive = cr.MultimodalContrastiveLoss(label_smoothing=0.1, gather=True)  # over all ranks, if there are several
+    criterion = contrastive + 1.5 * cr.MultimodalDistillationLoss(gather=True)
     trainer.train_one_epoch = CaRotEpochs(criterion)
     defaults = (
         f"--model tiny-clip --train-data {data} --logs {FOLDER} --name carot --device cpu --batch-size 8 --epochs 2"

@@ -538,7 +538,8 @@ TABLE: Table = [
                 TypeError,
                 "MultimodalContrastiveLoss() + MultimodalDistillationLoss() needs teacher_image_features,"
                 " teacher_text_features and teacher_logit_scale; call it as criterion(*student(images, "
-                "texts), *teacher(images, texts))",
+                "texts), *teacher(images, texts)); open_clip's trainer passes a teacher's outputs with --distill-model "
+                "and --distill-pretrained, and never with --accum-freq above 1",
             ),
             Wrong(
                 {"dist_image_features": MORE},

@@ -116,6 +116,7 @@ def test_memory_is_that_of_one_chunk() -> None:
     assert held[4096, 256] < held[4096, 4096] / 10
 
 
+@pytest.mark.slow
 def test_chunks_on_two_ranks_give_the_gradients_of_one_process() -> None:
     """Of unequal shares, in one chunk a rank and in several; DistributedDataParallel averages each gradient once."""
     torchrun(Path(__file__).parents[1] / "large_batch_on_a_rank.py")

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import open_clip_trainer
 import pytest
 import torch
+from leaving import torchrun
+
+from calrobust import MultimodalContrastiveLoss
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "open_clip_trainer.py"
 
@@ -37,6 +44,7 @@ def test_their_trainer_logs_our_terms(trained: Path) -> None:
     assert total == pytest.approx([a + b for a, b in zip(contrastive, distillation, strict=True)], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_teacher(trained: Path) -> None:
     """Their --resume latest finds the model, we find its teacher, which counts on (trap 16)."""
     result = run(trained.parents[1], "--epochs", "3", "--resume", "latest")
@@ -54,8 +62,38 @@ def test_the_teacher_stays_behind_the_model(trained: Path) -> None:
     assert not torch.equal(teacher["module.visual.proj"], student["visual.proj"])
 
 
+@pytest.mark.slow
+def test_two_ranks_contrast_each_others_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 pairs, of which each rank has 8: an untrained model's loss is near log(16), and not near log(8)."""
+    monkeypatch.chdir(tmp_path)
+    torchrun(Path(__file__).parents[1] / "open_clip_on_a_rank.py", "--epochs", "1")
+    log = (tmp_path / "open_clip_run" / "carot" / "out.log").read_text()
+    first = float(log.split("Contrastive_loss: ")[1].split()[0])
+    assert abs(first - math.log(16)) < abs(first - math.log(8))
+
+
+@pytest.mark.slow
 def test_accumulation_without_a_teacher_is_refused(tmp_path: Path) -> None:
     """open_clip leaves the teacher out when it accumulates; that is said, not trained."""
     result = run(tmp_path, "--accum-freq", "2")
     assert result.returncode != 0
-    assert "needs teacher_image_features" in result.stderr
+    assert re.search("needs teacher_image_features.*; .*never with --accum-freq above 1", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("horovod", r"--horovod has no process group.*torchrun"), ("distill", r"--distill-model names a fixed teacher")],
+)
+def test_options_that_would_be_without_effect_are_refused(option: str, message: str) -> None:
+    """Each rank of Horovod would contrast its own pairs alone, and the fixed teacher would never be asked."""
+    epochs = open_clip_trainer.CaRotEpochs(MultimodalContrastiveLoss())
+    arguments = Namespace(**{"horovod": False, "distill": False, "checkpoint_path": "", option: True})
+    with pytest.raises(ValueError, match=message):
+        epochs(None, None, None, 0, None, None, None, None, arguments)
+
+
+def test_the_trainer_of_open_clip_4_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes no loss with ``create_loss``, and hands ``train_one_epoch`` other arguments."""
+    monkeypatch.delattr("open_clip_train.main.create_loss")
+    with pytest.raises(RuntimeError, match=r"open_clip 4's.*pip install 'open_clip_torch\[training\]>=3.3,<4'"):
+        open_clip_trainer.CaRotEpochs(MultimodalContrastiveLoss())

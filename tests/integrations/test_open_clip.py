@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import open_clip
 import oracles
 import pytest
 import torch
-from open_clip.loss import ClipLoss, DistillClipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss
 from strategies import unit_rows
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
 from calrobust.integrations.open_clip import OpenClipLoss
+from calrobust.losses import PairLoss
 
 CONTRASTIVE, CAROT = MultimodalContrastiveLoss(), MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
 
@@ -81,18 +85,79 @@ def test_a_logit_bias_changes_nothing_and_has_a_gradient_of_zero() -> None:
     OpenClipLoss(CAROT)(**student, logit_bias=bias, **teacher)
 
 
-@pytest.mark.parametrize("given", [{}, {"dist_image_features", "dist_text_features"}])
-def test_a_teacher_that_does_not_come_is_an_error(given: set[str]) -> None:
+@pytest.mark.parametrize("student_has_bias", [False, True])
+@pytest.mark.parametrize("teacher_has_bias", [None, False, True])
+def test_what_a_siglip_model_returns_goes_in_by_place_and_by_name(
+    student_has_bias: bool, teacher_has_bias: bool | None
+) -> None:
+    """Three values or four, alone or with a teacher's three or four: the bias is nobody's features."""
+    bias = {"logit_bias": torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)}
+    plain, plain_teacher = features(0), features(2)
+    student = {**plain, **(bias if student_has_bias else {})}
+    teacher = {} if teacher_has_bias is None else {**plain_teacher, **(bias if teacher_has_bias else {})}
+    loss = OpenClipLoss(CAROT if teacher else CONTRASTIVE)
+    by_place = loss(*student.values(), *(value.detach() for value in teacher.values()))
+    assert_close(by_place, loss(**student, **as_teacher(teacher)))
+    assert_close(by_place, loss(*plain.values(), *(plain_teacher.values() if teacher else ())))
+    if student_has_bias:
+        (gradient,) = torch.autograd.grad(by_place, bias["logit_bias"])
+        assert gradient == 0
+
+
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_stands_in_for_coca_loss(has_teacher: bool) -> None:
+    """Takes all that a CoCa returns: the contrastive loss is that of its features, and captions have a loss too."""
+    torch.manual_seed(0)
+    tower = {"layers": 1, "width": 16, "heads": 1}
+    text = {"context_length": 6, "vocab_size": 20, "embed_cls": True, "output_tokens": True, **tower}
+    vision = {"image_size": 8, "patch_size": 4, "attentional_pool": True, "attn_pooler_heads": 1, "output_tokens": True}
+    model = open_clip.coca_model.CoCa(
+        16,
+        {"context_length": 6, "vocab_size": 20, **tower},
+        text,
+        {"layers": 1, "width": 16, "head_width": 16, **vision},
+    )
+    for parameter in model.parameters():  # some of which open_clip leaves as memory was
+        nn.init.normal_(parameter, std=0.1)
+    outputs = model(torch.randn(4, 3, 8, 8), torch.randint(1, 20, (4, 6)))
+    expected = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(**outputs, output_dict=True)
+    teacher = as_teacher(outputs) if has_teacher else {}
+    criterion = CAROT if has_teacher else CONTRASTIVE
+    ours = OpenClipLoss(criterion, caption_weight=2.0)(**outputs, **teacher, output_dict=True)
+    if has_teacher:
+        assert_close(ours.pop("distillation_loss"), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert_close(ours, expected)
+    with pytest.raises(TypeError, match=r"caption_weight must be given .*caption_weight=2.0\), or 0.0"):
+        OpenClipLoss(criterion)(**outputs, **teacher)
+
+
+def test_a_teacher_that_does_not_come_is_an_error_that_names_the_trainers_options() -> None:
     """As with --accum-freq, where the trainer leaves its distillation model out."""
-    teacher = {name: value for name, value in as_teacher(features(2)).items() if name in given}
+    with pytest.raises(TypeError, match=r"needs teacher_image_features.*; open_clip's .* never with --accum-freq"):
+        OpenClipLoss(CAROT)(**features(0))
+    teacher = as_teacher(features(2))
+    del teacher["dist_logit_scale"]
     with pytest.raises(TypeError, match="needs teacher_image_features"):
         OpenClipLoss(CAROT)(**features(0), **teacher)
 
 
-def test_a_teacher_that_nobody_asked_for_is_an_error() -> None:
+@pytest.mark.parametrize("criterion", [CONTRASTIVE, 2 * CONTRASTIVE])
+def test_a_teacher_that_nobody_asked_for_is_an_error(criterion: PairLoss) -> None:
     """A second model that runs for nothing is worth knowing of."""
-    with pytest.raises(TypeError, match="no distillation term"):
-        OpenClipLoss(2 * CONTRASTIVE)(**features(0), **as_teacher(features(2)))
+    student, teacher = features(0), as_teacher(features(2))
+    for arguments, named in (((*student.values(), *teacher.values()), {}), ((), {**student, **teacher})):
+        with pytest.raises(TypeError, match=r"; open_clip's .* with --distill-model"):
+            OpenClipLoss(criterion)(*arguments, **named)
+
+
+@pytest.mark.parametrize(("installed", "warned"), [("3.3.0", False), ("4.0.0", True), ("4.2.0.dev0", True)])
+def test_open_clip_4_whose_trainer_would_never_call_it_is_named(
+    installed: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assigning ``create_loss`` does nothing there."""
+    monkeypatch.setattr("calrobust.integrations.open_clip.version", lambda _: installed)
+    with pytest.warns(UserWarning, match="does not call create_loss") if warned else nullcontext():
+        OpenClipLoss(CONTRASTIVE)
 
 
 @pytest.mark.parametrize("criterion", [OrthogonalityLoss(), nn.CrossEntropyLoss(), 1.0])

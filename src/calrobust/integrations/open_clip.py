@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import warnings
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from calrobust._checks import check_instance
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from calrobust._checks import check_instance, check_number
 from calrobust.losses import PairLoss
 
 __all__ = ["OpenClipLoss"]
 
+OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
+
 
 class OpenClipLoss(nn.Module):
-    """A loss on pairs that is called as open_clip calls its ``ClipLoss`` and ``DistillClipLoss``.
+    """A loss on pairs that is called as open_clip calls its ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    Put it where ``open_clip_train`` makes its own, ``open_clip_train.main.create_loss = lambda args:
-    OpenClipLoss(criterion)``, and train with ``--distill-model`` and ``--distill-pretrained`` if the criterion
-    distils from a fixed model; ``examples/open_clip_trainer.py`` shows the trainer with an
-    :class:`~calrobust.EMATeacher`. The trainer passes no teacher when ``--accum-freq`` is above 1, and a criterion
-    that needs one then says so.
+    Put it where ``open_clip_train`` 3 makes its own: ``loss = OpenClipLoss(criterion)``, and then
+    ``open_clip_train.main.create_loss = lambda args: loss``. If the criterion distils from a fixed model, train with
+    ``--distill-model`` and ``--distill-pretrained``. ``examples/open_clip_trainer.py`` shows the trainer with an
+    :class:`~calrobust.EMATeacher`. Give the losses ``gather=True``, as open_clip contrasts the pairs of all ranks.
 
-    What differs from open_clip's: the terms are the criterion's own, weights included, and without ``output_dict``
-    their sum comes back, never a tuple. open_clip's distillation averages its two directions where ours sums them.
+    The terms are the criterion's own, weights included, and without ``output_dict`` their sum is returned, never a
+    tuple. open_clip's distillation averages its two directions, and ours sums them.
 
     Args:
         criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
+        caption_weight: of the caption loss, which a CoCa model needs; open_clip's default is 2.
 
     Raises:
-        TypeError: ``criterion`` is no loss on pairs.
+        TypeError: ``criterion`` is not a loss on pairs, or ``caption_weight`` not a number.
 
     Example:
         >>> import torch
@@ -39,51 +48,76 @@ class OpenClipLoss(nn.Module):
         {'contrastive_loss': tensor(0.3133), 'distillation_loss': tensor(0.)}
     """
 
-    def __init__(self, criterion: PairLoss) -> None:
+    def __init__(self, criterion: PairLoss, *, caption_weight: float | None = None) -> None:
         super().__init__()
         fix = "pass a loss on pairs, such as MultimodalContrastiveLoss() or a sum of them"
         check_instance(PairLoss, fix, criterion=criterion)
+        if caption_weight is not None:
+            check_number(caption_weight=caption_weight)
         self.criterion = criterion
+        self.caption_weight = caption_weight
+        with suppress(PackageNotFoundError):
+            if int(version("open_clip_torch").split(".")[0]) >= 4:
+                warnings.warn(
+                    "the trainer of open_clip 4, which is installed, does not call create_loss, so a loss that is "
+                    "assigned there is never used; install 'open_clip_torch[training]<4' for its trainer",
+                    stacklevel=2,
+                )
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        dist_image_features: Tensor | None = None,
-        dist_text_features: Tensor | None = None,
-        dist_logit_scale: Tensor | float | None = None,
-        *,
-        logit_bias: Tensor | None = None,
-        dist_logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
+    def forward(self, *outputs: Any, output_dict: bool = False, **named: Any) -> Tensor | dict[str, Tensor]:
         """The loss, or its terms.
 
         Args:
-            image_features: shape ``[N, D]``, unit norm.
-            text_features: shape ``[N, D]``, unit norm.
-            logit_scale: > 0, already exponentiated.
-            dist_image_features: the teacher's, shape ``[N, E]``; with the next two, or none of the three.
-            dist_text_features: the teacher's, shape ``[N, E]``.
-            dist_logit_scale: the teacher's own.
-            logit_bias: of a model that has one. It shifts all logits alike and no softmax: its gradient is 0.
-            dist_logit_bias: likewise.
+            *outputs: what the student returned, and then the teacher: image and text features ``[N, D]`` of unit norm,
+                the exponentiated logit scale, and the logit bias of a model that has one.
             output_dict: whether to give the terms by name, as the trainer asks, which adds them up and logs each.
+            **named: the same by name, the teacher's as ``dist_image_features`` and so on; and ``logits`` and ``labels``
+                of a CoCa's captions. Other outputs of a model are not used.
 
         Returns:
-            A scalar; with ``output_dict``, the scalars ``contrastive_loss`` and ``distillation_loss``, as far as the
-            criterion has them, whose sum it is.
+            A scalar, or with ``output_dict`` the terms that it is the sum of: ``contrastive_loss``,
+            ``distillation_loss``, ``caption_loss``.
 
         Raises:
-            TypeError: the criterion distils and a ``dist_*`` is missing, or it does not and there is one.
+            TypeError: the criterion distils and no teacher came, or the reverse; or captions came without a weight.
             ValueError: as the criterion's ``forward``.
         """
-        teacher = (dist_image_features, dist_text_features, dist_logit_scale)
-        given = () if all(value is None for value in teacher) else teacher
-        terms = self.criterion.terms(image_features, text_features, logit_scale, *given)
-        if logit_bias is not None:  # its zero gradient, without which DistributedDataParallel waits for it
-            terms = {name: term + 0 * logit_bias.sum() for name, term in terms.items()}
+        alone = "gather=True" not in repr(self.criterion)  # which shows what is not at its default
+        if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "the criterion contrasts each rank's pairs alone, where open_clip contrasts those of all ranks; "
+                "pass gather=True to its losses",
+                stacklevel=2,
+            )
+        models: list[dict[str, Any]] = []
+        for prefix in ("", "dist_"):
+            # A bias has one element, and so is no teacher's features, which may come in its place.
+            count = 4 if len(outputs) > 3 and getattr(outputs[3], "ndim", 0) < 2 else 3
+            own = {name: named[prefix + name] for name in OUTPUTS if prefix + name in named}
+            models.append({**dict(zip(OUTPUTS, outputs[:count], strict=False)), **own})
+            outputs = outputs[count:]
+        student, teacher = models
+        bias, _ = (model.pop("logit_bias", None) for model in models)
+        teacher = {f"teacher_{name}": value for name, value in teacher.items() if value is not None}
+        try:
+            terms = self.criterion.terms(**student, **teacher)
+        except TypeError as error:
+            if "teacher" not in str(error):
+                raise
+            raise TypeError(
+                f"{error}; open_clip's trainer passes a teacher's outputs with --distill-model and "
+                "--distill-pretrained, and never with --accum-freq above 1"
+            ) from None
+        if bias is not None:  # its zero gradient, for which DistributedDataParallel would wait
+            terms = {name: term + 0 * bias.sum() for name, term in terms.items()}
+        if named.get("logits") is not None and named.get("labels") is not None:
+            if self.caption_weight is None:
+                raise TypeError(
+                    "caption_weight must be given for a model that returns logits of captions, as CoCa does; pass "
+                    "OpenClipLoss(criterion, caption_weight=2.0), or 0.0 to leave captions untrained"
+                )
+            caption = cross_entropy(named["logits"].movedim(-1, 1), named["labels"], ignore_index=0)  # 0 pads captions
+            terms = {**terms, "caption": self.caption_weight * caption}
         if output_dict:
             return {f"{name}_loss": term for name, term in terms.items()}
         first, *others = terms.values()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from strategies import Predictions, classifier, predictions, seeds
 from torch.testing import assert_close
 
-from calrobust.functional.bootstrap import bootstrap_interval
+from calrobust.functional.intervals import calibration_interval
 from calrobust.functional.calibration import bin_confidences, calibration_error, top_label
 from calrobust.functional.temperature import fit_temperature
 from calrobust.report import ShiftReport

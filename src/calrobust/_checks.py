@@ -363,73 +363,6 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
             )
 
 
-def check_text(**texts: Any) -> None:
-    """Raises for an argument that is not a string with something to read in it."""
-    for name, value in texts.items():
-        if not isinstance(value, str):
-            raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
-        if not value.strip():
-            raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
-
-
-def check_not_empty(**tensors: Tensor) -> None:
-    """Raises ``ValueError`` for a tensor without rows."""
-    for name, value in tensors.items():
-        if len(value) == 0:
-            raise ValueError(
-                f"{name} must hold at least one sample, got shape {list(value.shape)}; is the loader empty?"
-            )
-
-
-def check_held_out(method: str, domain: str, scored: Tensor) -> None:
-    """Raises ``ValueError`` if more than 1 % of the samples that choose T are also scored."""
-    if scored.sum() > 0.01 * len(scored):
-        raise ValueError(
-            f"the temperature of {method!r} must be fitted on data that the report does not score, got {scored.sum()} "
-            f"of its {len(scored)} samples with the same logits and label in domain {domain!r}; fit it on a validation "
-            "split, or see why the model gives many inputs the same logits"
-        )
-
-
-def check_unfitted(method: str, temperature: float | None) -> None:
-    """Raises ``ValueError`` if there is a temperature already."""
-    if temperature is not None:
-        raise ValueError(
-            f"{method!r} must be fitted once, on all its validation data, got a second call after T = "
-            f"{temperature:.6g}; concatenate the batches, or use another method name"
-        )
-
-
-def check_fitted(method: str, temperature: float | None) -> None:
-    """Raises ``ValueError`` if there is no temperature."""
-    if temperature is None:
-        raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
-
-
-def check_has_data(domains: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` if no method has any domain."""
-    if not any(domains.values()):
-        raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
-
-
-def check_complete(id_domain: str, domains: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless every method has been added in the same domains, ``id_domain`` among them."""
-    check_has_data(domains)
-    known = list(dict.fromkeys(domain for own in domains.values() for domain in own))
-    if id_domain not in known:
-        raise ValueError(
-            f"id_domain must be one of the domains added, got {id_domain!r} and {', '.join(map(repr, known))}; "
-            "add its data, or give the report the name you used"
-        )
-    for method, own in domains.items():
-        missing = [domain for domain in known if domain not in own]
-        if missing:
-            raise ValueError(
-                f"every method must be added in the same domains, since means over different ones do not compare; "
-                f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"
-            )
-
-
 def check_bins(bins: Any) -> None:
     """Raises unless the argument is three floating tensors of one shape ``[..., n_bins]`` on one device."""
     if not isinstance(bins, tuple) or len(bins) != 3:
@@ -447,15 +380,6 @@ def check_bins(bins: Any) -> None:
     devices = [str(sums.device) for sums in bins]
     if devices != [devices[0]] * 3:
         raise ValueError(f"bins must be on one device, got {', '.join(devices)}; move them with .to()")
-
-
-def check_one_row(**bins: tuple[Tensor, ...]) -> None:
-    """Raises ``ValueError`` unless sums over bins have shape ``[n_bins]``."""
-    for name, (counts, *_) in bins.items():
-        if counts.ndim != 1:
-            raise ValueError(
-                f"{name} must be sums of shape [n_bins], got {list(counts.shape)}; take one class or one set at a time"
-            )
 
 
 def check_instance(kind: type, fix: str, **objects: Any) -> None:

@@ -1,6 +1,6 @@
 """The maths: pure functions of tensors."""
 
-from calrobust.functional.bootstrap import Interval, bootstrap_interval
+from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.calibration import (
     Bins,
     adaptive_calibration_error,
@@ -18,11 +18,11 @@ from calrobust.functional.temperature import fit_temperature
 
 __all__ = [
     "Bins",
-    "Interval",
+    "CalibrationInterval",
     "adaptive_calibration_error",
     "bin_confidences",
     "binned_error",
-    "bootstrap_interval",
+    "calibration_interval",
     "brier_score",
     "calibration_error",
     "carot_loss",

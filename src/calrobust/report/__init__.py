@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from calrobust._checks import (
-    check_choice,
-    check_complete,
-    check_fitted,
-    check_has_data,
-    check_held_out,
-    check_n_bins,
-    check_text,
-    check_unfitted,
-)
-from calrobust.functional.bootstrap import reflected_interval
-from calrobust.functional.calibration import Bins, bin_confidences, top_label
+from calrobust._checks import check_choice, check_n_bins
+from calrobust.functional.calibration import Bins
 from calrobust.functional.temperature import fit_temperature
 from calrobust.report import tables
-from calrobust.report.samples import (
-    ESTIMATED,
-    Estimates,
-    Fit,
-    Samples,
-    estimate,
-    fingerprints_of,
-    on_cpu,
-    scaled_confidences,
-)
+from calrobust.report.samples import LEVEL, Fit, Samples, check_held_out, fingerprints_of, mean_figures, on_cpu
 
 if TYPE_CHECKING:
     import pandas as pd
-
-LEVEL = 0.95  # of every interval
 
 
 class ShiftReport:
@@ -52,14 +30,14 @@ class ShiftReport:
         \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id\_domain}\}
 
     All figures are fractions, except in the printed tables (:meth:`to_markdown`, :meth:`to_latex`, ``print(report)``),
-    which are in per cent. Every accuracy and ECE comes with a 95 % interval as that of
-    :func:`~calrobust.functional.bootstrap_interval`, with samples resampled within each domain and T held fixed. The
-    draws depend on nothing but the data and the name of the domain, so neither the order of calls nor the split into
-    batches matters.
+    which are in per cent. Every ECE comes with its noise floor, a p-value and a 95 % interval, all as
+    :func:`~calrobust.functional.calibration_interval` defines them, with T held fixed. The mean ECE of several domains
+    has floor and p-value only, because no interval for it was found to hold. Every accuracy comes with Wilson's
+    interval. Domains are taken to hold different samples. Nothing is drawn at random.
 
-    Memory, on the CPU: a method without a temperature keeps its logits, ``N * C`` numbers in each domain, since one may
-    come. Once it has one, some 20 bytes a sample are left. So call :meth:`fit_temperature` before :meth:`add` for large
-    data sets.
+    Memory, on the CPU: a method without a temperature keeps its logits, ``N * C`` numbers in each domain, because a
+    temperature may come. Afterwards 8 bytes for each sample are left. So call :meth:`fit_temperature` before
+    :meth:`add` for large data sets.
 
     Args:
         id_domain: the domain that is in distribution; all others are OOD.
@@ -88,7 +66,6 @@ class ShiftReport:
         self.n_bins = n_bins
         self._samples: dict[str, dict[str, Samples]] = {}
         self._fits: dict[str, Fit] = {}
-        self._estimates: dict[tuple[str, str], Estimates] = {}  # the resampling is worth keeping
 
     @property
     def methods(self) -> list[str]:
@@ -118,24 +95,15 @@ class ShiftReport:
         """
         check_text(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
-        fingerprints = fingerprints_of(logits, target)
+        samples = self._samples.get(method, {}).get(domain) or Samples(self.n_bins)
         fit = self._fits.get(method)
-        samples = self._samples.get(method, {}).get(domain) or Samples()
+        fingerprints = fingerprints_of(logits, target)
+        if fit is not None and torch.isin(fingerprints, fit.fingerprints).any():
+            check_held_out(method, domain, fit.fingerprints, torch.cat([*samples.fingerprints, fingerprints]))
+        samples.add(logits if fit else logits.clone(), target, fingerprints)  # the caller may fill the buffer again
         if fit is not None:
-            seen = torch.isin(fit.fingerprints, fingerprints)
-            fitted = seen if samples.fitted is None else samples.fitted | seen
-            check_held_out(method, domain, fitted)
-            samples.fitted = fitted
-        confidences, correct = top_label(logits, target)
+            samples.scale(fit.temperature)
         self._samples.setdefault(method, {})[domain] = samples
-        samples.fingerprints.append(fingerprints)
-        samples.correct.append(correct)
-        samples.confidences.append(confidences)
-        if fit is None:
-            samples.logits.append(logits.clone())  # the caller may fill the same buffer again
-        else:
-            samples.scaled.append(scaled_confidences(logits, fit.temperature))
-        self._estimates.pop((method, domain), None)
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
         """Gives a method its temperature, hence its "+ TS" columns; before or after its data are added.
@@ -155,20 +123,20 @@ class ShiftReport:
                 the test set flatters its ECE. Samples are compared by logits and label.
         """
         check_text(method=method)
-        check_unfitted(method, self._temperature(method))
+        if method in self._fits:
+            raise ValueError(
+                f"{method!r} must be fitted once, on all its validation data, got a second call after T = "
+                f"{self._fits[method].temperature:.6g}; concatenate the batches, or use another method name"
+            )
         logits, target = on_cpu(logits, target)
-        fingerprints = fingerprints_of(logits, target)
+        fit = fingerprints_of(logits, target)
         own = self._samples.get(method, {})
-        fitted = {domain: torch.isin(fingerprints, torch.cat(s.fingerprints)) for domain, s in own.items()}
-        for domain in own:
-            check_held_out(method, domain, fitted[domain])
-        temperature = float(fit_temperature(logits, target))
-        self._fits[method] = Fit(temperature, fingerprints)
         for domain, samples in own.items():
-            samples.fitted = fitted[domain]
-            samples.scaled = [scaled_confidences(batch, temperature) for batch in samples.logits]
-            samples.logits = []
-            self._estimates.pop((method, domain), None)
+            check_held_out(method, domain, fit, torch.cat(samples.fingerprints))
+        temperature = float(fit_temperature(logits, target))
+        self._fits[method] = Fit(temperature, fit)
+        for samples in own.values():
+            samples.scale(temperature)
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
@@ -188,47 +156,41 @@ class ShiftReport:
         check_has_data(self._samples)
         check_choice(tuple(self._samples), method=method)
         check_choice(tuple(self._samples[method]), domain=domain)
-        if scaled:
-            check_fitted(method, self._temperature(method))
+        if scaled and method not in self._fits:
+            raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
         samples = self._samples[method][domain]
-        confidences = torch.cat(samples.scaled if scaled else samples.confidences)
-        return bin_confidences(confidences, torch.cat(samples.correct), n_bins=self.n_bins)
+        return Bins(*(samples.scaled if scaled else samples.plain)[:3])
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a method, in the order of first :meth:`add`.
 
         Returns:
-            Dicts of ``method`` and, as fractions, ``id_accuracy``, ``ood_accuracy``, ``id_ece``, ``ood_ece``,
-            ``id_ece_ts``, ``ood_ece_ts``, each followed by ``…_low`` and ``…_high``; and ``temperature``. NaN where
-            there is no temperature, or no OOD domain.
+            Dicts of ``method`` and ``temperature`` and, as fractions: ``id_accuracy`` and ``ood_accuracy`` with
+            ``…_low`` and ``…_high``; ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_low``, ``…_high``,
+            ``…_floor`` and ``…_p``. NaN where there is no temperature, or no OOD domain, and for the ends of the
+            interval of an OOD ECE over several domains.
 
         Raises:
             ValueError: there are no data, none of ``id_domain``, or a method lacks a domain that others have.
         """
         check_complete(self.id_domain, {**dict.fromkeys(self._fits, ()), **self._samples})
-        rows = []
-        for method in self._samples:
-            groups = {"id": [self.id_domain], "ood": self.domains[1:]}
-            figures = {
+        groups = {"id": [self.id_domain], "ood": self.domains[1:]}
+        return [
+            {"method": method, "temperature": self._temperature(method)}
+            | {
                 f"{group}_{name}": value
                 for group, domains in groups.items()
-                for name, value in self._figures(method, domains).items()
+                for name, value in mean_figures([own[domain] for domain in domains], method in self._fits).items()
             }
-            row: dict[str, Any] = {"method": method}
-            for column in tables.HEADINGS:
-                if column == "temperature":
-                    row[column] = self._temperature(method) or math.nan
-                else:
-                    row |= {name: figures[name] for name in (column, f"{column}_low", f"{column}_high")}
-            rows.append(row)
-        return rows
+            for method, own in self._samples.items()
+        ]
 
     def per_domain(self) -> list[dict[str, Any]]:
         """The long form: one row for each method and domain.
 
         Returns:
             Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature`` and, as fractions, ``accuracy``, ``ece``,
-            ``ece_ts``, each followed by ``…_low`` and ``…_high``. NaN where there is no temperature. Methods may have
+            ``ece_ts``, with the same endings as in :meth:`summary`. NaN where there is no temperature. Methods may have
             different domains.
 
         Raises:
@@ -239,9 +201,9 @@ class ShiftReport:
             {
                 "method": method,
                 "domain": domain,
-                "n": sum(map(len, own[domain].correct)),
-                "temperature": self._temperature(method) or math.nan,
-                **self._figures(method, [domain]),
+                "n": int(own[domain].plain.counts.sum()),
+                "temperature": self._temperature(method),
+                **mean_figures([own[domain]], method in self._fits),
             }
             for method, own in self._samples.items()
             for domain in self.domains
@@ -252,7 +214,7 @@ class ShiftReport:
         """The summary as a Markdown table in per cent, with a caption that says what the columns are.
 
         Args:
-            intervals: whether to show the 95 % intervals.
+            intervals: whether to show the 95 % intervals and the noise floors.
 
         Raises:
             ValueError: as :meth:`summary`.
@@ -263,7 +225,7 @@ class ShiftReport:
         r"""The summary as a LaTeX ``tabular`` in per cent, for ``\usepackage{booktabs}``.
 
         Args:
-            intervals: whether to show the 95 % intervals.
+            intervals: whether to show the 95 % intervals and the noise floors.
 
         Raises:
             ValueError: as :meth:`summary`.
@@ -320,7 +282,10 @@ class ShiftReport:
         return pd.DataFrame(self._rows(per_domain))
 
     def __str__(self) -> str:
-        return self.to_markdown()
+        try:
+            return self.to_markdown()
+        except ValueError as error:  # the report is still incomplete
+            return f"{self!r}. No table yet: {error}"
 
     def __repr__(self) -> str:
         return (
@@ -331,34 +296,52 @@ class ShiftReport:
     def _rows(self, per_domain: bool) -> list[dict[str, Any]]:
         return self.per_domain() if per_domain else self.summary()
 
-    def _temperature(self, method: str) -> float | None:
-        return self._fits[method].temperature if method in self._fits else None
-
-    def _figures(self, method: str, domains: Sequence[str]) -> dict[str, float]:
-        """Means over ``domains`` of everything estimated, with intervals."""
-        estimates = [self._estimate(method, domain) for domain in domains]
-        if not estimates:
-            nothing = torch.full((3,), math.nan, dtype=torch.float64)
-            estimates = [Estimates(nothing, nothing[None])]
-        values, resampled = (torch.stack(each).mean(0) for each in zip(*estimates, strict=True))
-        interval = torch.stack(reflected_interval(values, resampled, LEVEL)).T
-        figures: dict[str, float] = {}
-        for name, value, (low, high) in zip(ESTIMATED, values.tolist(), interval.tolist(), strict=True):
-            figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        return figures
-
-    def _estimate(self, method: str, domain: str) -> Estimates:
-        key = method, domain
-        if key not in self._estimates:
-            self._estimates[key] = estimate(self._samples[method][domain], self.n_bins, zlib.crc32(domain.encode()))
-        return self._estimates[key]
+    def _temperature(self, method: str) -> float:
+        return self._fits[method].temperature if method in self._fits else math.nan
 
     def _caption(self, intervals: bool) -> str:
-        with_intervals = f", with {100 * LEVEL:g} % bootstrap intervals" if intervals else ""
-        ood = self.domains[1:]
-        means = f"OOD: plain mean over {', '.join(ood)}." if ood else "OOD: no data."
+        ood = f"plain mean over {', '.join(self.domains[1:])}" if self.domains[1:] else "no data"
         caption = (
-            f"Accuracy and ECE ({self.n_bins} bins) in per cent{with_intervals}. ID: {self.id_domain}. {means} "
+            f"Accuracy and ECE ({self.n_bins} bins) in per cent; ID: {self.id_domain}; OOD: {ood}; "
             "+ TS: logits divided by T, which was fitted on held-out data."
         )
+        if intervals:
+            caption += (
+                f" In brackets: the {100 * LEVEL:g} % interval of the accuracy, or of the ECE without noise, which can "
+                "lie below the value; then the noise floor, which is the ECE that a perfectly calibrated model shows. "
+                "A mean ECE of several domains has the floor alone."
+            )
         return " ".join(caption.split())
+
+
+def check_text(**texts: Any) -> None:
+    """Raises for an argument that is not a string with something to read in it."""
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
+        if not value.strip():
+            raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
+
+
+def check_has_data(domains: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if no method has any domain."""
+    if not any(domains.values()):
+        raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
+
+
+def check_complete(id_domain: str, domains: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` unless every method has been added in the same domains, ``id_domain`` among them."""
+    check_has_data(domains)
+    known = list(dict.fromkeys(domain for own in domains.values() for domain in own))
+    if id_domain not in known:
+        raise ValueError(
+            f"id_domain must be one of the domains added, got {id_domain!r} and {', '.join(map(repr, known))}; "
+            "add its data, or give the report the name you used"
+        )
+    for method, own in domains.items():
+        missing = [domain for domain in known if domain not in own]
+        if missing:
+            raise ValueError(
+                f"every method must be added in the same domains, since means over different ones do not compare; "
+                f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"
+            )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_label_values, check_not_empty, check_predictions, check_softmax_exists
-from calrobust.functional.bootstrap import resampled_bins
-from calrobust.functional.calibration import bin_confidences, binned_error, top_label
+from calrobust._checks import check_kind, check_label_values, check_predictions, check_softmax_exists
+from calrobust.functional._rows import as_rows, block_rows
+from calrobust.functional.calibration import top_label
+from calrobust.functional.intervals import Moments, bin_moments, mean_accuracy, mean_interval
 
-N_RESAMPLES = 1000
-ESTIMATED = ("accuracy", "ece", "ece_ts")
-HASH_ROWS = 4096  # rows at a time, so that their float64 copies stay small
+LEVEL = 0.95  # of every interval
+ECE_PARTS = ("", "_low", "_high", "_floor", "_p")
+FIGURES = (
+    *("accuracy", "accuracy_low", "accuracy_high"),
+    *(f"{name}{part}" for name in ("ece", "ece_ts") for part in ECE_PARTS),
+)
+DUPLICATES = 0.01  # share of samples that a data set may have in common with the one that T was fitted on
 
 
 class Fit(NamedTuple):
@@ -25,69 +30,100 @@ class Fit(NamedTuple):
     fingerprints: Tensor
 
 
-@dataclass
 class Samples:
-    """One method in one domain, batch by batch."""
+    """One method in one domain: sums over bins, and the logits until there is a temperature."""
 
-    fingerprints: list[Tensor] = field(default_factory=list)
-    correct: list[Tensor] = field(default_factory=list)
-    confidences: list[Tensor] = field(default_factory=list)
-    scaled: list[Tensor] = field(default_factory=list)  # confidences of logits / T; empty until there is T
-    logits: list[Tensor] = field(default_factory=list)  # empty once there is T
-    fitted: Tensor | None = None  # which of the samples that T was fitted on are among these
+    def __init__(self, n_bins: int) -> None:
+        self.n_bins = n_bins
+        self.plain = self.scaled = Moments(*torch.zeros(4, n_bins, dtype=torch.float64))
+        self.fingerprints: list[Tensor] = []
+        self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits, and whether each sample is correct
 
+    def add(self, logits: Tensor, target: Tensor, fingerprints: Tensor) -> None:
+        """Keeps a batch. Raises ``ValueError`` for a row without a softmax, and then keeps nothing."""
+        confidences, correct = top_label(logits, target)
+        if confidences.isnan().any():
+            check_softmax_exists(target, logits=logits)
+        self.plain += bin_moments(confidences, correct, self.n_bins)
+        self.fingerprints.append(fingerprints)
+        self.unscaled.append((logits, correct))
 
-class Estimates(NamedTuple):
-    """Of ``ESTIMATED``: ``[3]``, and ``[N_RESAMPLES, 3]`` of resampled data."""
-
-    values: Tensor
-    resampled: Tensor
+    def scale(self, temperature: float) -> None:
+        """Takes the sums of logits / T, and forgets the logits."""
+        for logits, correct in self.unscaled:
+            confidences = []
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            for rows in logits.split(block_rows(logits, dtype)):
+                scaled = rows.to(dtype) / temperature
+                confidences.append(top_label(scaled, torch.zeros(len(scaled), dtype=torch.int64))[0])
+            self.scaled += bin_moments(torch.cat(confidences), correct, self.n_bins)
+        self.unscaled = []
 
 
 def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Checked, and without gradient."""
     check_predictions(target, logits=logits)
-    check_not_empty(logits=logits)
+    logits, target = as_rows(logits, target)
+    if len(logits) == 0:
+        raise ValueError(f"logits must hold at least one sample, got shape {list(logits.shape)}; is the loader empty?")
     logits, target = logits.detach().cpu(), target.cpu()
     check_label_values(target, logits.shape[1])
-    check_softmax_exists(target, logits=logits)
+    check_kind(from_logits=True, logits=logits)
     return logits, target
 
 
-def scaled_confidences(logits: Tensor, temperature: float) -> Tensor:
-    """Highest probabilities of ``logits / T``."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return top_label(scaled, torch.zeros(len(scaled), dtype=torch.int64))[0]
-
-
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes of each row's values and label; equal values give equal hashes in any dtype that holds them.
+    """``[N]`` int64 hashes of each row's values in float32 and its label; -0.0 counts as 0.0.
 
-    The bits of each float64 are mixed, multiplied by a random odd number for their column and summed modulo 2^64, so
-    that two different rows agree with a probability near 2^-64.
+    The bits of each float32, as an integer, are multiplied by a random number of their column and summed. Numbers are
+    so small that the float64 sum is exact in any order, hence a fast matrix product gives it; two rows that differ
+    agree with a probability of some 1e-10.
     """
+    n_classes = logits.shape[1]
     generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (logits.shape[1] + 1,), generator=generator) * 2 + 1
-    hashes = []
-    for scores, labels in zip(logits.split(HASH_ROWS), target.split(HASH_ROWS), strict=True):
-        values = scores.double() + 0.0  # -0.0 becomes 0.0
-        bits = torch.cat((values.contiguous().view(torch.int64), labels[:, None]), 1) * odd[-1]
-        bits ^= bits >> 32  # the low bits of a float32's float64 are all zero
-        hashes.append((bits * odd).sum(1))
-    return torch.cat(hashes)
+    weights = torch.randint(1, max(2, 2**22 // n_classes), (n_classes,), generator=generator).double()
+    step = min(block_rows(logits, torch.float64), len(logits))
+    hashes = torch.empty(len(logits), dtype=torch.float64)
+    values, integers = torch.empty(step, n_classes), torch.empty(step, n_classes, dtype=torch.float64)
+    for rows, result in zip(logits.split(step), hashes.split(step), strict=True):
+        floats = torch.add(rows, 0.0, out=values[: len(rows)])
+        bits = integers[: len(rows)].copy_(floats.view(torch.int32))  # below 2^31, so that sums are below 2^53
+        torch.mv(bits, weights, out=result)
+    return hashes.long() * 1_000_003 + target
 
 
-def estimate(samples: Samples, n_bins: int, seed: int) -> Estimates:
-    """Accuracy, ECE and ECE at T, and the same of N samples drawn from the N with replacement."""
-    order = torch.cat(samples.fingerprints).argsort()  # by content, so that no draw depends on the order of batches
-    correct = torch.cat(samples.correct)[order]
-    kinds = [torch.cat(kind)[order].double() for kind in (samples.confidences, samples.scaled) if kind]
-    bins = [bin_confidences(confidences, correct, n_bins=n_bins) for confidences in kinds]
-    missing = [torch.tensor(math.nan, dtype=torch.float64)] * (2 - len(kinds))
-    values = torch.stack([correct.double().mean(), *map(binned_error, bins), *missing])
+def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
+    """Raises ``ValueError`` if more samples are both fitted and scored than duplicates and coincidences explain.
 
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [resampled_bins(confidences, correct, n_bins, N_RESAMPLES, generator) for confidences in kinds]
-    accuracies = drawn[0].correct_sums.sum(-1) / len(correct)
-    nothing = [torch.full_like(accuracies, math.nan)] * (2 - len(kinds))
-    return Estimates(values, torch.stack([accuracies, *map(binned_error, drawn), *nothing], 1))
+    Coincidences happen where few different rows exist, such as those of two classes in 16 bits, and then within each
+    set as well: the share of rows that have a twin in the larger set is what to expect of the smaller set's rows. So is
+    the share within the smaller set, in proportion to the sizes; a set whose rows were only repeated passes one alone.
+    """
+    smaller, larger = sorted((fitted, scored), key=len)
+    shared = int(torch.isin(smaller, larger).sum())
+    coincidences = min(_with_twins(larger), _with_twins(smaller) * len(larger) / len(smaller))
+    expected = len(smaller) * min(1.0, DUPLICATES + coincidences)
+    if shared > expected + 3 * math.sqrt(expected):  # three standard deviations
+        raise ValueError(
+            f"the temperature of {method!r} must be fitted on data that the report does not score, got {shared} of "
+            f"{len(smaller)} samples with the same logits and label in domain {domain!r}; fit it on a validation split"
+        )
+
+
+def _with_twins(fingerprints: Tensor) -> float:
+    """Share of samples that are there more than once."""
+    counts = fingerprints.unique(return_counts=True)[1]
+    return int(counts[counts > 1].sum()) / len(fingerprints)
+
+
+def mean_figures(data: Sequence[Samples], is_fitted: bool) -> dict[str, float]:
+    """Means over data sets of ``FIGURES``, NaN where there is nothing to average."""
+    kinds = [[samples.plain for samples in data], [samples.scaled for samples in data if is_fitted]]
+    plain, scaled = (Moments(*map(torch.stack, zip(*kind, strict=True))) if kind else None for kind in kinds)
+    nothing = [math.nan] * len(FIGURES)
+    values = [
+        *(mean_accuracy(plain.correct_sums.sum(-1), plain.counts.sum(-1), LEVEL) if plain else nothing[:3]),
+        *(mean_interval(plain, LEVEL) if plain else nothing[:5]),
+        *(mean_interval(scaled, LEVEL) if scaled else nothing[:5]),
+    ]
+    return dict(zip(FIGURES, map(float, values), strict=True))

@@ -28,7 +28,7 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 def markdown(rows: Sequence[Row], caption: str, intervals: bool) -> str:
     """The summary in per cent, columns aligned, and its caption."""
     table = _cells(rows, intervals, escape=lambda text: text.replace("|", r"\|"))
-    widths = [max(3 if i == 0 else 0, *map(len, column)) for i, column in enumerate(zip(*table, strict=True))]
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]  # a rule has three characters
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
         "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
@@ -88,12 +88,20 @@ def _cells(rows: Sequence[Row], intervals: bool, escape: Callable[[str], str]) -
             elif column == "temperature":
                 cells.append(f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}")
             elif intervals:
-                low, high = row[f"{column}_low"], row[f"{column}_high"]
-                cells.append(f"{100 * value:.1f} ({100 * low:.1f}{MISSING}{100 * high:.1f})")
+                cells.append(f"{100 * value:.1f} ({_in_brackets(row, column)})")
             else:
                 cells.append(f"{100 * value:.1f}")
         table.append([escape(cell) for cell in cells])
     return table
+
+
+def _in_brackets(row: Row, column: str) -> str:
+    """The interval, where there is one, and the noise floor of an ECE."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    parts = [] if is_nan(low) else [f"{100 * low:.1f}{MISSING}{100 * high:.1f}"]
+    if f"{column}_floor" in row:
+        parts.append(f"{100 * row[f'{column}_floor']:.1f}")
+    return "; ".join(parts)
 
 
 def _escape_latex(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import cuda, ema, losses, measure, metrics, page, temperature, weight
+from benchmarks import coverage, cuda, ema, losses, measure, metrics, page, temperature, weight
 from benchmarks.measure import MIB, Row, Table
 
 TINY: dict[Any, dict[str, Any]] = {
@@ -33,8 +33,8 @@ TINY: dict[Any, dict[str, Any]] = {
         "REPEATS": 1,
         "DRIFT_SAMPLES": 50,
         "DRIFT_CHUNK": 30,
-        "RESAMPLES": 9,
     },
+    coverage: {"SIZES": (300,), "DATA_SETS": 20},
     temperature: {"ROWS": 200, "CLASSES": 5, "REPEATS": 1},
     weight: {
         "REPEATS": 1,
@@ -94,7 +94,7 @@ def test_a_missing_peer_is_named(module: Any, monkeypatch: pytest.MonkeyPatch) -
     peers = {
         losses: ["open_clip_torch"],
         ema: ["timm"],
-        metrics: ["netcal", "torch-uncertainty[cpu]", "uncertainty-calibration"],
+        metrics: ["netcal", "torch-uncertainty[cpu]"],
         temperature: ["scikit-learn", "netcal", "torch-uncertainty[cpu]"],
     }
     for name in peers[module]:

@@ -35,14 +35,15 @@ for model in sharpness:
 print(report.to_markdown(intervals=False))
 
 # %%
-# Good is at the lower right: often right, and right as often as it says. Lines are 95 % bootstrap intervals.
+# Good is at the lower right: often right, and right as often as it says. Dashes are noise floors: what a perfectly
+# calibrated model would show. Lines are 95 % intervals of the accuracy.
 
 plt.figure(shift_scatter(report).figure)  # pyplot did not make it, and shows it all the same
 plt.show()
 
 # %%
 # Why a model lies where it does is in its reliability diagrams. Hatched is confidence that accuracy does not bear out,
-# dotted is accuracy that confidence does not claim.
+# dotted is accuracy that confidence does not claim, faint are bins of few samples.
 
 plt.figure(reliability_grid(report))
 plt.show()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from calrobust._checks import check_bins, check_choice, check_instance, check_sequence
+from calrobust._checks import check_bins, check_choice, check_instance
 from calrobust.functional.calibration import Bins, binned_error
 from calrobust.report import ShiftReport
 
@@ -84,7 +84,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
-    """Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
+    r"""Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
 
     Pooling weighs OOD samples, not domains, alike, and lets the gaps of domains cancel, so the ECE of the pooled bins,
     which each panel names, is not the report's mean OOD ECE, and usually below it.
@@ -108,18 +108,18 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         >>> from calrobust.plotting import reliability_grid
         >>> report = ShiftReport(id_domain="photo")
         >>> for domain in ("photo", "sketch"):
-        ...     report.add("FT", domain, torch.eye(3), torch.tensor([0, 1, 2]))
+        ...     report.add("FT", domain, 2 * torch.eye(3), torch.tensor([0, 1, 2]))
         >>> figure = reliability_grid(report)
-        >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, with a confidence of e / (e + 2)
-        ['ID\\nECE 42.4 %, n = 3', 'OOD, pooled\\nECE 42.4 %, n = 3']
+        >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, as sure as e**2 / (e**2 + 2)
+        ['ID\nECE 21.3 %, n = 3', 'OOD, pooled\nECE 21.3 %, n = 3']
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     report.summary()  # raises for a report that is incomplete
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
-    check_sequence(methods=methods)
-    if not methods or isinstance(methods, str):
-        raise ValueError(f"methods must be a list of names, at least one, got {methods!r}; None takes up to three")
+    check_instance(Sequence, "pass a list of names", methods=methods)
+    if not methods:
+        raise ValueError(f"methods must hold at least one name, got {methods!r}; None takes up to three")
     for i, method in enumerate(methods):
         check_choice(tuple(report.methods), **{f"methods[{i}]": method})
     groups = {"ID": [report.id_domain], "OOD, pooled": report.domains[1:]}

@@ -105,7 +105,7 @@ OF_CONFIDENCES = [
         function,
         lambda: {"confidences": torch.tensor([0.3, 0.9]), "correct": torch.tensor([False, True])},
     )
-    for function in (F.bin_confidences, F.bootstrap_interval)
+    for function in (F.bin_confidences, F.calibration_interval)
 ]
 
 FLOATING = "{} must be floating point, got torch.int64; convert it with .float()"
@@ -284,7 +284,7 @@ TABLE: Table = [
         ],
     ),
     *guarded(
-        [BINNED_ERROR, *ERRORS, NEW[0], NEW[1], NEW[2], OF_CONFIDENCES[1]],
+        [BINNED_ERROR, *ERRORS, NEW[0], NEW[1], NEW[2]],
         [
             Wrong({"norm": "l3"}, ValueError, "norm must be one of 'l1', 'l2', 'max', got 'l3'"),
             Wrong({"norm": 1}, ValueError),
@@ -399,14 +399,6 @@ TABLE: Table = [
             Wrong({"level": 0.0}, ValueError, "level must be > 0, got 0.0"),
             Wrong({"level": math.nan}, ValueError, "level must be finite, got nan"),
             Wrong({"level": "95 %"}, TypeError, "level must be a real number, got str '95 %'"),
-            Wrong({"n_resamples": 0}, ValueError),
-            Wrong({"n_resamples": 2**31}, ValueError),
-            Wrong({"n_resamples": 1e3}, TypeError),
-            Wrong(
-                {"generator": 0},
-                TypeError,
-                "generator must be of type Generator, got int; pass torch.Generator().manual_seed(seed)",
-            ),
         ],
     ),
     (

@@ -64,106 +64,60 @@ PLOTS: list[Callable[..., Any]] = [reliability_grid, shift_scatter]
 DRAWN = [Target(f"plotting.{plot.__name__}", plot, lambda: {"report": filled()}) for plot in PLOTS]
 CALLBACKS: list[Any] = [lightning.EMATeacherCallback, transformers.EMATeacherCallback]
 
+NO_DATA = "the report must hold data, got none; call add(method, domain, logits, target) first"
+PROBABILITIES = torch.full((30, 3), 1 / 3)
+PROBABILITIES[:, 0] = torch.linspace(0.1, 0.9, 30)
+PROBABILITIES[:, 1:] = ((1 - PROBABILITIES[:, 0]) / 2)[:, None]
+
 TABLE: Table = [
     (
         [Target("ShiftReport", ShiftReport, lambda: {"id_domain": "photo"})],
         [
             Wrong({"id_domain": 3}, TypeError, "id_domain must be a str, got int 3"),
-            Wrong({"id_domain": None}, TypeError, "id_domain must be a str, got NoneType None"),
             Wrong(
                 {"id_domain": "  "},
                 ValueError,
                 "id_domain must not be blank, got '  '; it is a heading of the report's tables",
             ),
-            Wrong({"n_bins": 0}, ValueError, "n_bins must be > 0, got 0"),
-            Wrong({"n_bins": 1.5}, TypeError, "n_bins must be an int, got float 1.5"),
+            Wrong({"n_bins": 0}, ValueError),
+            Wrong({"n_bins": 1.5}, TypeError),
         ],
     ),
     (
         [ADD, FIT],
         [
-            Wrong({"method": 3}, TypeError, "method must be a str, got int 3"),
-            Wrong(
-                {"method": ""}, ValueError, "method must not be blank, got ''; it is a heading of the report's tables"
-            ),
-            Wrong(
-                {"logits": LOGITS[0]},
-                ValueError,
-                "logits must have shape [N, C, ...], one row for each sample and one column for each class, got [3]; "
-                "add the dimension that is missing with .unsqueeze()",
-            ),
-            Wrong(
-                {"logits": LOGITS.long()},
-                TypeError,
-                "logits must be floating point, got torch.int64; convert it with .float()",
-            ),
-            Wrong(
-                {"logits": LOGITS.numpy()},
-                TypeError,
-                "logits must be a torch.Tensor, got ndarray; convert it with torch.as_tensor",
-            ),
-            Wrong(
-                {"logits": LOGITS.to(torch.float8_e4m3fn)},
-                TypeError,
-                "logits must be floating point of at least 16 bits, got torch.float8_e4m3fn; convert it with .float()",
-            ),
+            Wrong({"method": None}, TypeError),
+            Wrong({"method": ""}, ValueError),
+            Wrong({"logits": LOGITS[0]}, ValueError),
+            Wrong({"logits": LOGITS[:, :1], "target": 0 * TARGET}, ValueError),
+            Wrong({"logits": LOGITS.long()}, TypeError),
+            Wrong({"logits": LOGITS.numpy()}, TypeError),
+            Wrong({"logits": LOGITS.to(torch.float8_e4m3fn)}, TypeError),
             Wrong(
                 {"logits": LOGITS[:0], "target": TARGET[:0]},
                 ValueError,
                 "logits must hold at least one sample, got shape [0, 3]; is the loader empty?",
             ),
-            Wrong(
-                {"logits": LOGITS * math.nan},
-                ValueError,
-                "logits must be finite, or -inf in masked classes, got NaN in row 0, whose label is 1; "
-                "drop such rows, or find where the model overflows",
-            ),
-            Wrong(
-                {"logits": LOGITS.abs() / 0},
-                ValueError,
-                "logits must be finite, or -inf in masked classes, got +inf in row 0, whose label is 1; "
-                "drop such rows, or find where the model overflows",
-            ),
-            Wrong({"target": TARGET[:29]}, ValueError, "target must have shape [30], one label for each row, got [29]"),
-            Wrong(
-                {"target": TARGET.float()},
-                TypeError,
-                "target must have dtype torch.int64, got torch.float32; convert it with .long()",
-            ),
-            Wrong(
-                {"target": TARGET * 2},
-                ValueError,
-                "target must be in [0, 3), one of the C classes, got 4; drop these samples, or leave them"
-                " out of a metric with ignore_index=4",
-            ),
-            Wrong(
-                {"target": TARGET - 3},
-                ValueError,
-                "target must be in [0, 3), one of the C classes, got -2; drop these samples, or leave "
-                "them out of a metric with ignore_index=-2",
-            ),
-            Wrong(
-                {"target": None},
-                TypeError,
-                "target must be a torch.Tensor, got NoneType; convert it with torch.as_tensor",
-            ),
+            Wrong({"logits": LOGITS * math.nan}, ValueError),
+            Wrong({"logits": LOGITS.abs() / 0}, ValueError),
+            Wrong({"logits": PROBABILITIES}, ValueError),
+            Wrong({"target": TARGET[:29]}, ValueError),
+            Wrong({"target": TARGET.float()}, TypeError),
+            Wrong({"target": TARGET * 2}, ValueError),
+            Wrong({"target": TARGET - 3}, ValueError),
+            Wrong({"target": None}, TypeError),
         ],
     ),
     (
         [ADD],
         [
-            Wrong({"domain": ["photo"]}, TypeError, "domain must be a str, got list ['photo']"),
-            Wrong(
-                {"domain": "\t"},
-                ValueError,
-                "domain must not be blank, got '\\t'; it is a heading of the report's tables",
-            ),
+            Wrong({"domain": ["photo"]}, TypeError),
+            Wrong({"domain": "\t"}, ValueError),
             Wrong(
                 {"method": "FT", "logits": classifier(30, 3, 2).logits, "target": classifier(30, 3, 2).target},
                 ValueError,
-                "the temperature of 'FT' must be fitted on data that the report does not score, got 30 of"
-                " its 30 samples with the same logits and label in domain 'photo'; fit it on a validation"
-                " split, or see why the model gives many inputs the same logits",
+                "the temperature of 'FT' must be fitted on data that the report does not score, got 30 of 30 samples "
+                "with the same logits and label in domain 'photo'; fit it on a validation split",
             ),
         ],
     ),
@@ -179,38 +133,27 @@ TABLE: Table = [
             Wrong(
                 {"report": filled(fit=False), "method": "FT", "logits": OTHER, "target": OTHER_TARGET},
                 ValueError,
-                "the temperature of 'FT' must be fitted on data that the report does not score, got 30 of"
-                " its 30 samples with the same logits and label in domain 'sketch'; fit it on a "
-                "validation split, or see why the model gives many inputs the same logits",
+                "the temperature of 'FT' must be fitted on data that the report does not score, got 30 of 30 samples "
+                "with the same logits and label in domain 'sketch'; fit it on a validation split",
             ),
         ],
     ),
     (
         [on("bins", method="FT", domain="photo")],
         [
-            Wrong({"method": "ft"}, ValueError, "method must be one of 'FT', got 'ft'"),
-            Wrong({"domain": "Photo"}, ValueError, "domain must be one of 'photo', 'sketch', got 'Photo'"),
-            Wrong({"domain": None}, ValueError, "domain must be one of 'photo', 'sketch', got None"),
+            Wrong({"method": "ft"}, ValueError),
+            Wrong({"domain": None}, ValueError),
             Wrong(
                 {"report": filled(fit=False), "scaled": True},
                 ValueError,
                 "'FT' must have a temperature to be scaled, got none; call fit_temperature first",
             ),
-            Wrong(
-                {"report": ShiftReport(id_domain="photo")},
-                ValueError,
-                "the report must hold data, got none; call add(method, domain, logits, target) first",
-            ),
+            Wrong({"report": ShiftReport(id_domain="photo")}, ValueError, NO_DATA),
         ],
     ),
     (
-        [*READS, CSV, *DRAWN],
+        [READS[0]],
         [
-            Wrong(
-                {"report": ShiftReport(id_domain="photo")},
-                ValueError,
-                "the report must hold data, got none; call add(method, domain, logits, target) first",
-            ),
             Wrong(
                 {"report": lacking()},
                 ValueError,
@@ -226,23 +169,15 @@ TABLE: Table = [
         ],
     ),
     (
-        [on("per_domain"), on("to_csv", path="/dev/null", per_domain=True), on("to_pandas", per_domain=True)],
         [
-            Wrong(
-                {"report": ShiftReport(id_domain="photo")},
-                ValueError,
-                "the report must hold data, got none; call add(method, domain, logits, target) first",
-            )
+            *(*READS, CSV, *DRAWN, on("per_domain")),
+            *(on("to_csv", path="/dev/null", per_domain=True), on("to_pandas", per_domain=True)),
         ],
+        [Wrong({"report": ShiftReport(id_domain="photo")}, ValueError, NO_DATA)],
     ),
     (
         DRAWN,
         [
-            Wrong(
-                {"report": filled().summary()},
-                TypeError,
-                "report must be of type ShiftReport, got list; make it with ShiftReport(id_domain=...)",
-            ),
             Wrong(
                 {"report": None},
                 TypeError,
@@ -251,45 +186,33 @@ TABLE: Table = [
         ],
     ),
     (
+        DRAWN[:1],
+        [
+            Wrong({"methods": 3}, TypeError, "methods must be of type Sequence, got int; pass a list of names"),
+            Wrong({"methods": []}, ValueError, "methods must hold at least one name, got []; None takes up to three"),
+            Wrong({"methods": ["FT", "ft"]}, ValueError, "methods[1] must be one of 'FT', got 'ft'"),
+        ],
+    ),
+    (
         [Target("plotting.reliability_diagram", reliability_diagram, lambda: {"bins": BINS}), DRAWN[1]],
         [
             Wrong(
                 {"ax": Figure()}, TypeError, "ax must be of type Axes, got Figure; make them with figure.add_subplot()"
             ),
-            Wrong({"ax": "left"}, TypeError, "ax must be of type Axes, got str; make them with figure.add_subplot()"),
         ],
     ),
     (
         [Target("plotting.reliability_diagram", reliability_diagram, lambda: {"bins": BINS})],
         [
-            Wrong(
-                {"bins": torch.zeros(3, 5)},
-                TypeError,
-                "bins must be the three sums that bin_confidences gives, got Tensor; see "
-                "functional.bin_confidences, or ShiftReport.bins",
-            ),
-            Wrong(
-                {"bins": filled()},
-                TypeError,
-                "bins must be the three sums that bin_confidences gives, got ShiftReport; see "
-                "functional.bin_confidences, or ShiftReport.bins",
-            ),
+            Wrong({"bins": torch.zeros(3, 5)}, TypeError),
+            Wrong({"bins": filled()}, TypeError),
             Wrong(
                 {"bins": tuple(torch.zeros(3, 2, 5))},
                 ValueError,
                 "bins must be sums of shape [n_bins], got [2, 5]; take one class or one set at a time",
             ),
-            Wrong(
-                {"bins": (*BINS[:2], BINS[2][:3])},
-                ValueError,
-                "bins must be sums of one shape [..., n_bins], got [5], [5], [3]; take them from one call"
-                " of bin_confidences",
-            ),
-            Wrong(
-                {"bins": (*BINS[:2], None)},
-                TypeError,
-                "bins[2] must be a torch.Tensor, got NoneType; convert it with torch.as_tensor",
-            ),
+            Wrong({"bins": (*BINS[:2], BINS[2][:3])}, ValueError),
+            Wrong({"bins": (*BINS[:2], None)}, TypeError),
         ],
     ),
     (

@@ -31,7 +31,6 @@ PEERS = {  # module: what to install for it
     "sklearn.calibration": "scikit-learn",
     "torch_uncertainty.metrics.classification": "torch-uncertainty[cpu]",
     "torch_uncertainty.post_processing": "torch-uncertainty[cpu]",
-    "calibration": "uncertainty-calibration",
     "inf_cl": "inf_cl",
 }
 SLOW = 10.0  # seconds; what takes longer runs once, and its first run counts

@@ -18,7 +18,6 @@ MODULES = {
     "temperature": "temperature",
     "import": "weight",
     "coverage": "coverage",
-    "report": "report",
 }
 PART = re.compile(r"(<!-- (\w+) -->).*?(<!-- end \2 -->)", re.DOTALL)
 DOCS = Path(__file__).parents[2] / "docs"

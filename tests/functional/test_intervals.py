@@ -1,108 +1,169 @@
 from __future__ import annotations
 
-from typing import get_args
+import math
 
+import numpy as np
 import pytest
 import torch
+from benchmarks import coverage
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import classifier, confidences_and_correct
 from torch import Tensor
 
-from calrobust.functional.bootstrap import bootstrap_interval, reflected_interval
-from calrobust.functional.calibration import Norm, bin_confidences, binned_error, top_label
+from calrobust.functional import CalibrationInterval, bin_confidences, binned_error, calibration_interval, top_label
+from calrobust.functional.intervals import Moments, bin_moments, mean_accuracy, mean_interval
 
-NORMS: tuple[Norm, ...] = get_args(Norm)
 Samples = tuple[Tensor, Tensor]
 
 
-def resampled(samples: Samples, n: int, seed: int, n_bins: int, norm: Norm) -> Tensor:
-    """Errors of resamples, drawn and binned one by one."""
-    generator = torch.Generator().manual_seed(seed)
-    confidences, correct = samples
-    errors = []
-    for _ in range(n):
-        draw = torch.randint(len(correct), (len(correct),), generator=generator)
-        errors.append(binned_error(bin_confidences(confidences[draw], correct[draw], n_bins=n_bins), norm=norm))
-    return torch.stack(errors)
+def certainly(confidence: float, n: int, right: int) -> Samples:
+    """Samples of one confidence, some of them right."""
+    return torch.full((n,), confidence, dtype=torch.float64), torch.arange(n) < right
 
 
-@pytest.mark.parametrize(("sharpness", "n_bins", "norm"), [(0.3, 15, "l1"), (1.0, 15, "l1"), (0.3, 5, "l2")])
-def test_bootstrap_is_that_of_samples_drawn_one_by_one(sharpness: float, n_bins: int, norm: Norm) -> None:
-    """The ends are reflected quantiles of the naive loop, within the noise of the quantiles."""
-    samples = top_label(*classifier(400, 10, 0, sharpness=sharpness))
-    value = binned_error(bin_confidences(*samples, n_bins=n_bins), norm=norm)
-    errors = resampled(samples, 3000, 1, n_bins, norm)
-    low, high = bootstrap_interval(
-        *samples, n_bins=n_bins, norm=norm, n_resamples=3000, generator=torch.Generator().manual_seed(2)
-    )
-    noise = 4 * errors.std() / 3000**0.5 * 3  # a quantile at 2.5 % is about three times as noisy as a mean
-    assert (low - (2 * value - errors.quantile(0.975)).clamp(min=0)).abs() < noise
-    assert (high - torch.maximum(value, 2 * value - errors.quantile(0.025))).abs() < noise
+@given(confidences_and_correct(), st.integers(1, 20))
+def test_the_value_is_the_ece_and_the_ends_are_ordered(samples: Samples, n_bins: int) -> None:
+    """For any data and bins; everything is in [0, 1], and the lower end is never above the value."""
+    found = calibration_interval(*samples, n_bins=n_bins)
+    assert float(found.value) == pytest.approx(float(binned_error(bin_confidences(*samples, n_bins=n_bins))), abs=1e-12)
+    assert 0 <= found.low <= found.high <= 1 + 1e-12
+    assert found.low <= found.value + 1e-9
+    assert 0 <= found.floor <= 1
+    assert 0 <= found.p_value <= 1
 
 
-@given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
-def test_bootstrap_interval_holds_the_value(samples: Samples, n_bins: int, norm: Norm) -> None:
-    """For any data, bins and norm, within [0, 1]."""
-    value = binned_error(bin_confidences(*samples, n_bins=n_bins), norm=norm)
-    low, high = bootstrap_interval(*samples, n_bins=n_bins, norm=norm, n_resamples=20)
-    assert 0 <= low <= value + 1e-12
-    assert value - 1e-12 <= high <= 1
+def test_floor_and_p_value_by_hand() -> None:
+    """100 samples at 1/2, 60 right: |d| = 10 with variance 25, so floor and deviation are those of a half normal."""
+    found = calibration_interval(*certainly(0.5, 100, 60))
+    floor, deviation = math.sqrt(2 / math.pi) * 5 / 100, math.sqrt(1 - 2 / math.pi) * 5 / 100
+    assert float(found.floor) == pytest.approx(floor, rel=1e-12)
+    assert float(found.p_value) == pytest.approx(0.5 * math.erfc((0.1 - floor) / deviation / math.sqrt(2)), rel=1e-9)
 
 
-def test_bootstrap_interval_tells_noise_from_miscalibration() -> None:
-    """Most calibrated models of 1,000 samples get an interval from about 0 up, overconfident ones none (trap 26)."""
-    lows: dict[float, list[float]] = {1.0: [], 0.3: []}
-    for sharpness, values in lows.items():
-        for seed in range(20):
-            samples = top_label(*classifier(1000, 10, seed, sharpness=sharpness))
-            values.append(bootstrap_interval(*samples, n_resamples=200).low.item())
-    assert sorted(lows[1.0])[10] < 0.01
-    assert min(lows[0.3]) > 0.2
+@pytest.mark.parametrize("n", [300, 1000, 10000])
+def test_floor_is_what_calibrated_models_show_on_average(n: int) -> None:
+    """And a one-sided test at 5 % raises false alarms in 4 to 7 %."""
+    moments, truth = coverage.data_sets("calibrated", "medium", n)
+    found = [mean_interval(Moments(*(sums[i : i + 1] for sums in moments)), 0.95) for i in range(400)]
+    values, floors, p_values = (np.array([float(f[part]) for f in found]) for part in (0, 3, 4))
+    assert truth == 0
+    assert values.mean() == pytest.approx(floors.mean(), rel=0.03)
+    assert 0.02 < (p_values < 0.05).mean() < 0.085  # 5.5 % with a standard error of 1.1 %
 
 
-def test_bootstrap_interval_covers_the_true_error() -> None:
-    """With miscalibration above the noise, about as often as its level says."""
-    held = 0
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        confidences = 0.5 + 0.5 * torch.rand(1000, generator=generator, dtype=torch.float64)
-        correct = torch.rand(1000, generator=generator, dtype=torch.float64) < confidences - 0.1
-        low, high = bootstrap_interval(confidences, correct, n_resamples=200, generator=generator)
-        held += int(low <= 0.1 <= high)
-    assert held >= 48  # 57 expected; fewer than 48 has a chance of 1e-4
+CASES = [  # of the benchmark, which has many more: near zero and far from it, gaps everywhere and in one bin
+    ("calibrated", "diffuse", 300),
+    ("calibrated", "sharp", 50_000),
+    ("overconfident by 0.005", "medium", 5_000),
+    ("overconfident by 0.02", "diffuse", 1_000),
+    ("overconfident by 0.1", "sharp", 300),
+    ("gap of 0.1 in the last bin only", "medium", 1_000),
+    ("T = 2 would calibrate", "peaked", 50_000),
+]
 
 
-def test_bootstrap_repeats_with_its_generator() -> None:
-    """And leaves torch's own generator alone."""
+@pytest.fixture(autouse=True)
+def _few_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "DATA_SETS", 1000)
+
+
+@pytest.mark.parametrize(("model", "confidences", "n"), CASES)
+def test_95_of_100_intervals_hold_the_true_error(model: str, confidences: str, n: int) -> None:
+    """92 to 98 % in the long run; of 1,000 data sets within two standard errors of that."""
+    assert 90.5 <= coverage.ece_coverage(model, confidences, n) <= 99
+
+
+@pytest.mark.parametrize("domains", [1, 4])
+def test_95_of_100_intervals_hold_the_true_accuracy(domains: int) -> None:
+    """Also near 1, where the binomial is far from normal."""
+    for accuracy in (0.5, 0.99):
+        assert 92 <= coverage.accuracy_coverage(accuracy, 300, domains) <= 98.5
+
+
+def test_the_lower_end_is_0_exactly_where_calibration_is_not_rejected() -> None:
+    """On both sides of p = 2.5 %, half of what the level leaves."""
+    p_values = []
+    for right in range(50, 80):
+        found = calibration_interval(*certainly(0.5, 100, right))
+        assert (float(found.low) == 0) == (float(found.p_value) >= 0.025)
+        p_values.append(float(found.p_value))
+    assert min(p_values) < 0.001
+    assert max(p_values) > 0.5
+
+
+def test_noise_is_told_from_miscalibration() -> None:
+    """Most calibrated models of 1,000 samples get an interval from 0 up, overconfident ones none (trap 26)."""
+    for sharpness, most, least in ((1.0, 0.02, 0.0), (0.3, 1.0, 0.2)):
+        lows = [
+            float(calibration_interval(*top_label(*classifier(1000, 10, seed, sharpness=sharpness))).low)
+            for seed in range(20)
+        ]
+        assert least <= min(lows) <= max(lows) <= most
+
+
+def test_far_from_zero_the_interval_is_the_normal_one() -> None:
+    """One bin, a gap of 0.3 with standard deviation sqrt(0.24 / 10000): 1.96 of them on both sides."""
+    found = calibration_interval(*certainly(0.9, 10000, 6000), n_bins=1)
+    assert float(found.low) == pytest.approx(0.3 - 1.96 * math.sqrt(0.24 / 10000), abs=1e-4)
+    assert float(found.high) == pytest.approx(0.3 + 1.96 * math.sqrt(0.24 / 10000), abs=1e-4)
+
+
+def test_no_end_is_the_value_itself_where_there_is_noise() -> None:
+    """The reflected percentiles that were here before ended at the value in half of the calibrated data sets."""
+    for seed, sharpness in enumerate((1.0, 1.0, 0.9, 0.8, 0.5, 0.3)):
+        found = calibration_interval(*top_label(*classifier(1000, 10, seed, sharpness=sharpness)))
+        assert all(abs(float(end - found.value)) > 1e-3 for end in (found.low, found.high))
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.999, 1.0])
+def test_data_without_visible_noise_still_have_a_width(confidence: float) -> None:
+    """All of ten right: more samples need not be, so the interval is not a point, whatever the confidence."""
+    found = calibration_interval(*certainly(confidence, 10, 10))
+    assert float(found.high - found.low) > 0.1
+
+
+def test_more_samples_and_a_lower_level_narrow_the_interval() -> None:
+    """Four times the samples about halve it; level 0.5 is about a third of 0.95."""
+
+    def width(n: int, level: float) -> float:
+        found = calibration_interval(*certainly(0.9, n, 6 * n // 10), level=level)
+        return float(found.high - found.low)
+
+    assert width(4000, 0.95) == pytest.approx(width(1000, 0.95) / 2, rel=0.05)
+    assert width(1000, 0.5) == pytest.approx(width(1000, 0.95) * 0.6745 / 1.96, rel=0.05)
+
+
+def test_defaults_are_fifteen_bins_and_95_percent() -> None:
+    """As documented; nothing is random."""
     samples = top_label(*classifier(300, 5, 0))
     state = torch.get_rng_state()
-    first, second = (bootstrap_interval(*samples, generator=torch.Generator().manual_seed(7)) for _ in range(2))
-    assert first == second
+    assert calibration_interval(*samples) == calibration_interval(*samples, n_bins=15, level=0.95)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_ends_are_reflected_quantiles_of_each_column() -> None:
-    """By hand: of 0, 0.01, ..., 1 around 1/2 at level 0.9 they are 0.05 and 0.95, of their halves 0.025 and 0.475."""
-    resampled = torch.arange(101, dtype=torch.float64)[:, None] / 100 * torch.tensor([1.0, 0.5])
-    low, high = reflected_interval(torch.tensor([0.5, 0.25], dtype=torch.float64), resampled, 0.9)
-    assert low.tolist() == pytest.approx([0.05, 0.025])
-    assert high.tolist() == pytest.approx([0.95, 0.475])
+def test_the_mean_of_several_data_sets_has_a_floor_and_no_interval() -> None:
+    """Value and floor are plain means; its p-value is sharper than each data set's."""
+    parts = [bin_moments(*certainly(0.5, n, right), 15) for n, right in ((100, 58), (100, 59))]
+    each = [CalibrationInterval(*map(float, mean_interval(Moments(*(s[None] for s in p)), 0.95))) for p in parts]  # type: ignore[arg-type]
+    mean = mean_interval(Moments(*map(torch.stack, zip(*parts, strict=True))), 0.95)
+    assert mean.low.isnan()
+    assert mean.high.isnan()
+    assert float(mean.value) == pytest.approx((each[0].value + each[1].value) / 2)
+    assert float(mean.floor) == pytest.approx((each[0].floor + each[1].floor) / 2)
+    assert mean.p_value < min(each[0].p_value, each[1].p_value)
 
 
-def test_bootstrap_has_its_documented_defaults() -> None:
-    """15 bins, "l1", a level of 0.95 and a thousand resamples."""
-    samples, (first, second) = top_label(*classifier(300, 5, 0)), (torch.Generator().manual_seed(7) for _ in range(2))
-    told = bootstrap_interval(*samples, n_bins=15, norm="l1", level=0.95, n_resamples=1000, generator=first)
-    assert bootstrap_interval(*samples, generator=second) == told
+def test_accuracy_has_wilsons_interval() -> None:
+    """8 of 10: the textbook's 0.4902 to 0.9433; two such sets narrow it by the root of 2."""
+    value, low, high = mean_accuracy(torch.tensor([8.0]).double(), torch.tensor([10.0]).double(), 0.95)
+    assert [float(value), float(low), float(high)] == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
+    _, low, high = mean_accuracy(torch.tensor([8.0, 8.0]).double(), torch.tensor([10.0, 10.0]).double(), 0.95)
+    assert float(high - low) == pytest.approx((0.9433 - 0.4902) / math.sqrt(2), abs=1e-4)
 
 
-def test_bootstrap_of_a_single_sample_has_no_width() -> None:
-    """Drawn anew it is itself: both ends are the value."""
-    low, high = bootstrap_interval(torch.tensor([0.25]), torch.tensor([True]))
-    assert low == high == 0.75
-
-
-def test_bootstrap_of_no_samples_is_nan() -> None:
-    """Both ends."""
-    assert all(end.isnan() for end in bootstrap_interval(torch.empty(0), torch.empty(0, dtype=torch.bool)))
+def test_no_samples_and_invalid_confidences_give_nan() -> None:
+    """Never a finite wrong number."""
+    for confidences in (torch.empty(0), torch.tensor([0.5, math.nan])):
+        found = calibration_interval(confidences, torch.zeros(len(confidences), dtype=torch.bool))
+        assert all(figure.isnan() for figure in found)

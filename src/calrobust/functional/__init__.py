@@ -1,6 +1,5 @@
 """The maths: pure functions of tensors."""
 
-from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.calibration import (
     Bins,
     adaptive_calibration_error,
@@ -12,6 +11,7 @@ from calrobust.functional.calibration import (
 )
 from calrobust.functional.contrastive import multimodal_contrastive_loss
 from calrobust.functional.distillation import carot_loss, multimodal_distillation_loss
+from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.scoring import brier_score, negative_log_likelihood
 from calrobust.functional.temperature import fit_temperature
@@ -22,9 +22,9 @@ __all__ = [
     "adaptive_calibration_error",
     "bin_confidences",
     "binned_error",
-    "calibration_interval",
     "brier_score",
     "calibration_error",
+    "calibration_interval",
     "carot_loss",
     "classwise_calibration_error",
     "fit_temperature",

@@ -240,7 +240,7 @@ def calibration_error(
 
     over bins of equal width; :func:`~calrobust.functional.bin_confidences` says where a confidence on an edge goes. The
     noise of the accuracies biases the value upwards: a perfectly calibrated model has up to
-    :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on average. :func:`~calrobust.functional.bootstrap_interval` shows how much
+    :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on average. :func:`~calrobust.functional.calibration_interval` shows how much
     of a value may be noise.
 
     Args:

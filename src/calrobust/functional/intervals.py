@@ -20,7 +20,7 @@ class CalibrationInterval(NamedTuple):
     Example:
         >>> import torch
         >>> from calrobust.functional import calibration_interval
-        >>> interval = calibration_interval(torch.full((100,), 0.5), torch.arange(100) < 50)  # as often right as it says
+        >>> interval = calibration_interval(torch.full((100,), 0.5), torch.arange(100) < 50)  # half are right
         >>> interval.value, interval.low
         (tensor(0., dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
@@ -119,8 +119,6 @@ def ece_interval(moments: Moments, level: float) -> CalibrationInterval:
     counts, confidence_sums, correct_sums, variances = moments
     total, filled = counts.sum(-1), counts.clamp(min=1)
     observed = (confidence_sums - correct_sums).abs()
-    sign = torch.where(confidence_sums >= correct_sums, 1.0, -1.0)
-    room = torch.where(sign > 0, confidence_sums, counts - confidence_sums)  # the largest gaps that there can be
     confidences = confidence_sums / filled
     # Confidences within a bin differ, which makes d vary less: as much as that of fewer samples of equal confidence.
     equal = confidences * (1 - confidences)
@@ -129,6 +127,9 @@ def ece_interval(moments: Moments, level: float) -> CalibrationInterval:
     least, most = torch.minimum(edge, confidences), torch.maximum(1 - edge, confidences)
     accuracies = (correct_sums + 0.5) / (counts + 1)
     deviations = (effective * accuracies * (1 - accuracies)).sqrt()
+    # Below its deviation a gap may have either sign; the one that leaves more room is taken.
+    over = torch.where(observed < deviations, confidences >= 0.5, confidence_sums > correct_sums)
+    room, sign = torch.where(over, confidence_sums, counts - confidence_sums), torch.where(over, 1.0, -1.0)
 
     def gaps(t: Tensor) -> Tensor:
         return torch.minimum((observed - t[..., None] * deviations).clamp(min=0), room)
@@ -183,14 +184,15 @@ def _noise(moments: Moments, *, mean: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of the accuracies of data sets ``[D]``, and an interval: Wilson's of each set, squared widths averaged.
+    """Mean accuracy of data sets ``[..., D]``, and an interval: distances to Wilson's ends add up in squares.
 
-    Reference: Wilson, 1927 (one set); Zou and Donner, 2008, *Construction of confidence limits about effect measures* (several).
+    Reference: Wilson, 1927 (a data set); Zou and Donner, 2008, *Construction of confidence limits about effect
+    measures* (several).
     """
     z = torch.special.ndtri(counts.new_tensor((1 + level) / 2))
     shares = correct / counts
     centres = (correct + z.square() / 2) / (counts + z.square())
     halves = z / (counts + z.square()) * (correct * (1 - shares) + z.square() / 4).sqrt()
-    below, above = shares - (centres - halves), centres + halves - shares
-    value = shares.mean()
-    return value, value - below.square().sum().sqrt() / len(counts), value + above.square().sum().sqrt() / len(counts)
+    below, above = (shares - centres + halves).norm(dim=-1), (centres + halves - shares).norm(dim=-1)
+    value, n_sets = shares.mean(-1), counts.shape[-1]
+    return value, (value - below / n_sets).clamp(min=0), (value + above / n_sets).clamp(max=1)

@@ -55,7 +55,7 @@ class Samples:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             for rows in logits.split(block_rows(logits, dtype)):
                 scaled = rows.to(dtype) / temperature
-                confidences.append(top_label(scaled, torch.zeros(len(scaled), dtype=torch.int64))[0])
+                confidences.append(1 / (scaled - scaled.amax(1, keepdim=True)).exp_().sum(1))
             self.scaled += bin_moments(torch.cat(confidences), correct, self.n_bins)
         self.unscaled = []
 
@@ -63,10 +63,9 @@ class Samples:
 def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Checked, and without gradient."""
     check_predictions(target, logits=logits)
-    logits, target = as_rows(logits, target)
+    logits, target = as_rows(target.cpu(), logits=logits.detach().cpu())
     if len(logits) == 0:
         raise ValueError(f"logits must hold at least one sample, got shape {list(logits.shape)}; is the loader empty?")
-    logits, target = logits.detach().cpu(), target.cpu()
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
     return logits, target

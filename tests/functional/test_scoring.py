@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from calrobust.functional._rows import probability_blocks
-from calrobust.functional.scoring import brier_score, negative_log_likelihood, row_scores
+from calrobust.functional.scoring import brier_score, log_losses, negative_log_likelihood, row_scores, squared_errors
 
 
 def tolerance(p: Predictions) -> float:
@@ -42,6 +42,29 @@ def test_a_confident_row_keeps_its_digits() -> None:
     logits = torch.stack([torch.tensor(1 - p).log(), torch.tensor(p).log()])[None]
     value = brier_score(logits, torch.tensor([0]))
     assert value.item() == pytest.approx(2 * p**2, rel=2e-3)
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_a_square_is_not_rounded_twice(from_logits: bool) -> None:
+    """Half and half scores exactly 1/2, and all on a wrong class exactly 2, which the square of a root does not."""
+    preds = torch.tensor([[0.0, 0.0], [200.0, 0.0]] if from_logits else [[0.5, 0.5], [1.0, 0.0]])
+    assert brier_score(preds[:1], torch.tensor([1]), from_logits=from_logits) == 0.5
+    assert brier_score(preds[1:], torch.tensor([1]), from_logits=from_logits) == 2
+
+
+def test_the_squares_of_a_thousand_classes_keep_float32s_digits() -> None:
+    """Each row within three units in the last place of its probabilities' own score in float64."""
+    logits, target = classifier(200, 1000, 0)
+    (block,) = probability_blocks(logits, target, True, None)
+    exact = (block.probs.double() - F.one_hot(target, 1000)).square().sum(1)
+    assert_close(squared_errors(block).double(), exact, rtol=3 * 2**-23, atol=0)
+
+
+def test_a_block_may_be_read_in_any_order() -> None:
+    """Scores leave its probabilities as they are."""
+    (block,) = probability_blocks(*classifier(20, 5, 0), True, None)
+    first, second = (squared_errors(block), log_losses(block)), (log_losses(block), squared_errors(block))
+    assert_close(first, second[::-1], rtol=0, atol=0)
 
 
 def test_likelihood_from_logits_does_not_underflow() -> None:

@@ -304,11 +304,14 @@ def test_a_far_logit_is_no_mask_where_its_probability_counts() -> None:
     assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
 
 
-def test_a_label_far_below_all_others_is_no_mask() -> None:
-    """It is finite, so it has a likelihood."""
+def test_a_label_far_below_all_others_counts_as_it_is() -> None:
+    """It is finite, so it has a likelihood; a label on the least number is told as what it looks like."""
     logits, target = classifier(3000, 4, 0, sharpness=0.5, dtype=torch.float64)
     logits[3, target[3]] = -1e3
     assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
+    logits[3, target[3]] = torch.finfo(torch.float64).min
+    with pytest.warns(UserWarning, match="not or negatively correlated"):
+        assert fit_temperature(logits, target) < 1000
 
 
 def test_a_cap_that_is_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def _fit(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
     """T, and why the data do not determine it."""
     data = _scan(logits, target, math.inf)
     limit = _mask_limit(data)
-    if (data.own >= -limit).all() and limit < math.inf:  # no label is on a mask
+    if limit < math.inf:
         without = _scan(logits, target, limit)
         temperature, causes = _solve(without)
         # If they were masks, their probabilities are nil at this T, where the sum over all classes is then stationary

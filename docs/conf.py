@@ -57,7 +57,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-# docs/gallery/*.py, run at the first build and when they change; if the library or the README did, `make clean` first.
+# docs/gallery/*.py, run at the first build and when they change; if the library changed, run `make clean` first.
 # Names of functions, as Sphinx cannot keep the functions themselves.
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",

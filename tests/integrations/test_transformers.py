@@ -112,7 +112,7 @@ def test_resuming_without_the_teacher_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_is_one_of_student_and_teacher(tmp_path: Path) -> None:
-    """``load_best_model_at_end`` loads both of the same step, here the first of three."""
+    """``load_best_model_at_end`` loads both of the same step, here the first of three (trap 42)."""
     student = Line()
     teacher = Follower(student)
     best = trainer(

@@ -399,6 +399,14 @@ class TestHeldOut:
         assert len({tuple(row) for row in p.logits.tolist()}) == 40000
         assert len(fingerprints_of(*p).unique()) == 40000
 
+    def test_of_many_classes_enough_tell_rows_apart(self) -> None:
+        """1,000 classes of which 800 are masked, in bfloat16: another split is no leak, the same rows are one."""
+        p = classifier(2000, 1000, 0, dtype=torch.bfloat16)
+        p.logits[:, torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:800]] = -math.inf
+        target = p.logits.argmax(1)
+        assert len(fingerprints_of(p.logits, target).unique()) == 2000
+        assert torch.equal(fingerprints_of(p.logits.double(), target), fingerprints_of(p.logits, target))
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_one_bit_of_one_logit_makes_another_sample(self, dtype: torch.dtype) -> None:
         """The smallest change is seen in any column; but -0.0 is 0.0."""

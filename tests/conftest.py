@@ -20,7 +20,8 @@ def _reproducible() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one thing that may be missing is a GPU."""
+    """The one thing that may be missing is a GPU. Slow tests start first, so that no process is left alone with one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -17,7 +17,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
 Main = Callable[[list[str]], None]
 
@@ -50,20 +58,23 @@ def make_open_clip(folder: Path) -> None:
     torch.save(open_clip.CLIP(**CONFIG).state_dict(), folder / "open_clip_pytorch_model.bin")
 
 
-def make_transformers(folder: Path) -> None:
-    """A tiny CLIP with random weights, its tokenizer and its image processor, as ``from_pretrained`` takes them."""
+def make_transformers(clip: Path, siglip: Path) -> None:
+    """Tiny models with random weights, their tokenizer and image processors, as ``from_pretrained`` takes them."""
     torch.manual_seed(0)
     vocabulary = {"<pad>": 0, "<unk>": 1, "a": 2, "photo": 3, "of": 4, "thing": 5, "red": 6, "blue": 7, "<end>": 8}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 8)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")  # type: ignore[no-untyped-call]
-    fast.save_pretrained(folder)
+    for folder in (clip, siglip):
+        fast.save_pretrained(folder)
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    text = {**tiny, "vocab_size": 9, "eos_token_id": 8, "max_position_embeddings": 12}
+    text = {**tiny, "vocab_size": 9, "bos_token_id": 7, "eos_token_id": 8, "max_position_embeddings": 12}
     vision = {**tiny, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(clip)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(clip)
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(siglip)
+    SiglipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(siglip)
 
 
 def make_folders(root: Path) -> None:
@@ -75,7 +86,7 @@ def make_folders(root: Path) -> None:
     draw(root / "renamed", {"warm": 0, "cold": 2, "no class": 1}, 2)
     (root / "renamed.txt").write_text("cold\tblue-ish thing\tgreen_thing\nwarm\tred thing\n")
     make_open_clip(root / "tiny-clip")
-    make_transformers(root / "tiny-hf")
+    make_transformers(root / "tiny-hf", root / "tiny-siglip")
 
 
 def options(made: Path, out: Path, *more: str, method: str = "carot") -> list[str]:

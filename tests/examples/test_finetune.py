@@ -16,6 +16,7 @@ from leaving import torchrun
 from PIL import Image
 from tiny_folders import CLASSES, CONFIG, SCRIPT, Main, draw, options, parse_options, refusal
 from torch.testing import assert_close
+from transformers import CLIPModel, SiglipModel
 
 # An untrained model may well be wrong on the few pictures held out, and then no temperature is better than the others.
 pytestmark = pytest.mark.filterwarnings("ignore:the data do not determine a temperature")
@@ -169,14 +170,24 @@ def test_models_of_transformers_are_trained_alike(method: str, made: Path, tmp_p
     """With their own tokenizer and image processor; recomputing activations changes no step."""
     for name, more in {"kept": (), "recomputed": ("--recompute",)}.items():
         main(options(made, tmp_path / name, "--model", f"hf:{made / 'tiny-hf'}", *more, method=method))
-    kept, recomputed = (logged(tmp_path / name, method) for name in ("kept", "recomputed"))
-    assert_close(recomputed, kept)
-    saved = checkpoint(tmp_path / "kept", method)["network"]
-    prefix = "network." if method == "wise-ft" else ""
-    before = torch.load(tmp_path / "kept" / method / "weights.pt", weights_only=True)["state_dict"]
-    assert f"{prefix}visual_projection.weight" in saved
-    assert "text_model.encoder.layers.0.mlp.fc1.weight" in before
+    assert_close(logged(tmp_path / "recomputed", method), logged(tmp_path / "kept", method))
     assert METHODS[method].name in (tmp_path / "kept" / "report.md").read_text()
+    before = CLIPModel.from_pretrained(made / "tiny-hf")
+    after = torch.load(tmp_path / "kept" / method / "weights.pt", weights_only=True)["state_dict"]
+    moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after[name])}
+    assert "vision_model.embeddings.patch_embedding.weight" in moved
+    assert ("text_model.encoder.layers.0.mlp.fc1.weight" in moved) == METHODS[method].contrast
+
+
+def test_the_bias_of_a_sigmoid_model_stays(made: Path, tmp_path: Path, main: Main) -> None:
+    """Softmax losses do not see it; a model without a linear projection is told that carot-neurips wants one."""
+    siglip = ("--model", f"hf:{made / 'tiny-siglip'}")
+    main(options(made, tmp_path, *siglip))
+    before = SiglipModel.from_pretrained(made / "tiny-siglip")
+    after = torch.load(tmp_path / "carot" / "weights.pt", weights_only=True)["state_dict"]
+    assert torch.equal(after["logit_bias"], before.logit_bias)
+    assert not torch.equal(after["text_model.head.weight"], before.text_model.head.weight)
+    assert "no linear visual projection" in refusal(main, options(made, tmp_path, *siglip, method="carot-neurips"))
 
 
 @pytest.mark.parametrize("method", ["ft", "flyp"])
@@ -229,10 +240,11 @@ def test_ranks_share_a_batch() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(made: Path, tmp_path: Path, main: Main) -> None:
+@pytest.mark.parametrize("model", ["local-dir:{made}/tiny-clip", "hf:{made}/tiny-siglip"], ids=["open_clip", "siglip"])
+def test_two_processes_train_as_one(model: str, made: Path, tmp_path: Path, main: Main) -> None:
     """The batches that torchrun's processes share give the losses and the report of one process."""
-    torchrun(SCRIPT, *options(made, tmp_path / "two"))
-    main(options(made, tmp_path / "one"))
+    torchrun(SCRIPT, *options(made, tmp_path / "two", "--model", model.format(made=made)))
+    main(options(made, tmp_path / "one", "--model", model.format(made=made)))
     one, two = logged(tmp_path / "one")[1], logged(tmp_path / "two")[1]
     for name in ("contrastive", "loss", "logit_scale"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)

@@ -71,6 +71,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "peak_memory", peak)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 @pytest.mark.filterwarnings("ignore")  # of the peers, on import and on data this small
 @pytest.mark.parametrize("module", GROUPS, ids=lambda module: module.__name__.split(".")[-1])
@@ -84,6 +85,7 @@ def test_every_table_has_a_figure_or_a_reason_in_every_row(module: Any) -> None:
             assert len(row.cells()) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", [losses, ema, metrics, temperature], ids=["losses", "ema", "metrics", "temperature"])
@@ -132,6 +134,7 @@ def _hold(size: int) -> Callable[[], object]:
     return lambda: torch.ones(size * MIB // 4)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
     """64 MiB of ones are 64 MiB."""
     assert measure.peak_memory(_hold, 64, warm_up=(1,)) == pytest.approx(64, abs=1)

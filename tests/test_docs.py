@@ -97,6 +97,7 @@ def test_the_flyp_swap_changes_at_most_ten_lines() -> None:
     assert 0 < len(changed) <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lightning_plain", "transformers_plain"])
 def test_the_other_sides_of_the_swaps_run(name: str, tmp_path: Path) -> None:
     """What the examples are compared with is code that works."""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import accelerate_loop
+import pytest
 
 
 def run(folder: Path) -> tuple[int, float]:
@@ -14,6 +15,7 @@ def run(folder: Path) -> tuple[int, float]:
     return int(words[-3]), float(words[-1])
 
 
+@pytest.mark.slow
 def test_learns_and_resumes_with_the_teacher(tmp_path: Path) -> None:
     """40 steps of two batches each; the second run counts on from there (trap 16)."""
     steps, accuracy = run(tmp_path / "run")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from finetune import RunError
 from finetune.models import load_clip
-from finetune.pictures import Domain, order, read_data
+from finetune.pictures import Domain, Pictures, order, read_data
 from finetune.training import METHODS
 from leaving import torchrun
 from PIL import Image
 from tiny_folders import CLASSES, CONFIG, SCRIPT, Main, draw, options, parse_options, refusal
 from torch.testing import assert_close
+from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 from transformers import CLIPModel, SiglipModel
 
 # An untrained model may well be wrong on the few pictures held out, and then no temperature is better than the others.
@@ -119,6 +120,12 @@ def test_fine_tuning_leaves_the_text_tower_and_contrast_moves_both(table: Path) 
         )
         if text or name == "logit_scale":
             assert torch.equal(classified[name], value)
+    for method, text in (("ft", False), ("flyp", True)):  # the optimiser of ft has no weights of the text tower
+        state = checkpoint(table, method)["optimizer"]["state"]
+        assert (sum(moment["exp_avg"].shape == (49408, 8) for moment in state.values()) == 1) == text
+        assert len(state) == sum(
+            len(group["params"]) for group in checkpoint(table, method)["optimizer"]["param_groups"]
+        )
     for name in ("visual.proj", "visual.conv1.weight"):
         assert not torch.equal(classified[name], zero_shot[name])
     for name in ("visual.proj", "text_projection", "logit_scale"):
@@ -222,6 +229,24 @@ def test_workers_read_the_same_pictures(made: Path, tmp_path: Path, main: Main) 
     assert logged(tmp_path / "a", "ft") == logged(tmp_path / "b", "ft")
 
 
+def test_a_picture_is_cropped_by_seed_epoch_and_place_alone(made: Path) -> None:
+    """Whatever was drawn before; a template is drawn with it."""
+    samples = [(str(made / "train" / "red thing" / f"{index}.png"), 0) for index in range(2)]
+    crop = Compose([RandomResizedCrop(16), ToTensor()])
+
+    def draws(seed: int, *keys: tuple[int, int]) -> list[tuple[list[float], int]]:
+        pictures = Pictures(samples, crop, templates=80, seed=seed)
+        return [(pictures[key].images.flatten().tolist(), int(pictures[key].template)) for key in keys]
+
+    first = draws(0, (0, 0), (1, 0), (0, 1))
+    torch.rand(3)
+    before = torch.get_rng_state()
+    assert draws(0, (0, 0), (1, 0), (0, 1)) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert draws(1, (0, 0), (1, 0)) != first[:2]
+    assert len({tuple(image) for image, _ in first}) == len({template for _, template in first}) == 3
+
+
 def test_ranks_share_a_batch() -> None:
     """Together they see each picture of an epoch once, whatever their number, and a later start skips what was seen."""
 
@@ -230,6 +255,7 @@ def test_ranks_share_a_batch() -> None:
             list(order(13, start=start, steps=6, batch_size=4, rank=rank, world_size=world_size, seed=5))
             for rank in range(world_size)
         ]
+        assert {len(batch) for share in shares for batch in share} == {4 // world_size}
         return [{key for share in shares for key in share[step]} for step in range(6 - start)]
 
     whole = keys(0, 1)

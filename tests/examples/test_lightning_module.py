@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import lightning_module
+import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_learns_and_keeps_the_teacher(tmp_path: Path) -> None:
     """As a user runs it: far above the chance of 1 in 200, and the checkpoint holds the teacher once."""
     command = [sys.executable, lightning_module.__file__, str(tmp_path)]

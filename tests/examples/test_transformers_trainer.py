@@ -29,6 +29,7 @@ def test_learns_and_keeps_the_teacher(printed: list[str], tmp_path: Path) -> Non
     assert sorted(kept) == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_evaluates_the_averaged_weights(tmp_path: Path) -> None:
     """A student that is lost does not show, and is the student again afterwards."""
     model = CLIPModel(transformers_trainer.CONFIG)

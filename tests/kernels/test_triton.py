@@ -61,11 +61,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_programs", lambda device: 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs this file")
 def test_the_kernels_are_right_under_the_interpreter() -> None:
     """All tests below that run kernels, on the CPU."""
     ignored = "ignore:Conversion of an array with ndim:DeprecationWarning"  # what Triton 3.4 does to NumPy
-    command = [sys.executable, "-m", "pytest", "-q", "-W", ignored, "-m", "not gpu", "-p", "no:cacheprovider", __file__]
+    options = ["-q", "-n0", "-W", ignored, "-m", "not gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -140,6 +140,7 @@ def finetune(folder: Path) -> None:
         Moment("checkpoint.pt", 6),  # in the second row, the first one whole
         Moment("log.csv", 1, 50),  # in the log
         Moment("weights.pt", 2),  # before a rename, all trained
+        Moment("weights.pt", 3, 50),  # what was left is removed, opened, renamed: a copy would die halfway
         Moment("logits.pt", 1, 50),
         Moment("report.md", 1, 50),
         Moment("report.csv", 2),

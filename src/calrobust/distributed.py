@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
@@ -72,40 +72,57 @@ class Ranks:
         return values
 
 
-def agree(n: int, group: ProcessGroup | None, **facts: int) -> Ranks:
-    """Tells all ranks of the group the number of rows here, and facts that must be the same on all.
+def agree(n: int, group: ProcessGroup | None, facts: dict[str, object], device: torch.device) -> Ranks:
+    """Tells all ranks of the group the number of rows here, and facts that must be the same on all of them.
+
+    Args:
+        n: number of rows here, or `REFUSED`.
+        group: the process group; None is the world.
+        facts: what must be the same, by a name that an error can show.
+        device: of the rows; the message travels on it where the backend wants a CUDA device.
 
     Raises:
-        ValueError: a rank has refused its batch, or the facts differ: on every rank, so that none waits for another.
+        ValueError: a rank has refused its batch, or the facts differ. All ranks raise, so that none waits for another.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return Ranks([n])
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    mine = torch.tensor([n, *facts.values()], device=device)
+    if dist.get_backend(group) != "nccl":
+        device = torch.device("cpu")
+    elif device.type != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    digest = int.from_bytes(blake2b(repr(facts).encode(), digest_size=7).digest())
+    mine = torch.tensor([n, digest], device=device)
     told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(told, mine, group)
-    sizes, *others = torch.stack(told).T.tolist()
+    sizes, digests = torch.stack(told).T.tolist()
     if REFUSED in sizes:
         if n == REFUSED:
             return Ranks(sizes)  # the caller raises its own error
         refused = [rank for rank, size in enumerate(sizes) if size == REFUSED]
         raise ValueError(f"every rank must bring a valid batch, but rank {refused} did not; its own error says why")
-    for name, values in zip(facts, others, strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(f"{name} must be the same on every rank, got {values}")
+    if len(set(digests)) > 1:
+        every: list[dict[str, object]] = [{} for _ in sizes]
+        with torch.cuda.device_of(mine):
+            dist.all_gather_object(every, facts, group)
+        for name in facts:
+            values = [theirs[name] for theirs in every]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{name} must be the same on every rank, got {values}")
     return Ranks(sizes, dist.get_rank(group), group)
 
 
 class _Gather(torch.autograd.Function):
+    """Its adjoint is `_ScatterSum`, so that each can be differentiated by the other, any number of times."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
         ctx.ranks, ctx.dtype = ranks, rows.dtype
         return _gather(rows, ranks).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter_sum(gradient, ctx.ranks).to(ctx.dtype), None, None
+        own: Tensor = _ScatterSum.apply(gradient, ctx.ranks)
+        return own.to(ctx.dtype), None, None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -115,9 +132,8 @@ class _ScatterSum(torch.autograd.Function):
         return _scatter_sum(rows, ranks)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _gather(gradient, ctx.ranks), None
+        return _Gather.apply(gradient, ctx.ranks, gradient.dtype), None
 
 
 class _Sum(torch.autograd.Function):
@@ -151,6 +167,6 @@ def _scatter_sum(rows: Tensor, ranks: Ranks) -> Tensor:
 
 def _pad(rows: Tensor, length: int) -> Tensor:
     """Collectives want the same number of rows from every rank."""
-    if len(rows) == length:
+    if rows.shape[0] == length:
         return rows.contiguous()
-    return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
+    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])

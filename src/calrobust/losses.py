@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NamedTuple, NoReturn, Unpack, cast
 
 from torch import Tensor, nn
 
-from calrobust._checks import (
-    check_choice,
-    check_flag,
-    check_fraction,
-    check_nonnegative_integer,
-    check_number,
-    check_positive,
-)
-from calrobust.distributed import REDUCTIONS, ProcessGroup, Reduction
-from calrobust.functional.contrastive import contrastive_terms, multimodal_contrastive_loss
-from calrobust.functional.distillation import distillation_terms, multimodal_distillation_loss
+from calrobust._checks import check_flag, check_number
+from calrobust.functional.contrastive import Contrastive
+from calrobust.functional.distillation import Distillation
 from calrobust.functional.orthogonality import orthogonality_loss
-from calrobust.kernels import IMPLS, MEMORY_BUDGET, Impl, PairStatistics, Teacher, pair_statistics
+from calrobust.functional.pairs import OPTIONS, Options, PairOptions, Request, Term, weighted_terms
+from calrobust.kernels import Features
 
 __all__ = [
     "CaRotLoss",
@@ -32,11 +24,23 @@ __all__ = [
 ]
 
 
+class _Seen(NamedTuple):
+    """What a model returned for a batch."""
+
+    features: Features
+    logit_bias: Tensor | float | None
+
+
 class PairLoss(nn.Module, ABC):
     """A loss on pairs: ``a + b``, ``w * a`` and ``a * w`` are losses too, and share one pass over the pair matrix.
 
     Base class of :class:`~calrobust.MultimodalContrastiveLoss`, :class:`~calrobust.MultimodalDistillationLoss` and
-    their sums.
+    their sums. All are called alike, with what the student returned and, if a term distils, what the teacher returned:
+
+    ``criterion(*model(images, texts), *teacher(images, texts))``
+
+    Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's SigLIP models
+    do. A bias shifts all logits alike and so changes no softmax: it gets a zero gradient.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -45,90 +49,178 @@ class PairLoss(nn.Module, ABC):
     """
 
     @abstractmethod
-    def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The weighted terms by name, for logging.
+    def weighted(self) -> list[tuple[float, _TermLoss]]:
+        """The loss as a weighted sum: pairs of a weight and a loss."""
 
-        Takes the arguments of ``forward``, whose value is the sum of the terms.
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        *others: Tensor | float | None,
+        labels: Tensor | None = None,
+        **named: Tensor | float | None,
+    ) -> Tensor:
+        """The sum of the terms.
+
+        Args:
+            image_features: shape ``[N, D]``, floating, unit norm.
+            text_features: shape ``[N, D]``; row ``i`` belongs to row ``i`` of the images.
+            logit_scale: > 0, already exponentiated.
+            *others: the student's logit bias, if it has one; then the teacher's image features ``[N, E]``, text
+                features ``[N, E]``, logit scale and maybe logit bias. The teacher's are required if a term distils,
+                and an error if none does.
+            labels: shape ``[N]``, ``int64``: pairs with equal labels are positives of each other in contrastive terms.
+            **named: the others by name: ``logit_bias``, ``teacher_image_features``, ``teacher_text_features``,
+                ``teacher_logit_scale``, ``teacher_logit_bias``.
+
+        Returns:
+            A scalar in nats, or ``[N]`` for ``reduction="none"``.
+
+        Raises:
+            TypeError: there are too few or too many arguments, or one has a wrong type.
+            ValueError: as :func:`~calrobust.functional.multimodal_contrastive_loss` and
+                :func:`~calrobust.functional.multimodal_distillation_loss`.
         """
+        first, *rest = self.terms(
+            image_features, text_features, logit_scale, *others, labels=labels, **named
+        ).values()
+        return sum(rest, first)
 
-    @abstractmethod
-    def _weighted(self) -> list[tuple[float, _Term]]:
-        """The loss as a weighted sum."""
+    def terms(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        *others: Tensor | float | None,
+        labels: Tensor | None = None,
+        **named: Tensor | float | None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms by name, for logging: arguments are those of ``forward``, whose value is their sum.
+
+        Names are ``contrastive`` and ``distillation``; a second term of a kind is ``distillation_2``.
+        """
+        weighted = self.weighted()
+        bias: Tensor | float | None = None
+
+        def request() -> Request:
+            nonlocal bias
+            student, teacher = self._seen((image_features, text_features, logit_scale, *others), named)
+            bias = student.logit_bias
+            if labels is not None and not any(isinstance(loss, MultimodalContrastiveLoss) for _, loss in weighted):
+                raise TypeError(
+                    f"labels are the positives of a contrastive term, and {self!r} has none; leave them out"
+                )
+            terms = [(weight, loss.term()) for weight, loss in weighted]
+            return Request(terms, student.features, None if teacher is None else teacher.features, labels)
+
+        values = weighted_terms(request, weighted[0][1].options())
+        terms: dict[str, Tensor] = {}
+        for (_, loss), value in zip(weighted, values, strict=True):
+            name = loss.kind.name
+            count = sum(known.split("_")[0] == name for known in terms)
+            if isinstance(bias, Tensor):  # else DistributedDataParallel would wait for its gradient
+                value = value + 0 * bias.sum()
+            terms[f"{name}_{count + 1}" if count else name] = value
+        return terms
+
+    def _seen(
+        self, given: tuple[Tensor | float | None, ...], named: dict[str, Tensor | float | None]
+    ) -> tuple[_Seen, _Seen | None]:
+        """What the student and the teacher returned, from all arguments but ``labels``."""
+        models = []
+        for prefix in ("", "teacher_"):
+            names = [prefix + name for name in ("image_features", "text_features", "logit_scale", "logit_bias")]
+            # A bias is a scalar, and so no features of a teacher, which may come in its place.
+            count = 4 if len(given) > 3 and getattr(given[3], "ndim", 0) < 2 else 3
+            own = dict(zip(names, given[:count], strict=False))
+            given = given[count:]
+            for name in names:
+                if name in named and own.setdefault(name, named[name]) is not named[name]:
+                    raise TypeError(f"{name} must be given once, got it by position and by name")
+            models.append([own.get(name) for name in names])
+        unknown = [name for name in named if name not in (*_OPTIONAL, "teacher_image_features")]
+        if given or unknown:
+            raise TypeError(
+                f"{self!r} must be called with image_features, text_features, logit_scale and maybe logit_bias of the "
+                "student, then of the teacher, and labels=, got "
+                + (f"{unknown[0]!r}" if unknown else f"{len(given)} arguments too many")
+                + "; write criterion(*student(images, texts), *teacher(images, texts))"
+            )
+        student, teacher = (_Seen(cast(Features, tuple(model[:3])), model[3]) for model in models)
+        missing = [name for name, value in zip(_TEACHER, teacher.features, strict=True) if value is None]
+        if any(loss.kind.needs_teacher for _, loss in self.weighted()):
+            if missing:
+                raise TypeError(
+                    f"{self!r} needs teacher_image_features, teacher_text_features and teacher_logit_scale; "
+                    "call it as criterion(*student(images, texts), *teacher(images, texts))"
+                )
+            return student, teacher
+        if len(missing) < 3 or teacher.logit_bias is not None:
+            raise TypeError(f"{self!r} has no distillation term; leave out the teacher's features and logit scale")
+        return student, None
 
     def __add__(self, other: PairLoss) -> LossSum:
-        return LossSum(*self._weighted(), *other._weighted()) if isinstance(other, PairLoss) else NotImplemented
+        return LossSum(*self.weighted(), *other.weighted()) if isinstance(other, PairLoss) else NotImplemented
 
     def __radd__(self, other: object) -> PairLoss:
         return self if other == 0 else NotImplemented  # the built-in sum() starts from 0
 
     def __mul__(self, weight: float) -> LossSum:
         check_number(weight=weight)
-        return LossSum(*((weight * own, term) for own, term in self._weighted()))
+        return LossSum(*((weight * own, term) for own, term in self.weighted()))
 
     __rmul__ = __mul__
 
 
-class _Term(PairLoss):
-    """One summand: a value for each pair, read off the statistics of the pair matrix at the term's temperature."""
+_TEACHER = ("teacher_image_features", "teacher_text_features", "teacher_logit_scale")
+_OPTIONAL = ("logit_bias", "teacher_text_features", "teacher_logit_scale", "teacher_logit_bias")
 
-    name: ClassVar[str]
-    needs_teacher: ClassVar[bool]
-    temperature: float = 1.0
 
-    def __init__(
-        self, reduction: Reduction, gather: bool, group: ProcessGroup | None, impl: Impl, memory_budget: int
-    ) -> None:
+class _TermLoss(PairLoss):
+    """A loss of one term. Its arguments are attributes, which are read and checked at every call."""
+
+    kind: type[Term]
+    argument: str
+    default: float
+
+    def __init__(self, argument: float, options: PairOptions) -> None:
         super().__init__()
-        check_choice(REDUCTIONS, reduction=reduction)
-        check_flag(gather=gather)
-        check_choice(IMPLS, impl=impl)
-        check_nonnegative_integer(memory_budget=memory_budget)
-        self.reduction: Reduction = reduction
-        self.gather = gather
-        self.group = group
-        self.impl: Impl = impl
-        self.memory_budget = memory_budget
+        setattr(self, self.argument, argument)
+        for name, value in vars(Options.of(options)).items():
+            setattr(self, name, value)
+        self.term()
 
-    @abstractmethod
-    def values(self, statistics: PairStatistics) -> Tensor:
-        """The loss of each pair, shape ``[N]``."""
+    def term(self) -> Term:
+        """The term with today's argument, checked."""
+        return self.kind(**{self.argument: getattr(self, self.argument)})
 
-    def reduced(self, statistics: PairStatistics) -> Tensor:
-        """The loss, as ``reduction`` asks."""
-        return statistics.ranks.reduce(self.values(statistics), self.reduction)
+    def options(self) -> PairOptions:
+        """Today's options, in which all terms of a sum agree."""
+        return cast(PairOptions, {name: getattr(self, name) for name in OPTIONS})
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What all terms of a sum agree in."""
-        return {name: getattr(self, name) for name in ("reduction", "gather", "group", "impl", "memory_budget")}
+    def weighted(self) -> list[tuple[float, _TermLoss]]:
+        return [(1.0, self)]
 
     def extra_repr(self) -> str:
         """The arguments that are not at their defaults."""
-        return _changed_arguments(self)
-
-    def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """One entry: the loss under its name."""
-        return {self.name: self(*args, **kwargs)}
-
-    def _weighted(self) -> list[tuple[float, _Term]]:
-        return [(1.0, self)]
+        defaults = {self.argument: self.default, **vars(Options())}
+        values = {name: getattr(self, name) for name in defaults}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
 
 
-class MultimodalContrastiveLoss(_Term):
+class MultimodalContrastiveLoss(_TermLoss):
     """Contrastive loss over both directions of a batch of pairs (MCL), with label smoothing.
 
     Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has formula, shapes and errors.
 
     Args:
-        label_smoothing: ε in [0, 1), torch's.
-        reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
-        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
-        group: the process group of ``gather``; None is the world.
-        impl: ``"auto"``, ``"dense"``, ``"tiled"`` or ``"triton"``.
-        memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
+        label_smoothing: ε in [0, 1), as in torch. An attribute, which may change while training.
+        **options: see :class:`~calrobust.functional.PairOptions`.
 
     Raises:
         ValueError: an argument is outside its range.
+        TypeError: an option is unknown.
 
     Example:
         >>> import torch
@@ -138,61 +230,26 @@ class MultimodalContrastiveLoss(_Term):
         tensor(0.3633)
     """
 
-    name = "contrastive"
-    needs_teacher = False
+    kind = Contrastive
+    argument, default = "label_smoothing", 0.0
+    label_smoothing: float
 
-    def __init__(
-        self,
-        *,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-        gather: bool = False,
-        group: ProcessGroup | None = None,
-        impl: Impl = "auto",
-        memory_budget: int = MEMORY_BUDGET,
-    ) -> None:
-        super().__init__(reduction, gather, group, impl, memory_budget)
-        check_fraction(closed=False, label_smoothing=label_smoothing)
-        self.label_smoothing = label_smoothing
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        *,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        """MCL of a batch of pairs."""
-        return multimodal_contrastive_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            labels=labels,
-            label_smoothing=self.label_smoothing,
-            **self.options,
-        )
-
-    def values(self, statistics: PairStatistics) -> Tensor:
-        """MCL of each pair."""
-        return contrastive_terms(statistics, self.label_smoothing)
+    def __init__(self, *, label_smoothing: float = 0.0, **options: Unpack[PairOptions]) -> None:
+        super().__init__(label_smoothing, options)
 
 
-class MultimodalDistillationLoss(_Term):
+class MultimodalDistillationLoss(_TermLoss):
     """Divergence of the student's similarity maps from a teacher's, summed over both directions (MKD).
 
     Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has formula, shapes and errors.
 
     Args:
-        temperature: τ > 0, which softens both maps; the value is multiplied by τ².
-        reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
-        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
-        group: the process group of ``gather``; None is the world.
-        impl: ``"auto"``, ``"dense"``, ``"tiled"`` or ``"triton"``.
-        memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
+        temperature: τ > 0, which softens both maps; the value is multiplied by τ². An attribute, which may change.
+        **options: see :class:`~calrobust.functional.PairOptions`.
 
     Raises:
         ValueError: an argument is outside its range.
+        TypeError: an option is unknown.
 
     Example:
         >>> import torch
@@ -205,60 +262,27 @@ class MultimodalDistillationLoss(_Term):
         {'contrastive': tensor(0.3133), 'distillation': tensor(0.)}
     """
 
-    name = "distillation"
-    needs_teacher = True
+    kind = Distillation
+    argument, default = "temperature", 1.0
+    temperature: float
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        reduction: Reduction = "mean",
-        gather: bool = False,
-        group: ProcessGroup | None = None,
-        impl: Impl = "auto",
-        memory_budget: int = MEMORY_BUDGET,
-    ) -> None:
-        super().__init__(reduction, gather, group, impl, memory_budget)
-        check_positive(temperature=temperature)
-        self.temperature = temperature
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        teacher_image_features: Tensor,
-        teacher_text_features: Tensor,
-        teacher_logit_scale: Tensor | float,
-    ) -> Tensor:
-        """MKD of a batch of pairs seen by student and teacher."""
-        return multimodal_distillation_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            teacher_image_features,
-            teacher_text_features,
-            teacher_logit_scale,
-            temperature=self.temperature,
-            **self.options,
-        )
-
-    def values(self, statistics: PairStatistics) -> Tensor:
-        """MKD of each pair."""
-        return distillation_terms(statistics, self.temperature)
+    def __init__(self, *, temperature: float = 1.0, **options: Unpack[PairOptions]) -> None:
+        super().__init__(temperature, options)
 
 
 class LossSum(PairLoss):
     """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it.
 
-    Terms of one temperature read the same statistics, so that a sum costs one pass over the pair matrix.
+    Terms of one temperature read the same statistics, so that a sum costs one pass over the pair matrix. ``weights``
+    and ``losses`` are lists: to anneal a weight, write ``criterion.weights[1] = 0.5``; to anneal an argument, write
+    ``criterion.losses[0].label_smoothing = 0.1``.
 
     Args:
         weighted: pairs of a weight and a loss.
 
     Raises:
         TypeError: there is no pair, or one of them is not a number and a loss.
-        ValueError: the losses differ in ``reduction``, ``gather``, ``group``, ``impl`` or ``memory_budget``.
+        ValueError: the losses differ in their options.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -266,125 +290,56 @@ class LossSum(PairLoss):
         2 * MultimodalContrastiveLoss(label_smoothing=0.1) + 3 * MultimodalDistillationLoss()
     """
 
-    def __init__(self, *weighted: tuple[float, _Term]) -> None:
+    weights: list[float]
+    losses: list[_TermLoss]
+
+    def __init__(self, *weighted: tuple[float, _TermLoss]) -> None:
         super().__init__()
         if not weighted:
             raise TypeError("a sum must have at least one pair of a weight and a loss, got none")
         for pair in weighted:
-            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], _Term)):
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], _TermLoss)):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
-        self.weighted = tuple((float(weight), loss) for weight, loss in weighted)  # torch takes no int of any size
-        (_, first), *others = weighted
-        for _, other in others:
-            if other.options != first.options:
+        self.losses = [loss for _, loss in weighted]
+        self.weights = [float(weight) for weight, _ in weighted]  # torch takes no int of any size
+        self.weighted()
+
+    def weighted(self) -> list[tuple[float, _TermLoss]]:
+        first, *others = self.losses
+        for other in others:
+            if other.options() != first.options():
                 raise ValueError(
                     f"losses that add must agree in all options but their own, got {first!r} and {other!r}; "
                     "pass the same keyword arguments to both"
                 )
+        return list(zip(self.weights, self.losses, strict=True))
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        teacher_image_features: Tensor | None = None,
-        teacher_text_features: Tensor | None = None,
-        teacher_logit_scale: Tensor | float | None = None,
-        *,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        """The sum of the terms.
-
-        Args:
-            image_features: shape ``[N, D]``.
-            text_features: shape ``[N, D]``.
-            logit_scale: > 0, already exponentiated.
-            teacher_image_features: shape ``[N, E]``; with the next two required if a term distils, and else an error.
-            teacher_text_features: shape ``[N, E]``.
-            teacher_logit_scale: the teacher's own.
-            labels: shape ``[N]``, ``int64``: positives of the contrastive terms.
-
-        Returns:
-            A scalar, or ``[N]`` for ``reduction="none"``.
-        """
-        teacher = (teacher_image_features, teacher_text_features, teacher_logit_scale)
-        first, *others = self.terms(image_features, text_features, logit_scale, *teacher, labels=labels).values()
-        return sum(others, first)
-
-    def terms(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        teacher_image_features: Tensor | None = None,
-        teacher_text_features: Tensor | None = None,
-        teacher_logit_scale: Tensor | float | None = None,
-        *,
-        labels: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The weighted terms by name: ``contrastive``, ``distillation``; a second of a kind is ``distillation_2``."""
-        teacher = self._teacher(teacher_image_features, teacher_text_features, teacher_logit_scale)
-        if labels is not None and not any(isinstance(loss, MultimodalContrastiveLoss) for _, loss in self._weighted()):
-            raise TypeError(f"labels are the positives of a contrastive term, and {self!r} has none; leave them out")
-        statistics: dict[float, PairStatistics] = {}
-        terms: dict[str, Tensor] = {}
-        for weight, loss in self._weighted():
-            if loss.temperature not in statistics:
-                alike = [other for _, other in self._weighted() if other.temperature == loss.temperature]
-                statistics[loss.temperature] = pair_statistics(
-                    image_features,
-                    text_features,
-                    logit_scale,
-                    teacher=teacher if any(other.needs_teacher for other in alike) else None,
-                    labels=labels,
-                    temperature=loss.temperature,
-                    gather=loss.gather,
-                    group=loss.group,
-                    impl=loss.impl,
-                    memory_budget=loss.memory_budget,
-                )
-            count = sum(name.split("_")[0] == loss.name for name in terms)
-            name = f"{loss.name}_{count + 1}" if count else loss.name
-            terms[name] = weight * loss.reduced(statistics[loss.temperature])
-        return terms
-
-    def _teacher(self, image: Tensor | None, text: Tensor | None, scale: Tensor | float | None) -> Teacher | None:
-        if not any(loss.needs_teacher for _, loss in self._weighted()):
-            if image is text is scale is None:
-                return None
-            raise TypeError(f"{self!r} has no distillation term; leave out the teacher's features and logit scale")
-        if image is None or text is None or scale is None:
-            raise TypeError(
-                f"{self!r} needs teacher_image_features, teacher_text_features and teacher_logit_scale; "
-                "call it as criterion(*student(images, texts), *teacher(images, texts))"
-            )
-        return image, text, scale
-
-    def _weighted(self) -> list[tuple[float, _Term]]:
-        return list(self.weighted)
+    def __setattr__(self, name: str, value: Any) -> None:
+        holders = [f"losses[{k}]" for k, loss in enumerate(vars(self).get("losses", ())) if hasattr(loss, name)]
+        if holders and not hasattr(self, name):
+            raise AttributeError(f"{name} belongs to a term of the sum; set criterion.{holders[0]}.{name}")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        return " + ".join(repr(loss) if weight == 1 else f"{weight:g} * {loss!r}" for weight, loss in self._weighted())
+        pairs = zip(self.weights, self.losses, strict=True)
+        return " + ".join(repr(loss) if weight == 1 else f"{weight:g} * {loss!r}" for weight, loss in pairs)
 
 
 class CaRotLoss(LossSum):
     """MCL with label smoothing plus a weight times MKD: CaRot's objective on pairs.
 
-    Module form of :func:`~calrobust.functional.carot_loss`, which has formula, shapes and errors. The same as
-    ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``.
+    The sum ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``
+    under its own name. :func:`~calrobust.functional.carot_loss` has formula, shapes and errors.
 
     Args:
-        label_smoothing: ε in [0, 1), of MCL.
-        distillation_weight: λ, finite; 1.5 in the paper.
-        reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
-        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
-        group: the process group of ``gather``; None is the world.
-        impl: ``"auto"``, ``"dense"``, ``"tiled"`` or ``"triton"``.
-        memory_budget: bytes of temporary logits that ``"auto"`` may hold from forward to backward.
+        label_smoothing: ε in [0, 1), of MCL. An attribute, which may change while training.
+        distillation_weight: λ, finite; 1.5 in the paper. An attribute, too.
+        **options: see :class:`~calrobust.functional.PairOptions`.
 
     Raises:
         ValueError: an argument is outside its range.
+        TypeError: an option is unknown.
 
     Example:
         >>> import torch
@@ -393,41 +348,33 @@ class CaRotLoss(LossSum):
         >>> image = text = torch.eye(2)
         >>> criterion(image, text, 1.0, image, text, 1.0)
         tensor(0.3633)
+        >>> criterion
+        MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * MultimodalDistillationLoss()
     """
 
-    def __init__(
-        self,
-        *,
-        label_smoothing: float,
-        distillation_weight: float,
-        reduction: Reduction = "mean",
-        gather: bool = False,
-        group: ProcessGroup | None = None,
-        impl: Impl = "auto",
-        memory_budget: int = MEMORY_BUDGET,
-    ) -> None:
+    def __init__(self, *, label_smoothing: float, distillation_weight: float, **options: Unpack[PairOptions]) -> None:
         check_number(distillation_weight=distillation_weight)
-        options: dict[str, Any] = {
-            "reduction": reduction,
-            "gather": gather,
-            "group": group,
-            "impl": impl,
-            "memory_budget": memory_budget,
-        }
-        super().__init__(
-            (1.0, MultimodalContrastiveLoss(label_smoothing=label_smoothing, **options)),
-            (distillation_weight, MultimodalDistillationLoss(**options)),
-        )
-        self.label_smoothing = label_smoothing
-        self.distillation_weight = distillation_weight
-        self.reduction: Reduction = reduction
-        self.gather = gather
-        self.group = group
-        self.impl: Impl = impl
-        self.memory_budget = memory_budget
+        contrastive = MultimodalContrastiveLoss(label_smoothing=label_smoothing, **options)
+        super().__init__((1.0, contrastive), (distillation_weight, MultimodalDistillationLoss(**options)))
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({_changed_arguments(self)})"
+    @property
+    def label_smoothing(self) -> float:
+        """ε of the contrastive term."""
+        return float(getattr(self.losses[0], "label_smoothing"))
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: float) -> None:
+        setattr(self.losses[0], "label_smoothing", value)
+
+    @property
+    def distillation_weight(self) -> float:
+        """λ, the weight of the distillation term."""
+        return self.weights[1]
+
+    @distillation_weight.setter
+    def distillation_weight(self, value: float) -> None:
+        check_number(distillation_weight=value)
+        self.weights[1] = float(value)
 
 
 class OrthogonalityLoss(nn.Module):
@@ -440,7 +387,7 @@ class OrthogonalityLoss(nn.Module):
         squared: False gives the norm itself instead of its square.
 
     Raises:
-        TypeError: ``squared`` is no bool.
+        TypeError: ``squared`` is not a bool.
 
     Example:
         >>> import torch
@@ -461,17 +408,12 @@ class OrthogonalityLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that are not at their defaults."""
-        return _changed_arguments(self)
+        return "" if self.squared else "squared=False"
 
-    def _no_sum(self, other: object) -> NoReturn:
+    def _refuse(self, other: object) -> NoReturn:
         raise TypeError(
             "OrthogonalityLoss is a loss on weights and adds to no loss on pairs; add the values: "
             "criterion(...) + 0.2 * orthogonality(model.visual.proj)"
         )
 
-    __add__ = __radd__ = __mul__ = __rmul__ = _no_sum
-
-
-def _changed_arguments(loss: nn.Module) -> str:
-    arguments = ((name, p.default) for name, p in inspect.signature(type(loss)).parameters.items())
-    return ", ".join(f"{name}={getattr(loss, name)!r}" for name, default in arguments if getattr(loss, name) != default)
+    __add__ = __radd__ = __mul__ = __rmul__ = _refuse

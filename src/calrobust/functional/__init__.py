@@ -13,12 +13,14 @@ from calrobust.functional.contrastive import multimodal_contrastive_loss
 from calrobust.functional.distillation import carot_loss, multimodal_distillation_loss
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.orthogonality import orthogonality_loss
+from calrobust.functional.pairs import PairOptions
 from calrobust.functional.scoring import brier_score, negative_log_likelihood
 from calrobust.functional.temperature import fit_temperature
 
 __all__ = [
     "Bins",
     "CalibrationInterval",
+    "PairOptions",
     "adaptive_calibration_error",
     "bin_confidences",
     "binned_error",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
 from torch import Tensor
 
-from calrobust._checks import check_choice, check_fraction, check_number, check_positive
-from calrobust.distributed import REDUCTIONS, ProcessGroup, Reduction
-from calrobust.functional.contrastive import contrastive_terms
-from calrobust.kernels import MEMORY_BUDGET, Impl, PairStatistics, pair_statistics
+from calrobust._checks import check_number, check_positive
+from calrobust.functional.contrastive import Contrastive
+from calrobust.functional.pairs import PairOptions, Request, weighted_terms
+from calrobust.kernels import PairStatistics
 
 
 def multimodal_distillation_loss(
@@ -19,19 +22,15 @@ def multimodal_distillation_loss(
     teacher_logit_scale: Tensor | float,
     *,
     temperature: float = 1.0,
-    reduction: Reduction = "mean",
-    gather: bool = False,
-    group: ProcessGroup | None = None,
-    impl: Impl = "auto",
-    memory_budget: int = MEMORY_BUDGET,
+    **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""Divergence of the student's image-to-text and text-to-image softmaxes from those of a teacher (MKD).
 
     .. math:: \ell_i = \tau^2 \left( \mathrm{KL}(\tilde p_i \,\|\, p_i) + \mathrm{KL}(\tilde q_i \,\|\, q_i) \right)
 
-    where :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
+    Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by :math:`\tau`. The two
-    directions are **summed**, as in the paper; open_clip's ``DistillClipLoss`` averages them, and its value (not its
+    directions are **summed**, as in the paper. open_clip's ``DistillClipLoss`` averages them, and its value (not its
     gradient) also holds the teacher's entropy. The teacher never receives a gradient.
 
     Args:
@@ -42,19 +41,15 @@ def multimodal_distillation_loss(
         teacher_text_features: shape ``[N, E]``.
         teacher_logit_scale: the teacher's own.
         temperature: :math:`\tau` > 0, which softens both maps.
-        reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
-        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
-        group: the process group of ``gather``; None is the world.
-        impl: as in :func:`~calrobust.functional.multimodal_contrastive_loss`.
-        memory_budget: likewise.
+        **options: see :class:`~calrobust.functional.PairOptions`.
 
     Returns:
-        A scalar ≥ 0 in nats, or ``[N]`` for ``"none"``; float32, or float64 if any features are. Exactly 0 where
-        teacher and student are equal.
+        A scalar ≥ 0 in nats, or ``[N]`` for ``reduction="none"``; float32, or float64 if any features are. Exactly 0
+        where teacher and student are equal.
 
     Raises:
         ValueError: as for MCL, of student and teacher; the teacher's batch differs in size; ``temperature`` ≤ 0.
-        TypeError: the features are no floating-point tensors.
+        TypeError: the features are not floating-point tensors, or an option is unknown.
 
     Example:
         >>> import torch
@@ -67,20 +62,10 @@ def multimodal_distillation_loss(
 
     Reference: Oh et al., 2024, :arxiv:`2311.01723`, the self-distillation term of its objective.
     """
-    check_positive(temperature=temperature)
-    check_choice(REDUCTIONS, reduction=reduction)
-    statistics = pair_statistics(
-        image_features,
-        text_features,
-        logit_scale,
-        teacher=(teacher_image_features, teacher_text_features, teacher_logit_scale),
-        temperature=temperature,
-        gather=gather,
-        group=group,
-        impl=impl,
-        memory_budget=memory_budget,
-    )
-    return statistics.ranks.reduce(distillation_terms(statistics, temperature), reduction)
+    student = (image_features, text_features, logit_scale)
+    teacher = (teacher_image_features, teacher_text_features, teacher_logit_scale)
+    (value,) = weighted_terms(lambda: Request([(1, Distillation(temperature))], student, teacher, None), options)
+    return value
 
 
 def carot_loss(
@@ -94,11 +79,7 @@ def carot_loss(
     label_smoothing: float,
     distillation_weight: float,
     labels: Tensor | None = None,
-    reduction: Reduction = "mean",
-    gather: bool = False,
-    group: ProcessGroup | None = None,
-    impl: Impl = "auto",
-    memory_budget: int = MEMORY_BUDGET,
+    **options: Unpack[PairOptions],
 ) -> Tensor:
     r"""MCL with label smoothing plus ``distillation_weight`` times MKD, in one pass over the pair matrix.
 
@@ -114,14 +95,10 @@ def carot_loss(
         label_smoothing: :math:`\varepsilon` in [0, 1), of MCL.
         distillation_weight: :math:`\lambda`, finite; 1.5 in the paper, for MKD summed over its two directions.
         labels: shape ``[N]``, ``int64``: positives of MCL.
-        reduction: ``"mean"`` or ``"sum"`` over the N pairs, or ``"none"``.
-        gather: contrast against the pairs of every rank; see :ref:`many-processes`.
-        group: the process group of ``gather``; None is the world.
-        impl: as in MCL.
-        memory_budget: as in MCL.
+        **options: see :class:`~calrobust.functional.PairOptions`.
 
     Returns:
-        A scalar in nats, or ``[N]`` for ``"none"``; float32, or float64 if any features are.
+        A scalar in nats, or ``[N]`` for ``reduction="none"``; float32, or float64 if any features are.
 
     Raises:
         ValueError: as for MCL and MKD.
@@ -137,26 +114,33 @@ def carot_loss(
     Reference: Oh et al., 2024, :arxiv:`2311.01723`, its objective without the orthogonality term, which is on weights
     (:func:`~calrobust.functional.orthogonality_loss`).
     """
-    check_fraction(closed=False, label_smoothing=label_smoothing)
-    check_number(distillation_weight=distillation_weight)
-    check_choice(REDUCTIONS, reduction=reduction)
-    statistics = pair_statistics(
-        image_features,
-        text_features,
-        logit_scale,
-        teacher=(teacher_image_features, teacher_text_features, teacher_logit_scale),
-        labels=labels,
-        gather=gather,
-        group=group,
-        impl=impl,
-        memory_budget=memory_budget,
-    )
-    contrastive = contrastive_terms(statistics, label_smoothing)
-    values = contrastive + float(distillation_weight) * distillation_terms(statistics, 1.0)
-    return statistics.ranks.reduce(values, reduction)
+    student = (image_features, text_features, logit_scale)
+    teacher = (teacher_image_features, teacher_text_features, teacher_logit_scale)
+
+    def request() -> Request:
+        check_number(distillation_weight=distillation_weight)
+        weighted = [(1, Contrastive(label_smoothing)), (distillation_weight, Distillation())]
+        return Request(weighted, student, teacher, labels)
+
+    contrastive, distillation = weighted_terms(request, options)
+    return contrastive + distillation
 
 
-def distillation_terms(statistics: PairStatistics, temperature: float) -> Tensor:
-    """MKD of each pair, shape ``[N]``, from statistics taken with a teacher and at this temperature."""
-    # Not temperature**2, where Python raises an error for what overflows; nor an int that torch has no room for.
-    return float(temperature) * temperature * (statistics.rows.divergence + statistics.columns.divergence)
+@dataclass(frozen=True)
+class Distillation:
+    """MKD as a term of a sum."""
+
+    name: ClassVar[str] = "distillation"
+    needs_teacher: ClassVar[bool] = True
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the temperature."""
+        check_positive(temperature=self.temperature)
+
+    def values(self, statistics: PairStatistics) -> Tensor:
+        """MKD of each pair, shape ``[N]``, from statistics with a teacher at this temperature."""
+        rows, columns = statistics.rows.divergence, statistics.columns.divergence
+        # Not temperature**2: Python raises an error where that overflows.
+        return float(self.temperature) * float(self.temperature) * (rows + columns)

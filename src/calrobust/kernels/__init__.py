@@ -1,4 +1,19 @@
-"""The seam: all that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix."""
+"""The seam: all that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
+
+The words that every file here uses, for ``S = scale · x yᵀ`` with rows ``x [N, D]`` and columns ``y [M, D]``:
+
+- *own*: the entry of a row and its ``partner``, the column of its pair. It is kept apart from all *other* entries of
+  its row and column, so that a loss near zero is not the small difference of two large numbers.
+- *lse*: the log-sum-exp of the other entries of a row or column. *divergence*: the Kullback-Leibler divergence from a
+  teacher's softmax over them to the student's.
+- *tile*: some rows of S against all columns, the most of S that is in memory at a time. *block*: the rectangle that a
+  program of a CUDA kernel holds on the chip.
+- *part*: statistics over some of the candidates, which `parts.merge` joins. *strip*: the rows of one rank.
+- *unit*: the cost of one matrix product of the size of S.
+
+The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.backward`; `products` takes it on to the
+features.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +23,26 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calrobust._checks import (
-    check_choice,
-    check_features,
-    check_flag,
-    check_labels,
-    check_logit_scale,
-    check_nonnegative_integer,
-    check_teacher,
-    check_triton,
-)
-from calrobust.distributed import REFUSED, ProcessGroup, Ranks, agree
+from calrobust.distributed import Ranks
 from calrobust.kernels import dense, operators
+from calrobust.kernels.dense import Factors
+from calrobust.kernels.parts import Part, divergence_terms, merge, wide
 
-__all__ = ["IMPLS", "MEMORY_BUDGET", "Direction", "Impl", "PairStatistics", "Teacher", "pair_statistics"]
+__all__ = ["IMPLS", "MEMORY_BUDGET", "Direction", "Features", "Impl", "PairBatch", "PairStatistics", "pair_statistics"]
 
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 MEMORY_BUDGET = 256 * 2**20  # bytes of temporary logits
-Teacher = tuple[Tensor, Tensor, "Tensor | float"]
+Features = tuple[Tensor, Tensor, Tensor | float]  # of images and of texts, and the logit scale
 
 
 class Direction(NamedTuple):
-    """Statistics of the logits ``s`` of each anchor against all its candidates, all of shape ``[N]``."""
+    """Statistics of each anchor against all its candidates, of shape ``[N]`` and in the dtype of `parts.wide`."""
 
-    lse: Tensor  # log Σ_j exp s_ij
-    positive: Tensor  # s_ii, or the mean of s_ij over the candidates of the same label
-    mean: Tensor  # mean_j s_ij
-    divergence: Tensor  # KL(teacher's softmax ‖ softmax of s_i), in nats; empty without a teacher
+    negative_log_likelihood: Tensor  # −log of the softmax at the own entry
+    above_positives: Tensor  # own logit − mean logit of the candidates of the same label
+    above_mean: Tensor  # own logit − mean logit
+    divergence: Tensor  # from the teacher's softmax to the student's, in nats; empty without a teacher
 
 
 class PairStatistics(NamedTuple):
@@ -43,130 +50,118 @@ class PairStatistics(NamedTuple):
 
     rows: Direction
     columns: Direction
-    ranks: Ranks  # that share out the batch
+
+
+class PairBatch:
+    """A batch of pairs, seen by a student and maybe by a teacher, with the texts of all ranks."""
+
+    def __init__(self, student: Features, teacher: Features | None, labels: Tensor | None, ranks: Ranks) -> None:
+        """Casts to the dtype of the softmaxes, at least float32, and gathers over the ranks."""
+        models = [student] if teacher is None else [student, teacher]
+        images = student[0]
+        self.operands = images.dtype
+        for image_features, *_ in models:
+            self.operands = torch.promote_types(self.operands, image_features.dtype)
+        self.dtype = torch.promote_types(self.operands, torch.float32)
+        self.ranks = ranks
+        with torch.autocast(images.device.type, enabled=False):
+            self.student = self._factors(student)
+            self.teacher = None
+            if teacher is not None:
+                with torch.no_grad():
+                    self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher)))
+            own = ranks.own
+            self.partner = torch.arange(own.start, own.stop, device=images.device)
+            self.classes = None if labels is None else _classes(ranks.gather(labels, labels.dtype))
+
+    def _factors(self, features: Features) -> Factors:
+        images, texts, scale = features
+        if isinstance(scale, Tensor):
+            scale = _tracked(scale).mean().to(images.device, self.dtype)
+        else:  # What the dtype cannot hold becomes infinite, and the loss NaN; torch would raise an error of its own.
+            scale = math.inf if float(scale) > torch.finfo(self.dtype).max else float(scale)
+            scale = torch.full((), scale, dtype=self.dtype, device=images.device)
+        return Factors(_tracked(images).to(self.dtype), self.ranks.gather(_tracked(texts), self.dtype), scale)
 
 
 def pair_statistics(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    teacher: Teacher | None = None,
-    labels: Tensor | None = None,
-    temperature: float = 1.0,
-    gather: bool = False,
-    group: ProcessGroup | None = None,
-    impl: Impl = "auto",
-    memory_budget: int = MEMORY_BUDGET,
+    batch: PairBatch, *, temperature: float, distils: bool, impl: Impl, memory_budget: int
 ) -> PairStatistics:
-    """The statistics of ``S = logit_scale / temperature · image_features · text_featuresᵀ`` along rows and columns.
+    """The statistics of ``S = scale / temperature · x yᵀ`` along rows and columns, with divergences if a term distils.
 
-    Softmax arithmetic runs in float32, or in float64 if an argument is float64. What is linear in ``S`` is a product of
-    feature sums, O(N·D), and has autograd's own gradient; the softmax part is that of `dense`, `tiled` or `triton`.
-
-    With ``gather``, texts cross ranks once, and ``S`` is the strip of this rank's images against all of them. The
-    statistics of columns are vectors that add up over strips; the gradients of texts come back by one reduce-scatter.
+    What is linear in ``S`` is a product of feature sums, O(N·D), and has autograd's own gradient. The softmax part is
+    that of `dense`, `tiled` or `triton`. The statistics of columns are vectors that merge over the strips of ranks.
     """
-    check_flag(gather=gather)
-    try:
-        check_features(image_features=image_features, text_features=text_features)
-        check_logit_scale(logit_scale=logit_scale)
-        if labels is not None:
-            check_labels(len(image_features), image_features.device, labels=labels)
-        if teacher is not None:
-            check_teacher(image_features, teacher)
-        check_choice(IMPLS, impl=impl)
-        check_nonnegative_integer(memory_budget=memory_budget)
-        if impl == "triton":
-            check_triton(operators.obstacle_to_triton(image_features.device))
-    except (TypeError, ValueError):
-        if gather:
-            agree(REFUSED, group, **_facts(None, None, None))  # the other ranks must not wait for this one
-        raise
-    n = len(image_features)
-    ranks = agree(n, group, **_facts(image_features, teacher, labels)) if gather else Ranks([n])
-    with torch.autocast(image_features.device.type, enabled=False):
-        operands = image_features.dtype
-        if teacher is not None:
-            operands = torch.promote_types(operands, teacher[0].dtype)
-        dtype = torch.promote_types(operands, torch.float32)
-        image_features, text_features = _tracked(image_features), _tracked(text_features)
-        x, scale = image_features.to(dtype), _scale(logit_scale, temperature, image_features.device, dtype)
-        y = ranks.gather(text_features, dtype)
+    x, y, scale = student = batch.student._replace(scale=batch.student.scale / temperature)
+    teacher = None
+    if distils and batch.teacher is not None:
+        teacher = batch.teacher._replace(scale=batch.teacher.scale / temperature)
+    ranks, partner = batch.ranks, batch.partner
+    precise = wide(x.device)
+    with torch.autocast(x.device.type, enabled=False):
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
-        columns = scale * (y @ (x.sum(0) / ranks.total))
-        if labels is None:
-            row_positive = column_positive = scale * torch.linalg.vecdot(x, y[ranks.own])
-            column_mean = ranks.scatter_sum(columns)
-        else:
-            classes, counts = _classes(ranks.gather(labels, labels.dtype))
-            own = classes[ranks.own]
-            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, own)) / counts[ranks.own]
-            texts = scale * torch.linalg.vecdot(y, _class_sums(x, own, classes)) / counts
-            column_mean, column_positive = ranks.scatter_sum(torch.stack([columns, texts], 1)).T
+        own = scale * torch.linalg.vecdot(x, y[ranks.own])
         row_mean = scale * (x @ y.mean(0))
-        student, frozen = (x, y, scale), None
-        if teacher is not None:
-            with torch.no_grad():
-                tx, ty = _tracked(teacher[0]).to(dtype), ranks.gather(_tracked(teacher[1]), dtype)
-                frozen = tx.detach(), ty.detach(), _scale(teacher[2], temperature, tx.device, dtype)
+        column_mean = scale * (y @ (x.sum(0) / ranks.total))
+        if batch.classes is None:
+            row_positive = column_positive = own
+            column_mean = ranks.scatter_sum(column_mean)
+        else:
+            classes, counts = batch.classes
+            of_images = classes[ranks.own]
+            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, of_images)) / counts[ranks.own]
+            of_texts = scale * torch.linalg.vecdot(y, _class_sums(x, of_images, classes)) / counts
+            column_mean, column_positive = ranks.scatter_sum(torch.stack([column_mean, of_texts], 1)).T
         if impl == "dense":
-            strip = dense.softmax_statistics(student, frozen)
+            strip = dense.softmax_statistics(student, teacher, partner)
         else:
             strip = operators.softmax_statistics(
-                student,
-                frozen,
-                impl=impl,
-                memory_budget=memory_budget,
-                operands=operands,
-                first_partner=ranks.own.start,
+                student, teacher, partner, impl=impl, memory_budget=memory_budget, operands=batch.operands
             )
-        column_lse, column_divergence = _merge_columns(strip, ranks)
-        return PairStatistics(
-            Direction(strip.row_lse, row_positive, row_mean, strip.row_divergence),
-            Direction(column_lse, column_positive, column_mean, column_divergence),
-            ranks,
+        own_part, none = Part(own.to(precise)), x.new_empty(0)
+        if teacher is not None:
+            teacher_own = teacher.scale * torch.linalg.vecdot(teacher.x, teacher.y[ranks.own])
+            own_part = Part(own_part.lse, teacher_own.to(precise), torch.zeros_like(own_part.lse))
+        rows, columns = (
+            Direction(
+                -torch.nn.functional.logsigmoid(own_part.lse - other.lse),
+                (own - positive).to(precise),
+                (own - mean).to(precise),
+                merge([other, own_part]).divergence if teacher is not None else none,
+            )
+            for other, positive, mean in (
+                (_to(strip.rows, precise), row_positive, row_mean),
+                (_over_ranks(_to(strip.columns, precise), ranks), column_positive, column_mean),
+            )
         )
+        return PairStatistics(rows, columns)
 
 
-def _merge_columns(strip: dense.SoftmaxStatistics, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Column lse and divergence of this rank's own texts against the images of all ranks."""
+def _to(part: Part, dtype: torch.dtype) -> Part:
+    return Part(*(None if vector is None else vector.to(dtype) for vector in part))
+
+
+def _over_ranks(part: Part, ranks: Ranks) -> Part:
+    """The columns of this rank's own texts against the images of all ranks, from those of its strip."""
     if len(ranks.sizes) == 1:
-        return strip.column_lse, strip.column_divergence
-    part, teacher_part = strip.column_lse, strip.teacher_column_lse
-    parts = part[:, None] if not len(teacher_part) else torch.stack([part, teacher_part], 1)
+        return part
+    if part.teacher_lse is None or part.divergence is None:
+        return Part(_total(part.lse[:, None], ranks)[:, 0])
+    parts = torch.stack([part.lse, part.teacher_lse], 1)
+    total = _total(parts, ranks)
+    share, teacher_share = (parts - ranks.gather(total, total.dtype)).T
+    terms = teacher_share.exp() * part.divergence + divergence_terms(teacher_share, share)
+    return Part(total[:, 0], total[:, 1], ranks.scatter_sum(terms))
+
+
+def _total(parts: Tensor, ranks: Ranks) -> Tensor:
     top = ranks.maximum(parts)
-    share = (parts - top).exp()
-    if len(teacher_part):  # Σ q̃ (t − s) over the strip, weighted by the strip's share in the teacher's softmax
-        gap = strip.column_divergence - part + teacher_part
-        share = torch.cat([share, share[:, 1:] * gap[:, None]], 1)
-    sums = ranks.scatter_sum(share)
-    lse = sums[:, : parts.shape[1]].log() + top[ranks.own]
-    if not len(teacher_part):
-        return lse[:, 0], strip.column_divergence
-    return lse[:, 0], sums[:, 2] / sums[:, 1] + lse[:, 0] - lse[:, 1]
-
-
-def _facts(image_features: Tensor | None, teacher: Teacher | None, labels: Tensor | None) -> dict[str, int]:
-    """What ranks must have in common, for their collectives to fit."""
-    return {
-        "the width of the features": 0 if image_features is None else image_features.shape[1],
-        "the width of the teacher's features": 0 if teacher is None else teacher[0].shape[1],
-        "whether labels are given": int(labels is not None),
-    }
-
-
-def _scale(logit_scale: Tensor | float, temperature: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if not isinstance(logit_scale, Tensor):
-        scale = logit_scale / temperature
-        # What the dtype cannot hold is infinite there, and the loss NaN; torch would raise an error of its own.
-        return torch.full((), math.inf if scale > torch.finfo(dtype).max else scale, dtype=dtype, device=device)
-    return _tracked(logit_scale).reshape(()).to(device, dtype) / temperature
+    return ranks.scatter_sum((parts - top).exp()).log() + top[ranks.own]
 
 
 def _tracked(tensor: Tensor) -> Tensor:
-    """A copy of a tensor made in inference mode, a frozen tower's for example, that autograd may keep for backward."""
-    if torch.compiler.is_compiling():  # which cannot ask
+    """A tensor that autograd may keep for backward: a copy, if it was made in inference mode as by a frozen tower."""
+    if torch.compiler.is_compiling():  # is_inference() cannot be traced
         return tensor
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
@@ -182,6 +177,6 @@ def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor) -> Tensor:
-    """For each of the ``wanted`` classes the sum of its features, which there may be none of."""
-    sums = features.new_zeros(max(len(classes), len(wanted)), features.shape[1]).index_add(0, classes, features)
-    return sums.index_select(0, wanted)  # its backward adds rows, that of indexing entries
+    """For each of the ``wanted`` classes the sum of its features, zero if there are none."""
+    sums = features.new_zeros(max(classes.shape[0], wanted.shape[0]), features.shape[1])
+    return sums.index_add(0, classes, features).index_select(0, wanted)  # its backward is cheaper than that of indexing

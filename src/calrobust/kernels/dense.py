@@ -1,4 +1,4 @@
-"""The softmax statistics of a pair matrix as they are defined: the oracle of every other implementation."""
+"""The softmax statistics of a pair matrix by their definition: the oracle of every other form."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Factors = tuple[Tensor, Tensor, Tensor]  # x [N, D], y [M, D], scale []
+from calrobust.kernels.parts import Part, Strip, divergence_terms, exclude
 
 
-class SoftmaxStatistics(NamedTuple):
-    """What is not linear in ``S = scale · x yᵀ``; the last three are empty without a teacher."""
+class Factors(NamedTuple):
+    """What a pair matrix ``S = scale · x yᵀ`` is made of."""
 
-    row_lse: Tensor
-    column_lse: Tensor
-    row_divergence: Tensor
-    column_divergence: Tensor
-    teacher_column_lse: Tensor
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D]
+    scale: Tensor  # []
 
 
-def softmax_statistics(student: Factors, teacher: Factors | None = None) -> SoftmaxStatistics:
-    """Logsumexp of the rows and columns of S and the Kullback-Leibler divergence from a teacher's softmaxes."""
-    s = _logits(*student)
+def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor) -> Strip:
+    """Log-sum-exp of rows and columns without own entries, and the divergences from a teacher's softmaxes there."""
+    s = _logits(student, partner)
     if teacher is None:
-        return SoftmaxStatistics(s.logsumexp(1), s.logsumexp(0), *(s.new_empty(0) for _ in range(3)))
-    t = _logits(*teacher)
-    divergences = _divergence(t, s, 1), _divergence(t, s, 0)
-    return SoftmaxStatistics(s.logsumexp(1), s.logsumexp(0), *divergences, t.logsumexp(0))
+        return Strip(Part(s.logsumexp(1)), Part(s.logsumexp(0)))
+    t = _logits(teacher, partner)
+    rows, columns = (
+        Part(
+            s.logsumexp(dim),
+            t.logsumexp(dim),
+            divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim).clamp(min=0),
+        )
+        for dim in (1, 0)
+    )
+    return Strip(rows, columns)
 
 
-def _logits(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    return scale * x @ y.T
-
-
-def _divergence(t: Tensor, s: Tensor, dim: int) -> Tensor:
-    log_target, log_probability = t.log_softmax(dim), s.log_softmax(dim)
-    return (log_target.exp() * (log_target - log_probability)).sum(dim)
+def _logits(factors: Factors, partner: Tensor) -> Tensor:
+    return exclude(factors.scale * factors.x @ factors.y.T, partner)

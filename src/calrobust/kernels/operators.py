@@ -1,9 +1,6 @@
-"""The forms that hold no pair matrix, as one pair of torch operators: choice, fake tensors, saved tensors, autograd.
+"""The forms that hold no pair matrix, as one pair of torch operators under an autograd function.
 
-A form is a module with two functions. ``forward`` gives, for the student's matrix and for a teacher's, the row lse
-``[N]``, the column lse ``[M]`` and the row softmaxes, ``[N, M]`` if it keeps them for backward and else ``[0, M]``;
-and, with a teacher, the divergences of rows and of columns. ``backward`` gives the gradients of the student's x, y and
-scale from the factors of ``p, q, p̃, q̃`` in the gradient in S.
+A form is a module with two functions, ``forward`` and ``backward``, of which `tiled` is the one to read.
 """
 
 from __future__ import annotations
@@ -15,41 +12,46 @@ import torch
 from torch import Tensor
 
 from calrobust.kernels import tiled
-from calrobust.kernels.dense import Factors, SoftmaxStatistics
+from calrobust.kernels.dense import Factors
+from calrobust.kernels.parts import Part, Strip
 from calrobust.kernels.products import CAPABILITY
+from calrobust.kernels.tiled import Forward, Softmax, Weights
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 
 
 def softmax_statistics(
     student: Factors,
-    teacher: Factors | None = None,
+    teacher: Factors | None,
+    partner: Tensor,
     *,
     impl: str = "auto",
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
-    first_partner: int = 0,
-) -> SoftmaxStatistics:
+) -> Strip:
     """As `dense.softmax_statistics`, by a form.
 
-    ``"auto"`` is tiled for float64, and if the exponentials fit into ``memory_budget`` bytes, kept then for a backward
-    to come; else it is Triton where that runs. Gradients add up in the dtype of the factors, which came as
-    ``operands``: nothing is lost if they are multiplied in that. ``first_partner`` is the column of the first row's
-    pair.
+    ``"auto"`` is Triton where it runs, but for float64; else it is tiled, and keeps the logits for a backward to come
+    if they fit into ``memory_budget`` bytes. ``operands`` is the dtype in which the features came: nothing is lost if
+    they are multiplied in it.
     """
     x, y, _ = student
-    fits = (1 if teacher is None else 2) * len(x) * len(y) * x.element_size() <= memory_budget
-    differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
-    if impl == "auto":
-        impl = ("kept" if differentiated else "tiled") if fits else "fastest"
-    outputs = _forward([*student, *(teacher or ())], impl, operands or x.dtype, first_partner)
-    row_lse, column_lse, row_divergence, column_divergence = outputs[:4]
-    teacher_column_lse = x.new_empty(0) if teacher is None else outputs[-2].detach()
-    return SoftmaxStatistics(row_lse, column_lse, row_divergence, column_divergence, teacher_column_lse)
+    keep = impl == "auto" and torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
+    if keep and not torch.compiler.is_exporting():  # an export leaves the sizes open
+        keep = (1 if teacher is None else 2) * x.shape[0] * y.shape[0] * x.element_size() <= memory_budget
+    function = _Compiled if torch.compiler.is_compiling() else _Eager
+    frozen: Any = (None, None, None) if teacher is None else teacher
+    found = function.apply(*student, *frozen, partner, impl, keep, operands or x.dtype)
+    row_lse, column_lse, row_divergence, column_divergence, teacher_row_lse, teacher_column_lse = found[:6]
+    if teacher is None:
+        return Strip(Part(row_lse), Part(column_lse))
+    return Strip(
+        Part(row_lse, teacher_row_lse, row_divergence), Part(column_lse, teacher_column_lse, column_divergence)
+    )
 
 
 def obstacle_to_triton(device: torch.device) -> str:
-    """Why the Triton kernels do not run on a device; nothing if they do."""
+    """Why the Triton kernels do not run on a device; empty if they do."""
     if not _TRITON_IS_INSTALLED:
         return "no triton to import"
     if device.type != "cuda":
@@ -62,89 +64,146 @@ def obstacle_to_triton(device: torch.device) -> str:
     return "" if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}"
 
 
-def _uses_triton(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
-    if impl != "fastest":
+def _takes_triton(impl: str, x: Tensor) -> bool:
+    if impl != "auto":
         return impl == "triton"
-    return device.type == "cuda" and dtype != torch.float64 and not obstacle_to_triton(device)
+    return x.device.type == "cuda" and x.dtype != torch.float64 and not obstacle_to_triton(x.device)
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(factors: list[Tensor], impl: str, operands: torch.dtype, first_partner: int) -> list[Tensor]:
-    """Both lse and both divergences, then what backward needs of the student and of the teacher, if there is one."""
-    x = factors[0]
-    if _uses_triton(impl, x.device, x.dtype):
+def _forward(
+    student: list[Tensor], teacher: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype
+) -> list[Tensor]:
+    """Row and column lse, divergences, the teacher's row and column lse, then the logits that are kept of both."""
+    models = Factors(*student), Factors(*teacher) if teacher else None
+    if _takes_triton(impl, student[0]):
         from calrobust.kernels import triton
 
-        matrices, divergences = triton.forward(factors, operands)
+        found = triton.forward(*models, partner, operands)
     else:
-        matrices, divergences = tiled.forward(factors, operands, keep=impl == "kept")
-    row_lse, column_lse, _ = matrices[0]
-    none = [x.new_empty(0), x.new_empty(0)]
-    return [row_lse.clone(), column_lse.clone(), *(divergences or none), *(t for own in matrices for t in own)]
+        found = tiled.forward(*models, partner, operands, keep=keep)
+    none = student[0].new_empty(0)
+    row_lse, column_lse, logits = found.student
+    rows, columns = found.divergences or (none, none.clone())
+    teacher_row_lse, teacher_column_lse, teacher_logits = found.teacher or (none.clone() for _ in range(3))
+    return [row_lse, column_lse, rows, columns, teacher_row_lse, teacher_column_lse, logits, teacher_logits]
+
+
+@_forward.register_fake
+def _(
+    student: list[Tensor], teacher: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype
+) -> list[Tensor]:
+    x, y, _ = student
+    n, m = x.shape[0], y.shape[0]
+    kept = (n if keep and not _takes_triton(impl, x) else 0, m)
+    shapes = [(n,), (m,), *([(n,), (m,)] * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0,)]
+    return [x.new_empty(shape) for shape in shapes]
 
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
 def _backward(
     gradients: list[Tensor],
-    factors: list[Tensor],
-    statistics: list[Tensor],
+    student: list[Tensor],
+    teacher: list[Tensor],
+    partner: Tensor,
+    found: list[Tensor],
+    needs: list[bool],
     impl: str,
     operands: torch.dtype,
-    first_partner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, y and scale from a, b, c, d, the upstream gradients of the four statistics."""
+    """The gradients of the student's x, y and scale from the upstream gradients a, b, c, d of the four statistics."""
     a, b, c, d = gradients
-    weights = [a, b, c, d] if len(factors) == 3 else [a + c, b + d, c, d]
+    models = Factors(*student), Factors(*teacher) if teacher else None
+    weights = Weights(a + c, b + d, c, d) if teacher else Weights(a, b, c, d)
+    row_lse, column_lse, _, _, teacher_row_lse, teacher_column_lse, logits, teacher_logits = found
+    softmaxes = Forward(
+        Softmax(row_lse, column_lse, logits), Softmax(teacher_row_lse, teacher_column_lse, teacher_logits), None
+    )
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
-        if _uses_triton(impl, a.device, a.dtype):
+        if _takes_triton(impl, a):
             from calrobust.kernels import triton
 
-            return triton.backward(weights, factors, statistics, operands, first_partner)
-        return tiled.backward(weights, factors, statistics, operands, first_partner)
-
-
-@_forward.register_fake
-def _(factors: list[Tensor], impl: str, operands: torch.dtype, first_partner: int) -> list[Tensor]:
-    x, y, _ = factors[:3]
-    rows, columns, none = x.new_empty(len(x)), x.new_empty(len(y)), x.new_empty(0)
-    divergences = [none, none] if len(factors) == 3 else [rows, columns]
-    statistics = [rows, columns, x.new_empty(len(x) if impl == "kept" else 0, len(y))] * (len(factors) // 3)
-    return [torch.empty_like(t) for t in (rows, columns, *divergences, *statistics)]
+            return triton.backward(weights, *models, partner, softmaxes, operands, needs)
+        return tiled.backward(weights, *models, partner, softmaxes, operands, needs)
 
 
 @_backward.register_fake
 def _(
     gradients: list[Tensor],
-    factors: list[Tensor],
-    statistics: list[Tensor],
+    student: list[Tensor],
+    teacher: list[Tensor],
+    partner: Tensor,
+    found: list[Tensor],
+    needs: list[bool],
     impl: str,
     operands: torch.dtype,
-    first_partner: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, y, scale = factors[:3]
-    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
+    x, y, scale = (
+        torch.empty_like(factor) if needed else factor.new_empty(0)
+        for factor, needed in zip(student, needs, strict=True)
+    )
+    return x, y, scale
 
 
-def _save(ctx: Any, inputs: tuple[list[Tensor], str, torch.dtype, int], output: list[Tensor]) -> None:
-    factors, *ctx.options = inputs
-    ctx.count = len(factors)
-    ctx.set_materialize_grads(False)  # the kept exponentials are an output too, and have no gradient
-    ctx.save_for_backward(*factors, *output)
+def _refuse(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "the losses that hold no pair matrix have first derivatives in reverse mode only, without vmap; "
+        'for second derivatives, forward mode or vmap pass impl="dense"'
+    )
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None], None, None, None]:
-    factors, outputs = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
-    upstream = [
-        torch.zeros_like(output) if gradient is None else gradient.contiguous()
-        for gradient, output in zip(gradients[:4], outputs[:4], strict=True)
-    ]
-    student = _backward(upstream, factors, outputs[4:], *ctx.options)
-    return [*student, *[None] * (ctx.count - 3)], None, None, None
+class _Compiled(torch.autograd.Function):
+    """The operators with their derivative, as torch.compile and torch.export trace it."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        """The outputs of the forward operator, of which the first four have a gradient."""
+        *factors, partner, impl, keep, operands = inputs
+        teacher = factors[3:] if factors[3] is not None else []
+        return tuple(_forward(factors[:3], teacher, partner, impl, keep, operands))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves all that backward needs."""
+        *tensors, ctx.impl, _, ctx.operands = inputs
+        ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
+        ctx.mark_non_differentiable(*output[4:])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the student's factors."""
+        saved = list(ctx.saved_tensors)  # read once: hooks of checkpointing unpack them at each reading
+        found = saved[7:]
+        upstream = [
+            torch.zeros_like(output) if gradient is None else gradient.contiguous()
+            for gradient, output in zip(gradients[:4], found[:4], strict=True)
+        ]
+        needs = list(ctx.needs_input_grad[:3])
+        run = _differentiated if torch.compiler.is_compiling() else _Derivative.apply
+        student = run(*upstream, *saved, needs, ctx.impl, ctx.operands)
+        return *(gradient if needed else None for gradient, needed in zip(student, needs, strict=True)), *[None] * 7
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> NoReturn:
-    raise RuntimeError('only the dense losses have a second derivative; pass impl="dense"')
+class _Eager(_Compiled):
+    """The same outside of a compiler, which would take no function that refuses derivatives."""
+
+    jvp = vmap = staticmethod(_refuse)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+def _differentiated(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward operator, of tensors one by one as an autograd function must take them."""
+    gradients, student, teacher, (partner, *found) = inputs[:4], inputs[4:7], inputs[7:10], inputs[10:19]
+    frozen = [] if teacher[0] is None else list(teacher)
+    return _backward(list(gradients), list(student), frozen, partner, found, *inputs[19:])
+
+
+class _Derivative(torch.autograd.Function):
+    """The backward operator as a function that refuses to be differentiated."""
+
+    forward = staticmethod(_differentiated)
+    backward = jvp = vmap = staticmethod(_refuse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to save."""

@@ -1,0 +1,245 @@
+"""Losses on pairs as weighted sums of terms, which share one pass over the pair matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from calrobust._checks import (
+    check_choice,
+    check_flag,
+    check_floating,
+    check_labels,
+    check_nonnegative_integer,
+    check_one_device,
+    check_positive,
+)
+from calrobust.distributed import REDUCTIONS, REFUSED, ProcessGroup, Ranks, Reduction, agree
+from calrobust.kernels import IMPLS, MEMORY_BUDGET, Features, Impl, PairBatch, PairStatistics, pair_statistics
+from calrobust.kernels.operators import obstacle_to_triton
+
+
+class PairOptions(TypedDict, total=False):
+    """The keyword options that all losses on pairs share, each with a default.
+
+    Example:
+        >>> from calrobust import MultimodalContrastiveLoss
+        >>> from calrobust.functional import PairOptions
+        >>> options: PairOptions = {"reduction": "sum", "impl": "tiled"}
+        >>> MultimodalContrastiveLoss(**options)
+        MultimodalContrastiveLoss(reduction='sum', impl='tiled')
+    """
+
+    reduction: Reduction
+    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each pair."""
+    gather: bool
+    """Contrast against the pairs of every rank (default False); see :ref:`many-processes`."""
+    group: ProcessGroup | None
+    """The process group of ``gather``; None (default) is the world."""
+    impl: Impl
+    """``"dense"`` holds the N×N matrix and can be differentiated twice. ``"tiled"`` needs O(N·D) memory and recomputes.
+    ``"triton"`` does the same in kernels for CUDA devices. ``"auto"`` (default) takes Triton where it runs; elsewhere
+    it is tiled, and keeps the matrix for backward if it fits into ``memory_budget``."""
+    memory_budget: int
+    """Bytes of logits that ``"auto"`` may hold from forward to backward; 256 MiB by default."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a loss, checked."""
+
+    reduction: Reduction = "mean"
+    gather: bool = False
+    group: ProcessGroup | None = None
+    impl: Impl = "auto"
+    memory_budget: int = MEMORY_BUDGET
+
+    def __post_init__(self) -> None:
+        """Checks each option."""
+        check_choice(REDUCTIONS, reduction=self.reduction)
+        check_flag(gather=self.gather)
+        check_choice(IMPLS, impl=self.impl)
+        check_nonnegative_integer(memory_budget=self.memory_budget)
+
+    @classmethod
+    def of(cls, options: PairOptions) -> Options:
+        """The given options, and defaults for the others."""
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"a loss on pairs must have only options it knows, got {name!r}; they are {OPTIONS}")
+        return cls(**options)
+
+
+OPTIONS = tuple(field.name for field in fields(Options))
+
+
+class Term(Protocol):
+    """A summand: a value for each pair, read off the statistics of the pair matrix at the term's temperature."""
+
+    name: ClassVar[str]
+    needs_teacher: ClassVar[bool]
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits."""
+
+    def values(self, statistics: PairStatistics) -> Tensor:
+        """The term of each pair, shape ``[N]``."""
+
+
+class Request(NamedTuple):
+    """What is asked of a batch of pairs: a weighted sum of terms."""
+
+    weighted: Sequence[tuple[float, Term]]
+    student: Features
+    teacher: Features | None
+    labels: Tensor | None
+
+
+def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
+    """Each term times its weight, reduced over the pairs of all ranks; terms of one temperature share one pass.
+
+    With ``gather``, whatever is wrong with the batch of one rank raises on all of them, since none may wait for
+    another: so the request is a function, whose errors are told as well.
+    """
+    return (_gathered_terms if options.get("gather") else _weighted_terms)(request, options)
+
+
+def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
+    gather, group = options.get("gather", False), options.get("group")
+    check_flag(gather=gather)
+    try:
+        checked = Options.of(options)
+        weighted, student, teacher, labels = request()
+        _check(student, teacher, labels, checked)
+    except (TypeError, ValueError):
+        if gather:
+            agree(REFUSED, group, {}, torch.device("cpu"))
+        raise
+    n, device = student[0].shape[0], student[0].device
+    ranks = Ranks([n])
+    if gather:
+        ranks = agree(n, group, _facts(weighted, student, teacher, labels, checked), device)
+    batch = PairBatch(student, teacher, labels, ranks)
+    statistics: dict[float, PairStatistics] = {}
+    terms = []
+    for weight, term in weighted:
+        temperature = float(term.temperature)
+        if temperature not in statistics:
+            statistics[temperature] = pair_statistics(
+                batch,
+                temperature=temperature,
+                distils=any(other.needs_teacher for _, other in weighted if other.temperature == temperature),
+                impl=checked.impl,
+                memory_budget=checked.memory_budget,
+            )
+        value = ranks.reduce(term.values(statistics[temperature]), checked.reduction)
+        terms.append((float(weight) * value).to(batch.dtype))
+    return terms
+
+
+_gathered_terms = torch.compiler.disable(
+    _weighted_terms,
+    reason="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
+    "compile the model, and leave the loss out of fullgraph=True",
+)
+
+
+def _facts(
+    weighted: Sequence[tuple[float, Term]],
+    student: Features,
+    teacher: Features | None,
+    labels: Tensor | None,
+    options: Options,
+) -> dict[str, object]:
+    """What ranks must have in common, for their collectives to fit and for the loss to be one."""
+    facts: dict[str, object] = {
+        "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in weighted),
+        "reduction": options.reduction,
+        "whether labels are given": labels is not None,
+    }
+    for whose, features in (("", student), ("the teacher's ", teacher)):
+        facts[f"whether {whose or 'the '}features are given"] = features is not None
+        if features is None:
+            continue
+        images, texts, scale = features
+        facts[f"the width of {whose}features"] = images.shape[1]
+        facts[f"the dtype of {whose}features"] = str(images.dtype)
+        facts[f"{whose}logit_scale, if it is a number"] = None if isinstance(scale, Tensor) else float(scale)
+        if features is student:
+            facts["whether image_features need a gradient"] = torch.is_grad_enabled() and images.requires_grad
+            facts["whether text_features need a gradient"] = torch.is_grad_enabled() and texts.requires_grad
+    return facts
+
+
+def _check(student: Features, teacher: Features | None, labels: Tensor | None, options: Options) -> None:
+    image_features, text_features, logit_scale = student
+    _check_features(image_features=image_features, text_features=text_features)
+    _check_logit_scale(logit_scale=logit_scale)
+    if labels is not None:
+        check_labels(image_features.shape[0], image_features.device, labels=labels)
+    if teacher is not None:
+        teacher_image_features, teacher_text_features, teacher_logit_scale = teacher
+        _check_features(
+            teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features
+        )
+        _check_logit_scale(teacher_logit_scale=teacher_logit_scale)
+        if teacher_image_features.shape[0] != image_features.shape[0]:
+            raise ValueError(
+                "teacher_image_features and image_features must hold the same pairs, got "
+                f"{list(teacher_image_features.shape)} and {list(image_features.shape)}; "
+                "run the teacher on the same batch"
+            )
+        check_one_device(teacher_image_features=teacher_image_features, image_features=image_features)
+    if options.impl == "triton" and (obstacle := obstacle_to_triton(image_features.device)):
+        raise ValueError(
+            "impl='triton' must find triton and features on a CUDA device of compute capability 8.0 or more, "
+            f"got {obstacle}; provide that, or pass impl='auto', which takes what there is"
+        )
+
+
+def _check_features(**features: Any) -> None:
+    """Raises unless the two arguments are floating ``[N, D]`` tensors, N ≥ 1, alike in shape, dtype and device."""
+    check_floating(**features)
+    (first, a), (second, b) = features.items()
+    for name, value in features.items():
+        if value.ndim != 2:
+            raise ValueError(
+                f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair"
+            )
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{first} and {second} must have the same shape [N, D], got {list(a.shape)} and {list(b.shape)}; "
+            "row i of one is the partner of row i of the other"
+        )
+    if a.dtype != b.dtype:
+        raise ValueError(
+            f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()"
+        )
+    check_one_device(**features)
+    if a.numel() == 0:
+        raise ValueError(f"{first} and {second} must hold at least one pair and one dimension, got {list(a.shape)}")
+
+
+def _check_logit_scale(**scales: Any) -> None:
+    """Raises unless the argument is a positive number, or a floating tensor of one positive value."""
+    for name, value in scales.items():
+        if not isinstance(value, Tensor):
+            check_positive(**{name: value})
+            continue
+        check_floating(**{name: value})
+        if value.numel() == 0:
+            raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass model.logit_scale.exp()")
+        if value.numel() > 1:  # DataParallel gives a copy for each replica
+            if value.ndim != 1 or not bool((value == value[0]).all()):
+                raise ValueError(
+                    f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
+                    f"{list(value.shape)}; pass model.logit_scale.exp()"
+                )
+        # Elsewhere, a look at the value would wait for the device.
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
+            raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")

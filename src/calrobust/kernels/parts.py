@@ -1,0 +1,71 @@
+r"""Softmax statistics of disjoint sets of candidates, and how they merge into those of the union.
+
+The log-sum-exp of a union is that of the parts' own. The divergence follows the chain rule of relative entropy: with
+:math:`\tilde w_k, w_k` the shares of part k in the teacher's and in the student's softmax,
+
+.. math:: \mathrm{KL} = \sum_k \tilde w_k \mathrm{KL}_k + \mathrm{KL}(\tilde w \,\|\, w)
+
+**Small divergences.** Both softmaxes sum to 1, so :math:`\sum_j \tilde p_j \log(\tilde p_j / p_j)` is also
+:math:`\sum_j (\tilde p_j \delta_j + p_j - \tilde p_j)` with :math:`\delta_j = \log \tilde p_j - \log p_j`. No term of
+this sum is negative, so none cancels another, and an error in a log-sum-exp counts only by its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EXCLUDED = -1e38  # the logit of an entry that does not count; finite, so that the difference of two is 0
+NO_FLOAT64 = ("mps",)  # types of devices without float64
+
+
+class Part(NamedTuple):
+    """Statistics of some anchors over a set of candidates, each of shape ``[length]``."""
+
+    lse: Tensor
+    teacher_lse: Tensor | None = None
+    divergence: Tensor | None = None  # from the teacher's softmax over these candidates to the student's, in nats
+
+
+class Strip(NamedTuple):
+    """The rows and the columns of the pair matrix, or of some of its rows, without each row's own entry."""
+
+    rows: Part
+    columns: Part
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype in which vectors of statistics are merged."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+
+
+def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:
+    """The summands ``p̃ δ + p − p̃`` of a divergence: none is negative beyond rounding, whatever the two are."""
+    gap = log_target - log_probability
+    target, probability = log_target.exp(), log_probability.exp()
+    near = target * (torch.expm1(-gap.clamp(min=-1)) + gap)
+    return torch.where(gap < -1, probability - target * (1 - gap), near)  # expm1 would overflow
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """The statistics over the union of the parts' candidates."""
+    lse = torch.stack([part.lse for part in parts])
+    total = lse.logsumexp(0)
+    if parts[0].teacher_lse is None:
+        return Part(total)
+    teacher_lse = torch.stack([part.teacher_lse for part in parts if part.teacher_lse is not None])
+    within = torch.stack([part.divergence for part in parts if part.divergence is not None])
+    teacher_total = teacher_lse.logsumexp(0)
+    log_target = teacher_lse - teacher_total
+    divergence = log_target.exp() * within + divergence_terms(log_target, lse - total)
+    return Part(total, teacher_total, divergence.sum(0))
+
+
+def exclude(logits: Tensor, partner: Tensor) -> Tensor:
+    """``logits`` with `EXCLUDED` in column ``partner[i]`` of row i; a partner of -1 excludes nothing."""
+    column = partner.clamp(min=0)[:, None]
+    own = torch.where(partner[:, None] < 0, logits.gather(1, column), EXCLUDED)
+    return logits.scatter(1, column, own)

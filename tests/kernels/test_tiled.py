@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import assert_like_dense, factors, value_and_gradients
-from strategies import class_labels, seeds, unit_rows
+from matrices import assert_like_dense, factors, partners, value_and_gradients, vectors
+from strategies import seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from calrobust import kernels
-from calrobust.kernels import operators, pair_statistics, tiled
+from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
+from calrobust.kernels import operators, parts, tiled
 from calrobust.kernels.dense import Factors
 
 KEEP, RECOMPUTE = 2**40, 0
@@ -57,7 +60,7 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     x = torch.tensor([[gap, 0.0], [0.0, 1.0], [-gap, 2.0], [0.5, -1.0], [gap / 2, gap]], dtype=dtype)
     y = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.5, 0.5], [-0.5, 0.1]], dtype=dtype)
     one = torch.tensor(1.0, dtype=dtype)
-    inputs = [(x, y, one), (x.flip(0), y.flip(0), 0.5 * one)]
+    inputs = [Factors(x, y, one), Factors(x.flip(0), y.flip(0), 0.5 * one)]
     outputs, gradients = value_and_gradients(tiled_with(budget), inputs)
     assert all(v.isfinite().all() for v in (*outputs, *gradients))
     assert_like_dense(tiled_with(budget), inputs, 1e-12 if dtype == torch.float64 else 1e-5)
@@ -67,21 +70,33 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
 def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, so that dense and tiled are not wrong together."""
     monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
-    student, *teacher = factors(5, 6, 3, 0, scale=3.0, teacher=True)
+    student, teacher = factors(5, 6, 3, 0, scale=3.0, teacher=True)
     for factor in student:
         factor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *moved: tuple(tiled_with(budget)(moved, *teacher)), student)
+
+    def statistics(*moved: Tensor) -> tuple[Tensor, ...]:
+        return tuple(v for v in vectors(tiled_with(budget)(Factors(*moved), teacher, partners(5, 6))) if v.requires_grad)
+
+    assert len(statistics(*student)) == 4
+    assert torch.autograd.gradcheck(statistics, tuple(student))
 
 
-# opcheck itself looks at the .grad of tensors that are no leaves
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_operator_passes_opcheck() -> None:
-    """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
-    for teacher, impl in product((False, True), ("tiled", "kept")):
-        inputs = [factor for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher) for factor in model]
-        for student in inputs[:3]:
-            student.requires_grad_()
-        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, impl, torch.float64, 0))
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_operators_pass_opcheck(teacher: bool, keep: bool) -> None:
+    """Schema, fake tensors and tracing, as torch.library checks them."""
+    student, *frozen = (list(model) for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher))
+    models = student, frozen[0] if frozen else []
+    checks = ("test_schema", "test_faketensor")  # the derivative is that of an autograd function around them
+    inputs = (*models, partners(7, 5), "tiled", keep, torch.float64)
+    torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
+    found = torch.ops.calrobust.softmax_statistics(*inputs)
+    upstream = [torch.ones_like(found[k]) for k in (0, 1, 4, 5)]
+    for needs in ([True, True, True], [True, False, True], [False, True, True], [False, False, True]):
+        inputs = (upstream, *models, partners(7, 5), found, needs, "tiled", torch.float64)
+        torch.library.opcheck(
+            torch.ops.calrobust.softmax_statistics_backward.default, inputs, test_utils=checks
+        )
 
 
 def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
@@ -89,10 +104,10 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
     x, y, scale = unit_rows(33, 8, 0, torch.float32), unit_rows(33, 8, 1, torch.float32), torch.tensor(50.0)
     for statistics in (tiled_with(KEEP), tiled_with(RECOMPUTE)):
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-        result = statistics((a, b, scale), (x, y, scale))
-        assert (result.row_divergence == 0).all()
-        assert (result.column_divergence == 0).all()
-        for gradient in torch.autograd.grad(result.row_divergence.sum() + result.column_divergence.sum(), (a, b)):
+        rows, columns = statistics(Factors(a, b, scale), Factors(x, y, scale), partners(33, 33))
+        assert (rows.divergence == 0).all()
+        assert (columns.divergence == 0).all()
+        for gradient in torch.autograd.grad(rows.divergence.sum() + columns.divergence.sum(), (a, b)):
             assert (gradient == 0).all()
 
 
@@ -105,7 +120,7 @@ def largest_saved(memory_budget: int, inputs: list[Factors]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        operators.softmax_statistics(*inputs, memory_budget=memory_budget)
+        value_and_gradients(tiled_with(memory_budget), inputs)
     return max(sizes)
 
 
@@ -115,7 +130,6 @@ def test_no_matrix_outlives_forward_unless_it_fits_into_the_budget(teacher: bool
     n, width = 64, 4
     inputs = factors(n, n, width, 0, scale=1.0, teacher=teacher)
     need = (1 + teacher) * 8 * n * n
-    inputs[0][0].requires_grad_()
     assert largest_saved(need, inputs) == n * n
     assert largest_saved(need - 1, inputs) <= n * (width + 1)
 
@@ -129,31 +143,16 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
     kept: list[bool] = []
     original = tiled.forward
 
-    def noted(factors: list[Tensor], operands: torch.dtype, *, keep: bool) -> Any:
+    def noted(*inputs: Any, keep: bool) -> Any:
         kept.append(keep)
-        return original(factors, operands, keep=keep)
+        return original(*inputs, keep=keep)
 
     monkeypatch.setattr(tiled, "forward", noted)
     ((x, y, scale),) = factors(9, 9, 3, 0, scale=1.0, teacher=False)
     with torch.set_grad_enabled(enabled):
-        operators.softmax_statistics((x.requires_grad_(needs_gradient), y, scale), memory_budget=KEEP)
+        student = Factors(x.requires_grad_(needs_gradient), y, scale)
+        operators.softmax_statistics(student, None, partners(9, 9), memory_budget=KEEP)
     assert kept == [needs_gradient and enabled]
-
-
-@pytest.mark.parametrize(("budget", "times"), [(KEEP, 1), (RECOMPUTE, 2)])
-def test_kept_exponentials_are_not_formed_again(budget: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits of a tile are multiplied once, and once more in backward only if nothing was kept."""
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
-    formed: list[slice] = []
-    original = tiled._Matrix.logits
-
-    def noted(matrix: Any, tile: slice, out: Tensor) -> Tensor:
-        formed.append(tile)
-        return original(matrix, tile, out)
-
-    monkeypatch.setattr(tiled._Matrix, "logits", noted)
-    value_and_gradients(tiled_with(budget), factors(6, 6, 3, 0, scale=1.0, teacher=False))
-    assert len(formed) == 3 * times
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,7 @@ def test_a_tile_fits_the_cache_and_is_never_thin(n: int, m: int, device: str, dt
 
 
 def test_the_form_gets_the_options_and_the_dtype_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the caller gave them; the dense definition is no form, and is asked for by its name."""
+    """As the caller gave them; the dense definition is asked for by its name."""
     got: list[dict[str, Any]] = []
     original = operators.softmax_statistics
 
@@ -183,10 +182,10 @@ def test_the_form_gets_the_options_and_the_dtype_of_the_features(monkeypatch: py
 
     monkeypatch.setattr(operators, "softmax_statistics", noted)
     x, y = unit_rows(5, 3, 0, torch.bfloat16), unit_rows(5, 3, 1, torch.bfloat16)
-    pair_statistics(x, y, 2.0, impl="dense")
+    multimodal_contrastive_loss(x, y, 2.0, impl="dense")
     assert got == []
-    pair_statistics(x, y, 2.0, impl="tiled", memory_budget=7)
-    assert got == [{"impl": "tiled", "memory_budget": 7, "operands": torch.bfloat16, "first_partner": 0}]
+    multimodal_contrastive_loss(x, y, 2.0, impl="tiled", memory_budget=7)
+    assert got == [{"impl": "tiled", "memory_budget": 7, "operands": torch.bfloat16}]
 
 
 def test_only_what_autograd_cannot_keep_is_copied() -> None:
@@ -201,39 +200,187 @@ def test_only_what_autograd_cannot_keep_is_copied() -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
-def test_a_nan_feature_gives_nan_statistics(impl: Any) -> None:
-    """Never a finite wrong value."""
+@pytest.mark.parametrize("place", ["image", "text"])
+def test_a_nan_feature_gives_a_nan_loss_for_every_pair(impl: Any, place: str) -> None:
+    """Each pair is compared with every image and every text, so none has a finite wrong value."""
     x, y = unit_rows(9, 4, 0), unit_rows(9, 4, 1)
-    x[3, 2] = torch.nan
-    statistics = pair_statistics(x, y, 10.0, impl=impl)
-    assert statistics.columns.lse.isnan().all()
-    assert statistics.rows.lse[3].isnan()
+    (x if place == "image" else y)[3, 2] = torch.nan
+    student, teacher = (x, y, 10.0), (unit_rows(9, 4, 2), unit_rows(9, 4, 3), 10.0)
+    for a, b in ((student, teacher), (teacher, student)):
+        assert multimodal_distillation_loss(*a, *b, impl=impl, reduction="none").isnan().all()
+    assert multimodal_contrastive_loss(*student, impl=impl, reduction="none").isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
 def test_layout_of_the_features_does_not_matter(impl: Any) -> None:
-    """Transposed and strided features give the statistics of their contiguous copies."""
+    """Transposed and strided features give the loss of their contiguous copies."""
     x, y = unit_rows(8, 12, 0)[:, ::2], unit_rows(6, 8, 1).T
-    strided = pair_statistics(x, y, 3.0, impl=impl)
-    contiguous = pair_statistics(x.clone(), y.contiguous(), 3.0, impl=impl)
-    assert_close((*strided.rows, *strided.columns), (*contiguous.rows, *contiguous.columns))
+    strided = multimodal_contrastive_loss(x, y, 3.0, impl=impl, reduction="none")
+    assert_close(strided, multimodal_contrastive_loss(x.clone(), y.contiguous(), 3.0, impl=impl, reduction="none"))
 
 
-def test_class_means_need_no_sorted_labels() -> None:
-    """The positive logit with labels is the mean over the pairs of the same label, however labels are numbered."""
-    x, y, labels = unit_rows(21, 5, 0), unit_rows(21, 5, 1), class_labels(21, 2)
-    assert len(labels.unique()) < len(labels)
-    s = 7.0 * x @ y.T
-    same = labels[:, None] == labels[None, :]
-    statistics = pair_statistics(x, y, 7.0, labels=labels)
-    assert_close(statistics.rows.positive, (s * same).sum(1) / same.sum(1))
-    assert_close(statistics.columns.positive, (s * same).sum(0) / same.sum(0))
+REFUSAL = r'first derivatives in reverse mode only.*pass impl="dense"$'
 
 
-def test_differentiating_the_tiled_form_twice_is_refused() -> None:
-    """It has no second derivative, and says so instead of giving a wrong one."""
-    (x, y, scale), *_ = factors(5, 5, 3, 0, scale=1.0, teacher=False)
-    statistics = operators.softmax_statistics((x.requires_grad_(), y, scale))
-    (gradient,) = torch.autograd.grad(statistics.row_lse.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r'^only the dense losses have a second derivative; pass impl="dense"$'):
-        torch.autograd.grad(gradient.sum(), x)
+def twice(loss: Any, x: Tensor) -> Any:
+    """The gradient of the sum of the gradient."""
+    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
+    return torch.autograd.grad(gradient.sum(), x)
+
+
+def dual(loss: Any, x: Tensor) -> Any:
+    """A directional derivative by torch's dual numbers."""
+    with torch.autograd.forward_ad.dual_level():
+        return loss(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # in torch's own forward mode
+@pytest.mark.parametrize("impl", ["tiled", "auto"])
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        twice,
+        dual,
+        lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+        lambda loss, x: torch.func.jacfwd(loss)(x),
+        lambda loss, x: torch.func.hessian(loss)(x),
+        lambda loss, x: torch.func.vmap(loss)(x[None]),
+        lambda loss, x: torch.func.grad(lambda z: torch.func.grad(loss)(z).sum())(x),
+    ],
+    ids=["twice", "dual", "jvp", "jacfwd", "hessian", "vmap", "grad of grad"],
+)
+def test_what_the_tiled_form_cannot_differentiate_is_refused(derivative: Any, impl: Any) -> None:
+    """It says so instead of giving a wrong value, and names the form that can, which does."""
+    x, y = unit_rows(5, 3, 0), unit_rows(5, 3, 1)
+    teacher = unit_rows(5, 3, 2), unit_rows(5, 3, 3), 2.0
+
+    def loss(form: Any) -> Any:
+        options: Any = {"label_smoothing": 0.1, "distillation_weight": 1.0, "impl": form}
+        return lambda z: carot_loss(z, y, 3.0, *teacher, **options)
+
+    with pytest.raises(RuntimeError, match=REFUSAL):
+        derivative(loss(impl), x.clone())
+    derivative(loss("dense"), x.clone())
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled", "auto"])
+def test_reverse_mode_transforms_give_the_gradient_of_autograd(impl: Any) -> None:
+    """``torch.func.grad`` and ``vjp``, also in the teacher's place, where it is zero."""
+    x, y, t = unit_rows(7, 3, 0), unit_rows(7, 3, 1), unit_rows(7, 3, 2)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return carot_loss(a, y, 5.0, b, y, 4.0, label_smoothing=0.1, distillation_weight=1.5, impl=impl)
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, t), leaf)
+    ours, teachers = torch.func.grad(loss, argnums=(0, 1))(x, t)
+    assert_close(ours, expected)
+    assert not teachers.any()
+    assert_close(torch.func.vjp(lambda a: loss(a, t), x)[1](torch.tensor(2.0).double())[0], 2 * expected)
+
+
+def test_activation_checkpointing_and_saved_tensor_hooks_see_each_tensor_once() -> None:
+    """Without reentrance each saved tensor may be unpacked a single time."""
+    x, y = unit_rows(9, 3, 0).requires_grad_(), unit_rows(9, 3, 1)
+    teacher = unit_rows(9, 3, 2), unit_rows(9, 3, 3), 4.0
+    expected = None
+    for impl in ("dense", "tiled", "auto"):
+        options: Any = {"label_smoothing": 0.1, "distillation_weight": 1.5, "impl": impl}
+
+        def loss(images: Tensor, options: Any = options) -> Tensor:
+            return carot_loss(images, y, 5.0, *teacher, **options)
+
+        value: Any = checkpoint(loss, x, use_reentrant=False)
+        (gradient,) = torch.autograd.grad(value, x)
+        expected = gradient if expected is None else expected
+        assert_close(gradient, expected)
+        with torch.autograd.graph.save_on_cpu():
+            value = loss(x)
+        assert_close(torch.autograd.grad(value, x)[0], expected)
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled", "auto"])
+def test_exports_with_a_batch_of_any_size(impl: Any) -> None:
+    """``torch.export`` with a dynamic batch gives a program for other sizes."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor, tx: Tensor, ty: Tensor) -> Tensor:
+            return carot_loss(x, y, 5.0, tx, ty, 4.0, label_smoothing=0.1, distillation_weight=1.5, impl=impl)
+
+    def inputs(n: int) -> tuple[Tensor, ...]:
+        return tuple(unit_rows(n, 3, seed) for seed in range(4))
+
+    shapes = tuple({0: torch.export.Dim("n", min=2, max=4096)} for _ in range(4))
+    program = torch.export.export(Loss(), inputs(6), dynamic_shapes=shapes).module()
+    for n in (2, 6, 11):
+        assert_close(program(*inputs(n)), Loss()(*inputs(n)))
+
+
+@pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("frozen", ["", "x", "y"])
+@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+def test_products_are_as_many_as_documented(
+    budget: int, teacher: bool, frozen: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units: forward 1 (2), backward 2, again 1 (2) if nothing was kept, 1 less for a frozen tower; on a device too."""
+    monkeypatch.setattr(tiled, "_is_looked_at", lambda _: device == "cpu")
+    open_operators(monkeypatch)
+    student, *others = factors(6, 6, 3, 0, scale=1.0, teacher=teacher)
+    x, y, scale = student
+    student = Factors(x.requires_grad_(frozen != "x"), y.requires_grad_(frozen != "y"), scale.requires_grad_())
+    counter = Products()
+    with counter:
+        strip = tiled_with(budget)(student, others[0] if others else None, partners(6, 6))
+        torch.stack([v.sum() for v in vectors(strip) if v.requires_grad]).sum().backward()
+    widths = 3 + 4 * teacher  # the teacher's features are one wider
+    assert counter.width == widths * (1 if budget else 2) + 3 * (1 if frozen else 2)
+    for factor, name in ((x, "x"), (y, "y")):
+        assert (factor.grad is None) == (frozen == name)
+
+
+def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS: no tensor of a loss is float64, and value and gradients are those of float32."""
+    monkeypatch.setattr(parts, "NO_FLOAT64", ("cpu",))
+    open_operators(monkeypatch)
+    features = [unit_rows(40, 8, seed, torch.float32).requires_grad_(seed < 2) for seed in range(4)]
+    for impl in ("dense", "tiled", "auto"):
+        options: Any = {"label_smoothing": 0.1, "distillation_weight": 1.5, "impl": impl}
+        with NoFloat64():
+            value = carot_loss(*features[:2], 20.0, *features[2:], 15.0, **options)
+            found = torch.autograd.grad(value, features[:2])
+        exact = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts, "NO_FLOAT64", ())
+            expected = carot_loss(*exact[:2], 20.0, *exact[2:], 15.0, **{**options, "impl": "dense"})
+        assert_close(value.double(), expected, rtol=1e-5, atol=0)
+        for a, b in zip(found, torch.autograd.grad(expected, exact[:2]), strict=True):
+            assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def open_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the operators as plain functions, into which a dispatch mode sees."""
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(operators, name, getattr(operators, name)._init_fn)
+
+
+class Products(TorchDispatchMode):
+    """Adds up the inner sizes of the products with a 6×6 matrix."""
+
+    width = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            (n, k), (_, m) = (operand.shape for operand in args[-2:])
+            self.width += n * k * m // 36
+        return func(*args, **(kwargs or {}))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a float64 tensor of more than a number is made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            assert not isinstance(tensor, Tensor) or tensor.dtype != torch.float64, func
+        return out

@@ -20,18 +20,16 @@ class Factors(NamedTuple):
 def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor) -> Strip:
     """Log-sum-exp of rows and columns without own entries, and the divergences from a teacher's softmaxes there."""
     s = _logits(student, partner)
-    if teacher is None:
-        return Strip(Part(s.logsumexp(1)), Part(s.logsumexp(0)))
-    t = _logits(teacher, partner)
-    rows, columns = (
-        Part(
-            s.logsumexp(dim),
-            t.logsumexp(dim),
-            divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim).clamp(min=0),
-        )
-        for dim in (1, 0)
-    )
-    return Strip(rows, columns)
+    t = None if teacher is None else _logits(teacher, partner)
+    return Strip(along(1, s, t), along(0, s, t))
+
+
+def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
+    """The statistics of the softmaxes of logits along a dimension."""
+    if t is None:
+        return Part(s.logsumexp(dim))
+    divergence = divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim)
+    return Part(s.logsumexp(dim), t.logsumexp(dim), divergence.clamp(min=0))
 
 
 def _logits(factors: Factors, partner: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import Part, Strip
 from calrobust.kernels.products import CAPABILITY
-from calrobust.kernels.tiled import Forward, Softmax, Weights
+from calrobust.kernels.tiled import Softmaxes, Weights
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 
@@ -42,12 +42,9 @@ def softmax_statistics(
     function = _Compiled if torch.compiler.is_compiling() else _Eager
     frozen: Any = (None, None, None) if teacher is None else teacher
     found = function.apply(*student, *frozen, partner, impl, keep, operands or x.dtype)
-    row_lse, column_lse, row_divergence, column_divergence, teacher_row_lse, teacher_column_lse = found[:6]
     if teacher is None:
-        return Strip(Part(row_lse), Part(column_lse))
-    return Strip(
-        Part(row_lse, teacher_row_lse, row_divergence), Part(column_lse, teacher_column_lse, column_divergence)
-    )
+        return Strip(Part(found[0]), Part(found[1]))
+    return Strip(Part(*found[0:6:2]), Part(*found[1:6:2]))
 
 
 def obstacle_to_triton(device: torch.device) -> str:
@@ -74,19 +71,18 @@ def _takes_triton(impl: str, x: Tensor) -> bool:
 def _forward(
     student: list[Tensor], teacher: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype
 ) -> list[Tensor]:
-    """Row and column lse, divergences, the teacher's row and column lse, then the logits that are kept of both."""
+    """Row and column lse, the teacher's, the divergences, then the logits that are kept of both; empty if absent."""
     models = Factors(*student), Factors(*teacher) if teacher else None
     if _takes_triton(impl, student[0]):
         from calrobust.kernels import triton
 
-        found = triton.forward(*models, partner, operands)
+        strip, kept = triton.forward(*models, partner, operands), []
     else:
-        found = tiled.forward(*models, partner, operands, keep=keep)
-    none = student[0].new_empty(0)
-    row_lse, column_lse, logits = found.student
-    rows, columns = found.divergences or (none, none.clone())
-    teacher_row_lse, teacher_column_lse, teacher_logits = found.teacher or (none.clone() for _ in range(3))
-    return [row_lse, column_lse, rows, columns, teacher_row_lse, teacher_column_lse, logits, teacher_logits]
+        strip, kept = tiled.forward(*models, partner, operands, keep=keep)
+    x, y, _ = student
+    vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]
+    kept = [*kept, *(x.new_empty(0, y.shape[0]) for _ in range(2 - len(kept)))]
+    return [*(x.new_empty(0) if vector is None else vector for vector in vectors), *kept]
 
 
 @_forward.register_fake
@@ -96,7 +92,7 @@ def _(
     x, y, _ = student
     n, m = x.shape[0], y.shape[0]
     kept = (n if keep and not _takes_triton(impl, x) else 0, m)
-    shapes = [(n,), (m,), *([(n,), (m,)] * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0,)]
+    shapes = [(n,), (m,), *([(n,), (m,)] * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
     return [x.new_empty(shape) for shape in shapes]
 
 
@@ -115,10 +111,10 @@ def _backward(
     a, b, c, d = gradients
     models = Factors(*student), Factors(*teacher) if teacher else None
     weights = Weights(a + c, b + d, c, d) if teacher else Weights(a, b, c, d)
-    row_lse, column_lse, _, _, teacher_row_lse, teacher_column_lse, logits, teacher_logits = found
-    softmaxes = Forward(
-        Softmax(row_lse, column_lse, logits), Softmax(teacher_row_lse, teacher_column_lse, teacher_logits), None
-    )
+    row_lse, column_lse, teacher_row_lse, teacher_column_lse, _, _, logits, teacher_logits = found
+    softmaxes = [Softmaxes(row_lse, column_lse, logits)]
+    if teacher:
+        softmaxes.append(Softmaxes(teacher_row_lse, teacher_column_lse, teacher_logits))
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
         if _takes_triton(impl, a):
             from calrobust.kernels import triton
@@ -157,7 +153,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        """The outputs of the forward operator, of which the first four have a gradient."""
+        """The outputs of the forward operator; lse and divergences of the student have a gradient."""
         *factors, partner, impl, keep, operands = inputs
         teacher = factors[3:] if factors[3] is not None else []
         return tuple(_forward(factors[:3], teacher, partner, impl, keep, operands))
@@ -167,7 +163,7 @@ class _Compiled(torch.autograd.Function):
         """Saves all that backward needs."""
         *tensors, ctx.impl, _, ctx.operands = inputs
         ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
-        ctx.mark_non_differentiable(*output[4:])
+        ctx.mark_non_differentiable(*output[2:4], *output[6:])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
@@ -177,7 +173,7 @@ class _Compiled(torch.autograd.Function):
         found = saved[7:]
         upstream = [
             torch.zeros_like(output) if gradient is None else gradient.contiguous()
-            for gradient, output in zip(gradients[:4], found[:4], strict=True)
+            for gradient, output in ((gradients[k], found[k]) for k in (0, 1, 4, 5))
         ]
         needs = list(ctx.needs_input_grad[:3])
         run = _differentiated if torch.compiler.is_compiling() else _Derivative.apply

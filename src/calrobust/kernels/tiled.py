@@ -6,9 +6,18 @@ multiply-adds; over all tiles that is one *unit*. Forward takes 1 unit for S and
 teacher; 3 and 4 with kept logits; 1 less where a tower is frozen.
 
 **One exponential for rows and columns.** With the row softmax ``p_ij = exp(s_ij − u_i)``, u the log-sum-exp of the row,
-a column's sum of exponentials is ``exp(c) Σ_i w_i p_ij`` with ``w_i = exp(u_i − c)`` and c the largest u of the tile: a
-matrix-vector product instead of a second exponential. If a column lies so far below the tile's maximum that its terms
-underflow, the sum itself shows it, and the columns of that tile are then taken from the logits.
+a column's sum of exponentials is ``exp(c) Σ_i w_i p_ij`` with ``w_i = exp(u_i − c)`` and c any of the u: a
+matrix-vector product instead of a second exponential. If a column lies so far from c that its terms underflow, the sum
+itself shows it, and the columns of that tile are then taken from the logits.
+
+**Divergences.** `parts` says why the sum of ``p̃_ij f(r_ij)`` over j is the divergence of row i, where
+``f(r) = exp(r) − 1 − r`` and ``r_ij = log p_ij − log p̃_ij``. The column softmaxes q̃ of T and q of S satisfy
+``log q_ij − log q̃_ij = r_ij − d_i`` up to a constant for each column, with d the difference of the row lse of T and of S
+less a constant. With ``ρ_i = exp(−d_i) − 1`` and ``b_j = Σ_i q̃_ij (exp(r_ij − d_i) − 1)``, the divergence of column j is
+
+.. math:: \sum_i \tilde q_{ij} \bigl( f(-d_i) + f(r_{ij}) + \rho_i (e^{r_{ij}} - 1) \bigr) + \log(1 + b_j) - b_j
+
+again in matrix-vector products. Where the d differ too much for that, the columns are taken from the logits.
 
 **Gradient.** Let ``a, b, c, d`` be the upstream gradients of row lse, column lse, row divergence, column divergence,
 and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
@@ -26,30 +35,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calrobust.kernels import dense
 from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import EXCLUDED, Part, divergence_terms, merge, wide
+from calrobust.kernels.parts import EXCLUDED, Part, Strip, merge, wide
 from calrobust.kernels.products import FeatureGradients, are_narrow, product
 
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
 TILE_ROWS = 256  # at least: below, the matrix products slow down
-BLOCK_BYTES = 2**18  # rows of a tile that stay in the second cache over several passes
+FAR = 6.0  # nats between the shifts of rows, from which on the columns' sums would cancel
+BLOCK_BYTES = 2**18
 
 
-class Softmax(NamedTuple):
+class Softmaxes(NamedTuple):
     """What backward needs of one matrix."""
 
     row_lse: Tensor  # [N]
     column_lse: Tensor  # [M]
     logits: Tensor  # [N, M] where they are kept for backward, else [0, M]
-
-
-class Forward(NamedTuple):
-    """What a form gives; the teacher's part is None without one."""
-
-    student: Softmax
-    teacher: Softmax | None
-    divergences: tuple[Tensor, Tensor] | None  # [N], [M]
 
 
 class Weights(NamedTuple):
@@ -59,16 +62,6 @@ class Weights(NamedTuple):
     columns: Tensor  # [M], of q
     teacher_rows: Tensor  # [N], of -p̃
     teacher_columns: Tensor  # [M], of -q̃
-
-
-class _Tile(NamedTuple):
-    """A tile of one matrix, and its softmaxes."""
-
-    logits: Tensor  # [R, M]
-    p: Tensor  # [R, M] row softmaxes
-    row_lse: Tensor  # [R]
-    column_lse: Tensor  # [M], over the rows of the tile, in the dtype of `wide`
-    factors: tuple[Tensor, Tensor] | None  # [R], [M]: q is p times their outer product, where that is representable
 
 
 class _Matrix:
@@ -82,8 +75,7 @@ class _Matrix:
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
         """Over all tiles, one unit."""
-        if len(self.kept):
-            out = self.kept[tile]
+        out = self.kept[tile] if len(self.kept) else out[: tile.stop - tile.start]
         if self.x.dtype == out.dtype:
             torch.mm(self.scale * self.x[tile], self.y.T, out=out)
         else:
@@ -92,66 +84,42 @@ class _Matrix:
         own = out.gather(1, column).masked_fill_(self.partner[tile, None] >= 0, EXCLUDED)
         return out.scatter_(1, column, own)
 
-    def tile(self, tile: slice, out: Tensor, p: Tensor) -> _Tile:
-        """A tile, computed in ``out`` and ``p``."""
-        s = self.logits(tile, out)
-        torch.softmax(s, 1, out=p)
-        row_lse = s.amax(1) - p.amax(1).log()  # the largest of a row's p is exp(maximum − lse), and at least 1 / M
-        top = row_lse.max()
-        weights = (row_lse - top).exp()
-        sums = weights @ p
-        if not _representable(sums.min().log()):
-            return _Tile(s, p, row_lse, s.logsumexp(0).to(wide(s.device)), None)
-        return _Tile(s, p, row_lse, sums.to(wide(s.device)).log() + top, (weights, 1 / sums))
-
     def weighted_softmaxes(
-        self, softmax: Softmax, tile: slice, rows: Tensor, columns: Tensor, p: Tensor, out: Tensor
+        self, softmaxes: Softmaxes, tile: slice, rows: Tensor, columns: Tensor, p: Tensor, out: Tensor
     ) -> Tensor:
         """``rows_i p_ij + columns_j q_ij`` in ``out``; ``p`` is scratch."""
-        s = softmax.logits[tile] if len(softmax.logits) else self.logits(tile, out)
+        s = softmaxes.logits[tile] if len(softmaxes.logits) else self.logits(tile, out)
         p = torch.softmax(s, 1, out=p)
-        row_lse, row_factor = softmax.row_lse[tile], rows[tile, None]
-        pivot = softmax.column_lse.min()
-        if _representable(pivot - row_lse.max()):
-            column_factor = columns * (pivot - softmax.column_lse).exp()
+        row_lse, row_factor = softmaxes.row_lse[tile], rows[tile, None]
+        pivot = softmaxes.column_lse.min()
+        if _is_looked_at(s) and _representable((pivot - row_lse.max()).exp()):
+            column_factor = columns * (pivot - softmaxes.column_lse).exp()
             return torch.addcmul(row_factor, (row_lse - pivot).exp()[:, None], column_factor, out=out).mul_(p)
-        return torch.sub(s, softmax.column_lse, out=out).exp_().mul_(columns).addcmul_(p, row_factor)
+        return torch.sub(s, softmaxes.column_lse, out=out).exp_().mul_(columns).addcmul_(p, row_factor)
 
 
 def forward(
     student: Factors, teacher: Factors | None, partner: Tensor, operands: torch.dtype, *, keep: bool
-) -> Forward:
-    """The statistics of S, of T if there is a teacher, and the divergences between their softmaxes."""
+) -> tuple[Strip, list[Tensor]]:
+    """The statistics, and the logits of S and T where they are kept for backward, else of shape ``[0, M]``."""
     x, y, _ = student
-    n, m = x.shape[0], y.shape[0]
-    models = [student] if teacher is None else [student, teacher]
-    matrices = [_Matrix(factors, partner, operands, x.new_empty(n if keep else 0, m)) for factors in models]
-    row_lse = [x.new_empty(n) for _ in models]
-    row_divergence = x.new_empty(n)
-    merged: list[Part] = []  # over the tiles so far
+    kept = [x.new_empty(x.shape[0] if keep else 0, y.shape[0]) for model in (student, teacher) if model]
+    matrices = [
+        _Matrix(factors, partner, operands, logits)
+        for factors, logits in zip((student, teacher), kept, strict=False)
+        if factors
+    ]
+    rows: list[Part] = []
+    columns: list[Part] = []
     tiles = _tiles(x, y)
-    buffers = x.new_empty(2 * len(models), tiles[0].stop, m)
-    for rows in tiles:
-        scratch = buffers[:, : rows.stop - rows.start]
-        pieces = [
-            matrix.tile(rows, scratch[2 * k], scratch[2 * k + 1]) for k, matrix in enumerate(matrices)
-        ]
-        for lse, piece in zip(row_lse, pieces, strict=True):
-            lse[rows] = piece.row_lse
-        part = Part(pieces[0].column_lse)
-        if teacher is not None:
-            row_divergence[rows], column_divergence = _divergences(*pieces)
-            part = Part(part.lse, pieces[1].column_lse, column_divergence)
-        merged = [merge([*merged, part])]
-    columns = merged[0]
-    ours, *theirs = (
-        Softmax(lse, column_lse.to(x.dtype, copy=True), matrix.kept)
-        for lse, column_lse, matrix in zip(row_lse, columns[: len(models)], matrices, strict=True)
-        if column_lse is not None
-    )
-    if columns.divergence is None:
-        return Forward(ours, None, None)
-    return Forward(ours, theirs[0], (row_divergence, columns.divergence.to(x.dtype)))
+    buffers = x.new_empty(len(matrices), 0 if keep else tiles[0].stop, y.shape[0])
+    for tile in tiles:
+        logits = [matrix.logits(tile, out) for matrix, out in zip(matrices, buffers, strict=True)]
+        strip = _statistics(*logits)
+        rows.append(strip.rows)
+        columns = [merge([*columns, strip.columns])]
+    joined = Part(*(None if vectors[0] is None else torch.cat(vectors) for vectors in zip(*rows, strict=True)))
+    return Strip(*(Part(*(v if v is None else v.to(x.dtype) for v in part)) for part in (joined, columns[0]))), kept
 
 
 def backward(
@@ -159,7 +127,7 @@ def backward(
     student: Factors,
     teacher: Factors | None,
     partner: Tensor,
-    softmaxes: Forward,
+    softmaxes: list[Softmaxes],
     operands: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,54 +139,108 @@ def backward(
     rounded = are_narrow(x, operands)
     products = torch.float16 if rounded else x.dtype
     gradients = FeatureGradients(student, needs, list(weights[: 2 if teacher is None else 4]), products)
-    ours = _Matrix(student, partner, operands, none)
-    theirs = None if teacher is None else _Matrix(teacher, partner, operands, none)
+    matrices = [_Matrix(factors, partner, operands, none) for factors in (student, teacher) if factors]
     for tile in tiles:
         p, gradient, *spare = buffers[:, : tile.stop - tile.start]
-        ours.weighted_softmaxes(softmaxes.student, tile, weights.rows, weights.columns, p, out=gradient)
-        if theirs is not None and softmaxes.teacher is not None:
-            gradient -= theirs.weighted_softmaxes(
-                softmaxes.teacher, tile, weights.teacher_rows, weights.teacher_columns, p, out=spare[0]
+        matrices[0].weighted_softmaxes(softmaxes[0], tile, weights.rows, weights.columns, p, out=gradient)
+        for matrix, own in zip(matrices[1:], softmaxes[1:], strict=True):
+            gradient -= matrix.weighted_softmaxes(
+                own, tile, weights.teacher_rows, weights.teacher_columns, p, out=spare[0]
             )
         gradients.add(tile, (gradient * gradients.unit).to(products) if rounded else gradient)
     return gradients.results()
 
 
-def _divergences(student: _Tile, teacher: _Tile) -> tuple[Tensor, Tensor]:
-    """Of the rows of a tile, and of its columns over the rows of the tile."""
-    s, t, p = student.logits, teacher.logits, teacher.p
-    row_lse, teacher_row_lse = student.row_lse[:, None], teacher.row_lse[:, None]
-    column_lse, teacher_column_lse = student.column_lse.to(s.dtype), teacher.column_lse.to(s.dtype)
-    row_shift, column_shift = teacher_row_lse - row_lse, teacher_column_lse - column_lse
-    of_rows, of_columns = s.new_empty(s.shape[0]), s.new_zeros(s.shape[1], dtype=student.column_lse.dtype)
-    height = s.shape[0]
-    if s.device.type == "cpu":
-        height = max(1, min(height, BLOCK_BYTES // (s.shape[1] * s.element_size())))
-    buffers = s.new_empty(2, height, s.shape[1])
+def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
+    """Of the rows of a tile, and of its columns over the rows of the tile; a few rows at a time, in the cache."""
+    precise = wide(s.device)
+    on_cpu = _is_looked_at(s)  # elsewhere columns are taken from the logits
+    height = max(1, BLOCK_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
+    lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
+    # Of columns: Σ w_i p_ij and, with p̃ and its w̃, Σ w̃_i p̃_ij, the first sum of the divergence, and that of b_j.
+    sums, teacher_sums, first, second = s.new_zeros(4, s.shape[1])
+    pivot = teacher_pivot = lse.new_zeros(())  # mean lse of the first rows
+    buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
     for start in range(0, s.shape[0], height):
-        block = slice(start, start + height)
-        scratch = buffers[:, : min(height, s.shape[0] - start)]
-        terms = _weighted_terms(s[block], t[block], row_shift[block], p[block], *scratch)
-        if terms is None:
-            terms = divergence_terms(t[block] - teacher_row_lse[block], s[block] - row_lse[block])
-        torch.sum(terms, 1, out=of_rows[block])
-        terms = None if teacher.factors is None else _weighted_terms(
-            s[block], t[block], column_shift, p[block], *scratch
+        block = slice(start, min(start + height, s.shape[0]))
+        p, scratch, *spare = buffers[:, : block.stop - block.start]
+        lse[block] = _softmax(s[block], p)
+        pivot = lse[block].mean() if start == 0 else pivot
+        if on_cpu:
+            sums += (lse[block] - pivot).exp().to(s.dtype) @ p
+        if t is None:
+            continue
+        teacher_p, ratio, excess = spare
+        teacher_lse[block] = _softmax(t[block], teacher_p)
+        teacher_pivot = teacher_lse[block].mean() if start == 0 else teacher_pivot
+        shift = teacher_lse[block] - lse[block]
+        torch.sub(s[block], t[block], out=ratio).add_(shift.to(s.dtype)[:, None])
+        terms = _divergence_terms(ratio, p, teacher_p, excess, scratch)
+        torch.sum(terms, 1, dtype=precise, out=divergence[block])
+        if on_cpu:
+            weights = (teacher_lse[block] - teacher_pivot).exp()
+            distance = (teacher_pivot - pivot) - shift
+            growth = torch.expm1(distance)
+            mixed = torch.stack([weights, weights * (growth - distance), weights * growth, weights + weights * growth])
+            weights, curved, grown, whole = mixed.to(s.dtype)
+            teacher_sums += weights @ teacher_p
+            first += curved @ teacher_p
+            first += weights @ terms
+            first += grown @ excess
+            second += grown @ teacher_p
+            second += whole @ excess
+    columns = Part(pivot + sums.to(precise).log())
+    exact = ~_representable(sums) if on_cpu else torch.ones_like(sums, dtype=torch.bool)
+    if t is not None:
+        first, second = first.to(precise) / teacher_sums, second.to(precise) / teacher_sums
+        columns = Part(
+            columns.lse, teacher_pivot + teacher_sums.to(precise).log(), (first + second.log1p() - second).clamp(min=0)
         )
-        if terms is None or teacher.factors is None:
-            of_columns += divergence_terms(t[block] - teacher_column_lse, s[block] - column_lse).sum(0)
-        else:
-            weights, normaliser = teacher.factors
-            of_columns += (weights[block] @ terms) * normaliser
-    return of_rows.clamp_(min=0), of_columns.clamp_(min=0)
+        exact |= ~_representable(teacher_sums) | ~(second.log1p().abs() < FAR)
+        exact |= ~((lse - teacher_lse - pivot + teacher_pivot).abs().max() < FAR)
+    where = exact.nonzero()[:, 0] if on_cpu else torch.arange(s.shape[1], device=s.device)
+    if where.shape[0]:
+        by_definition = dense.along(0, s[:, where], None if t is None else t[:, where])
+        columns = Part(
+            *(
+                sums.index_copy(0, where, exact.to(precise))
+                for sums, exact in zip(columns, by_definition, strict=True)
+                if sums is not None and exact is not None
+            )
+        )
+    return Strip(Part(lse, *((teacher_lse, divergence.clamp_(min=0)) if t is not None else ())), columns)
 
 
-def _weighted_terms(s: Tensor, t: Tensor, shift: Tensor, p: Tensor, ratio: Tensor, out: Tensor) -> Tensor | None:
-    """`divergence_terms` over ``exp(log_target) / p`` of a teacher's row softmax p, or None if they overflow."""
-    torch.sub(s, t, out=ratio).add_(shift)  # log p − log p̃
-    if not _representable(-ratio.amax()):
-        return None
-    return torch.expm1(ratio, out=out).sub_(ratio).mul_(p)
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Row softmaxes in ``out``; gives the log-sum-exp of the rows in the dtype of `wide`."""
+    torch.softmax(logits, 1, out=out)
+    top, highest = (values.amax(1).to(wide(logits.device)) for values in (logits, out))
+    return top - highest.log()  # the highest probability is exp(top − lse), and at least 1 / M
+
+
+def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess: Tensor, out: Tensor) -> Tensor:
+    """`parts.divergence_terms` from both probabilities and ``ratio``, the logarithm of their quotient.
+
+    Leaves ``probability − target`` in ``excess``, and uses ``ratio`` and ``probability`` as scratch.
+
+    ``p − p̃ − p̃ log(p / p̃)`` cancels where the two are close. There its series in the ratio stands in, cut off after a
+    term that leaves it below the true value wherever it is inexact. So the larger of the two is right, once what
+    rounding may add to the difference is taken off. In float32 torch's expm1 takes longer than all of this.
+    """
+    margin = 8 * torch.finfo(ratio.dtype).eps
+    torch.sub(probability, target, out=excess)
+    torch.addcmul(excess, target, ratio, value=-1, out=out).sub_(target, alpha=margin)
+    near = probability
+    ratio.clamp_(-1, 1)
+    if ratio.dtype == torch.float64:
+        torch.expm1(ratio, out=near).sub_(ratio)
+    else:
+        *factors, last = (ratio.new_full((), 1 / math.factorial(k)) for k in range(2, 8))
+        torch.add(factors[-1], ratio, alpha=float(last), out=near)
+        for factor in reversed(factors[:-1]):
+            torch.addcmul(factor, ratio, near, out=near)
+        near.mul_(ratio).mul_(ratio)
+    return torch.maximum(near.mul_(target), out, out=out)
 
 
 def _tile_rows(x: Tensor, y: Tensor) -> int:
@@ -231,6 +253,11 @@ def _tiles(x: Tensor, y: Tensor) -> list[slice]:
     return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 
-def _representable(exponent: Tensor) -> bool:
-    """Whether terms far below ``exp(exponent)`` still do not underflow; off the CPU never, so as not to wait for it."""
-    return exponent.device.type == "cpu" and bool(exponent > math.log(torch.finfo(exponent.dtype).tiny) * 2 / 3)
+def _is_looked_at(tensor: Tensor) -> bool:
+    """Whether code may depend on values; off the CPU it would wait for the device."""
+    return tensor.device.type == "cpu"
+
+
+def _representable(sums: Tensor) -> Tensor:
+    """Whether sums of exponentials have neither overflowed nor lost a term."""
+    return (sums > torch.finfo(sums.dtype).tiny ** (2 / 3)) & (sums < torch.inf)

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -90,9 +91,9 @@ def test_a_sum_of_one_temperature_sweeps_the_pair_matrix_once(monkeypatch: pytes
     sweeps = []
     original = kernels.operators.softmax_statistics
 
-    def counted(student: Any, teacher: Any, **options: Any) -> Any:
+    def counted(student: Any, teacher: Any, *others: Any, **options: Any) -> Any:
         sweeps.append("plain" if teacher is None else "with teacher")
-        return original(student, teacher, **options)
+        return original(student, teacher, *others, **options)
 
     monkeypatch.setattr(kernels.operators, "softmax_statistics", counted)
     contrastive, distillation = MultimodalContrastiveLoss(), MultimodalDistillationLoss()
@@ -135,7 +136,7 @@ def test_repr_reads_as_the_formula() -> None:
         "MultimodalContrastiveLoss(impl='dense') + 1.5 * MultimodalDistillationLoss(temperature=2.0, impl='dense')"
     )
     assert repr(CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)) == (
-        "CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)"
+        "MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * MultimodalDistillationLoss()"
     )
     assert repr(OrthogonalityLoss(squared=False)) == "OrthogonalityLoss(squared=False)"
 
@@ -165,6 +166,103 @@ def test_a_sum_takes_open_clips_output_by_name() -> None:
     criterion = MultimodalContrastiveLoss() + MultimodalDistillationLoss()
     assert_close(criterion(**output, **teacher), criterion(*STUDENT, *TEACHER))
     assert_close(MultimodalContrastiveLoss()(**output), MultimodalContrastiveLoss()(*STUDENT))
+
+
+@pytest.mark.parametrize("student_bias", [False, True])
+@pytest.mark.parametrize("teacher_bias", [False, True])
+def test_models_with_a_logit_bias_go_in_as_they_are(student_bias: bool, teacher_bias: bool) -> None:
+    """By place and by name: no softmax changes, and the bias gets a zero gradient."""
+    bias = torch.tensor(-10.0, requires_grad=True)
+    criterion = MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
+    expected = criterion(*STUDENT, *TEACHER)
+    student = (*STUDENT, bias) if student_bias else STUDENT
+    teacher = (*TEACHER, torch.tensor([-9.0])) if teacher_bias else TEACHER
+    names = ("image_features", "text_features", "logit_scale", "logit_bias")
+    named = dict(zip(names, student, strict=False)), dict(zip(names, teacher, strict=False))
+    teachers_named = {f"teacher_{name}": value for name, value in named[1].items()}
+    for value in (
+        criterion(*student, *teacher),
+        criterion(*student, **teachers_named),
+        criterion(**named[0], **teachers_named),
+    ):
+        assert_close(value, expected)
+        if student_bias:
+            assert torch.autograd.grad(value, bias)[0] == 0
+    if student_bias:
+        assert_close(MultimodalContrastiveLoss()(*student), MultimodalContrastiveLoss()(*STUDENT))
+
+
+def test_a_scale_repeated_for_each_replica_counts_once() -> None:
+    """As DataParallel gathers it: equal entries, whose gradients sum to that of the scalar."""
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    one = MultimodalContrastiveLoss()(*STUDENT[:2], scale)
+    three = MultimodalContrastiveLoss()(*STUDENT[:2], scale.expand(3))
+    assert_close(three, one)
+    assert_close(oracles.gradients(three, scale), oracles.gradients(one, scale))
+
+
+def test_losses_listen_to_their_attributes() -> None:
+    """Whoever anneals an argument, a weight or an option is heard, checked, and sees it in the repr."""
+    carot = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)
+    carot.label_smoothing, carot.distillation_weight = 0.3, 0.5
+    by_hand = MultimodalContrastiveLoss(label_smoothing=0.3) + 0.5 * MultimodalDistillationLoss()
+    assert repr(carot) == repr(by_hand)
+    assert_close(carot(*STUDENT, *TEACHER), by_hand(*STUDENT, *TEACHER))
+    by_hand.weights[1], by_hand.losses[0].label_smoothing = 1.5, 0.1
+    assert_close(
+        by_hand(*STUDENT, *TEACHER), CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)(*STUDENT, *TEACHER)
+    )
+    contrastive = MultimodalContrastiveLoss()
+    contrastive.reduction = "none"
+    assert contrastive(*STUDENT).shape == (len(STUDENT[0]),)
+    contrastive.label_smoothing = 1.5
+    with pytest.raises(ValueError, match=r"^label_smoothing must be in \[0, 1\), got 1.5"):
+        contrastive(*STUDENT)
+    with pytest.raises(AttributeError, match=r"^label_smoothing belongs to a term of the sum; set criterion.losses"):
+        by_hand.label_smoothing = 0.5
+    by_hand.losses[0].reduction = "sum"
+    with pytest.raises(ValueError, match=r"^losses that add must agree"):
+        by_hand(*STUDENT, *TEACHER)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
+    """As weight, smoothing, temperature and logit scale, without a warning."""
+    criterion = kind(2) * MultimodalContrastiveLoss(label_smoothing=kind(0)) + MultimodalDistillationLoss(
+        temperature=kind(2)
+    ) * kind(3)
+    plain = 2.0 * MultimodalContrastiveLoss() + 3.0 * MultimodalDistillationLoss(temperature=2.0)
+    given = criterion(*STUDENT[:2], kind(4), *TEACHER[:2], kind(5))
+    assert_close(given, plain(*STUDENT[:2], 4.0, *TEACHER[:2], 5.0))
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled", "auto"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("noise", [0.0, 1.0, 1.3, 1.5, 2.0, 4.0])
+def test_float32_losses_keep_their_digits_down_to_a_millionth(noise: float, seed: int, impl: Any) -> None:
+    """Within 2e-5 of float64 on the same features, and never negative, for a fine-tuned model's small losses too."""
+    images, noises = (unit_rows(200, 64, s + 10 * seed) for s in (0, 1))
+    features = [images.float(), torch.nn.functional.normalize(images + noise * noises, dim=1).float()]
+    exact = [f.double() for f in features]
+    for scale in (30.0, 100.0):
+        for smoothing in (0.0, 1e-6):
+            options: Any = {"label_smoothing": smoothing, "reduction": "none"}
+            value = functional.multimodal_contrastive_loss(*features, scale, **options, impl=impl)
+            expected = functional.multimodal_contrastive_loss(*exact, scale, **options, impl="dense")
+            assert (value >= 0).all()
+            assert expected.mean() < 1e-6 or (value.double().mean() / expected.mean() - 1).abs() <= 2e-5
+    for step in (1e-2, 1e-1, 1.0):
+        moved = [
+            torch.nn.functional.normalize(f + step * unit_rows(200, 64, 7 + k), dim=1) for k, f in enumerate(exact)
+        ]
+        teacher = [f.float() for f in moved]
+        value = functional.multimodal_distillation_loss(*features, 40.0, *teacher, 40.0, impl=impl, reduction="none")
+        expected = functional.multimodal_distillation_loss(
+            *exact, 40.0, *(f.double() for f in teacher), 40.0, impl="dense", reduction="none"
+        )
+        assert (value >= 0).all()
+        assert expected.mean() < 1e-6 or (value.double().mean() / expected.mean() - 1).abs() <= 2e-5
 
 
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])

@@ -82,9 +82,7 @@ class PairLoss(nn.Module, ABC):
             ValueError: as :func:`~calrobust.functional.multimodal_contrastive_loss` and
                 :func:`~calrobust.functional.multimodal_distillation_loss`.
         """
-        first, *rest = self.terms(
-            image_features, text_features, logit_scale, *others, labels=labels, **named
-        ).values()
+        first, *rest = self.terms(image_features, text_features, logit_scale, *others, labels=labels, **named).values()
         return sum(rest, first)
 
     def terms(
@@ -360,11 +358,11 @@ class CaRotLoss(LossSum):
     @property
     def label_smoothing(self) -> float:
         """ε of the contrastive term."""
-        return float(getattr(self.losses[0], "label_smoothing"))
+        return float(self.losses[0].label_smoothing)
 
     @label_smoothing.setter
     def label_smoothing(self, value: float) -> None:
-        setattr(self.losses[0], "label_smoothing", value)
+        self.losses[0].label_smoothing = value
 
     @property
     def distillation_weight(self) -> float:

@@ -184,9 +184,7 @@ def _check(student: Features, teacher: Features | None, labels: Tensor | None, o
         check_labels(image_features.shape[0], image_features.device, labels=labels)
     if teacher is not None:
         teacher_image_features, teacher_text_features, teacher_logit_scale = teacher
-        _check_features(
-            teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features
-        )
+        _check_features(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
         _check_logit_scale(teacher_logit_scale=teacher_logit_scale)
         if teacher_image_features.shape[0] != image_features.shape[0]:
             raise ValueError(

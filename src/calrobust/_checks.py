@@ -142,53 +142,6 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
             )
 
 
-def check_features(**features: Any) -> None:
-    """Raises unless the two arguments are floating ``[N, D]`` tensors, N ≥ 1, alike in shape, dtype and device."""
-    check_floating(**features)
-    (first, a), (second, b) = features.items()
-    for name, value in features.items():
-        if value.ndim != 2:
-            raise ValueError(
-                f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair"
-            )
-    if a.shape != b.shape:
-        raise ValueError(
-            f"{first} and {second} must have the same shape [N, D], got {list(a.shape)} and {list(b.shape)}; "
-            "row i of one is the partner of row i of the other"
-        )
-    if a.dtype != b.dtype:
-        raise ValueError(
-            f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()"
-        )
-    check_one_device(**features)
-    if a.numel() == 0:
-        raise ValueError(f"{first} and {second} must hold at least one pair and one dimension, got {list(a.shape)}")
-
-
-def check_logit_scale(**scales: Any) -> None:
-    """Raises unless the argument is a positive number or a floating tensor of one element."""
-    for name, value in scales.items():
-        if not isinstance(value, Tensor):
-            check_positive(**{name: value})
-            continue
-        check_floating(**{name: value})
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass model.logit_scale.exp()")
-
-
-def check_teacher(image_features: Tensor, teacher: tuple[Any, Any, Any]) -> None:
-    """Raises unless a teacher's features and logit scale fit the student's batch; the widths may differ."""
-    teacher_image_features, teacher_text_features, teacher_logit_scale = teacher
-    check_features(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
-    check_logit_scale(teacher_logit_scale=teacher_logit_scale)
-    if len(teacher_image_features) != len(image_features):
-        raise ValueError(
-            "teacher_image_features and image_features must hold the same pairs, got "
-            f"{list(teacher_image_features.shape)} and {list(image_features.shape)}; run the teacher on the same batch"
-        )
-    check_one_device(teacher_image_features=teacher_image_features, image_features=image_features)
-
-
 def check_module(**modules: Any) -> None:
     """Raises ``TypeError`` for an argument that is not an ``nn.Module``."""
     for name, value in modules.items():
@@ -395,12 +348,3 @@ def check_attributes(names: Sequence[str], fix: str, **objects: Any) -> None:
         missing = [attribute for attribute in names if getattr(value, attribute, None) is None]
         if missing:
             raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")
-
-
-def check_triton(obstacle: str) -> None:
-    """Raises ``ValueError`` if something keeps the Triton kernels from running."""
-    if obstacle:
-        raise ValueError(
-            "impl='triton' must find triton and features on a CUDA device of compute capability 8.0 or more, "
-            f"got {obstacle}; provide that, or pass impl='auto', which takes what there is"
-        )

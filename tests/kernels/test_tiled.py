@@ -341,7 +341,7 @@ def test_products_are_as_many_as_documented(
 
 def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on MPS: no tensor of a loss is float64, and value and gradients are those of float32."""
-    monkeypatch.setattr(parts, "NO_FLOAT64", ("cpu",))
+    monkeypatch.setattr(parts, "WITHOUT_FLOAT64", ("cpu",))
     open_operators(monkeypatch)
     features = [unit_rows(40, 8, seed, torch.float32).requires_grad_(seed < 2) for seed in range(4)]
     for impl in ("dense", "tiled", "auto"):
@@ -351,7 +351,7 @@ def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> Non
             found = torch.autograd.grad(value, features[:2])
         exact = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parts, "NO_FLOAT64", ())
+            patch.setattr(parts, "WITHOUT_FLOAT64", ())
             expected = carot_loss(*exact[:2], 20.0, *exact[2:], 15.0, **{**options, "impl": "dense"})
         assert_close(value.double(), expected, rtol=1e-5, atol=0)
         for a, b in zip(found, torch.autograd.grad(expected, exact[:2]), strict=True):

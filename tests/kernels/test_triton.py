@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import assert_like_dense, factors, value_and_gradients
+from matrices import assert_like_dense, factors, partners, value_and_gradients, vectors
 from strategies import class_labels, unit_rows
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +29,8 @@ from calrobust import CaRotLoss
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import Factors
+from calrobust.kernels.parts import merge
+from calrobust.kernels.tiled import Softmaxes, Weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -57,7 +59,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in triton.BLOCKS:
         monkeypatch.setitem(triton.BLOCKS, size, triton.Blocks(16, 16, 16, 4, 2))
     monkeypatch.setattr(triton, "PARTS_BYTES", 0)
-    monkeypatch.setattr(triton, "SLAB_BYTES", 0)
+    monkeypatch.setattr(triton, "TILE_BYTES", 0)
     monkeypatch.setattr(triton, "_programs", lambda device: 2)
 
 
@@ -107,7 +109,7 @@ def test_equals_the_dense_definition(n: int, m: int, width: int, teacher: bool) 
 
 def moved(inputs: list[Factors], dtype: torch.dtype = torch.float64) -> list[Factors]:
     """To the device and a dtype."""
-    return [(x.to(DEVICE, dtype), y.to(DEVICE, dtype), s.to(DEVICE, dtype)) for x, y, s in inputs]
+    return [Factors(x.to(DEVICE, dtype), y.to(DEVICE, dtype), s.to(DEVICE, dtype)) for x, y, s in inputs]
 
 
 @kernels
@@ -181,19 +183,21 @@ def test_strips_of_rows_make_up_the_whole_matrix(operands: torch.dtype) -> None:
         whole = moved(moved(whole, operands), torch.float32)
     (x, y, scale), (tx, ty, t_scale) = whole
     texts = y.double().requires_grad_()
-    expected = dense.softmax_statistics((x.double(), texts, scale.double()))
-    (expected_gradient,) = torch.autograd.grad(expected.row_lse.sum() - expected.row_lse[7], texts)
+    partner = partners(45, 45)
+    exact = Factors(x.double(), texts, scale.double()), Factors(tx.double(), ty.double(), t_scale.double())
+    expected = dense.softmax_statistics(*exact, partner)
+    (expected_gradient,) = torch.autograd.grad(expected.rows.lse.sum() - expected.rows.lse[7], texts)
     y = y.requires_grad_()
     strips = [slice(0, 19), slice(19, 45)]
     found = [
-        statistics((x[s], y, scale), (tx[s], ty, t_scale), operands=operands, first_partner=s.start) for s in strips
+        statistics(Factors(x[s], y, scale), Factors(tx[s], ty, t_scale), partner[s], operands=operands) for s in strips
     ]
-    lse = torch.cat([strip.row_lse for strip in found])
     tolerance = 1e-12 if operands == torch.float64 else 5e-6
-    assert_close(lse.double(), expected.row_lse, rtol=tolerance, atol=tolerance)
-    columns = torch.logsumexp(torch.stack([strip.column_lse for strip in found]), 0)
-    assert_close(columns.double(), expected.column_lse, rtol=tolerance, atol=tolerance)
-    (gradient,) = torch.autograd.grad(lse.sum() - lse[7], y)
+    rows = [torch.cat(parts) for parts in zip(*(strip.rows for strip in found), strict=True)]
+    columns = merge([strip.columns for strip in found])
+    for ours, theirs in zip([*rows, *columns], [*expected.rows, *expected.columns], strict=True):
+        assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(rows[0].sum() - rows[0][7], y)
     tolerance = 1e-12 if operands == torch.float64 else 1e-3
     assert (gradient.double() - expected_gradient).norm() <= tolerance * expected_gradient.norm()
 
@@ -210,7 +214,7 @@ def test_is_finite_and_exact_however_far_logits_lie_apart(dtype: torch.dtype, ga
         torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [-0.5, 0.1]], dtype=dtype).repeat(6, 1),
     )
     one = torch.tensor(1.0, dtype=dtype)
-    inputs = [(x, y, one), (x.flip(0), y.flip(0), 0.5 * one)]
+    inputs = [Factors(x, y, one), Factors(x.flip(0), y.flip(0), 0.5 * one)]
     outputs, gradients = value_and_gradients(statistics, inputs)
     assert all(v.isfinite().all() for v in (*outputs, *gradients))
     rounding = gap * torch.finfo(dtype).eps  # of a logsumexp of that size, and so of its exponential
@@ -237,10 +241,10 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(operands: torch.dtype
     """Value and gradient: both sides take the same steps (trap 2)."""
     ((x, y, scale),) = moved(moved(factors(33, 40, 20, 0, scale=50.0, teacher=False), operands), torch.float32)
     a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-    result = statistics((a, b, scale), (x, y, scale), operands=operands)
-    assert (result.row_divergence == 0).all()
-    assert (result.column_divergence == 0).all()
-    for gradient in torch.autograd.grad(result.row_divergence.sum() + result.column_divergence.sum(), (a, b)):
+    rows, columns = statistics(Factors(a, b, scale), Factors(x, y, scale), partners(33, 40), operands=operands)
+    assert (rows.divergence == 0).all()
+    assert (columns.divergence == 0).all()
+    for gradient in torch.autograd.grad(rows.divergence.sum() + columns.divergence.sum(), (a, b)):
         assert (gradient == 0).all()
 
 
@@ -260,7 +264,8 @@ def test_low_precision_holds_gradients_of_any_size(size: float, factor: float) -
 def gradients_of_row_lse(x: Tensor, y: Tensor, scale: Tensor, operands: torch.dtype, weight: float = 1.0) -> Any:
     """Of their weighted sum, in x and y."""
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-    return torch.autograd.grad(weight * statistics((x, y, scale), operands=operands).row_lse.sum(), (x, y))
+    strip = statistics(Factors(x, y, scale), None, partners(len(x), len(y)), operands=operands)
+    return torch.autograd.grad(weight * strip.rows.lse.sum(), (x, y))
 
 
 @kernels
@@ -281,7 +286,10 @@ def test_layout_of_the_features_does_not_matter() -> None:
     """Transposed and strided features give the statistics of their contiguous copies."""
     x, y = unit_rows(8, 12, 0).to(DEVICE)[:, ::2], unit_rows(6, 8, 1).to(DEVICE).T
     scale = torch.tensor(3.0).double()
-    assert_close(statistics((x, y, scale)), statistics((x.clone(), y.contiguous(), scale)))
+    found, expected = (
+        statistics(Factors(*features, scale), None, partners(8, 8)) for features in ((x, y), (x.clone(), y.contiguous()))
+    )
+    assert_close(vectors(found), vectors(expected))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a device launches would take most of the time")
@@ -312,10 +320,10 @@ def test_tuning_keeps_the_fastest_blocks_that_fit(monkeypatch: pytest.MonkeyPatc
 def test_the_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
     for teacher in (False, True):
-        inputs = [factor for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)) for factor in model]
-        for student in inputs[:3]:
-            student.requires_grad_()
-        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, (inputs, "triton", torch.float64, 0))
+        student, *frozen = (list(model) for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)))
+        inputs = student, frozen[0] if frozen else [], partners(7, 5), "triton", True, torch.float64
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
 
 
 @kernels
@@ -337,11 +345,49 @@ def test_compiles_into_one_graph() -> None:
 @kernels
 def test_differentiating_the_kernels_twice_is_refused() -> None:
     """They have no second derivative, and say so instead of giving a wrong one."""
-    ((x, y, scale),) = moved(factors(5, 5, 3, 0, scale=1.0, teacher=False))
-    found = statistics((x.requires_grad_(), y, scale))
-    (gradient,) = torch.autograd.grad(found.row_lse.square().sum(), x, create_graph=True)
+    x, y = unit_rows(5, 3, 0).to(DEVICE).requires_grad_(), unit_rows(5, 3, 1).to(DEVICE)
+    loss = multimodal_contrastive_loss(x, y, 3.0, impl="triton")
+    (gradient,) = torch.autograd.grad(loss.square(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='pass impl="dense"'):
         torch.autograd.grad(gradient.sum(), x)
+
+
+@kernels
+@pytest.mark.parametrize("frozen", ["x", "y"])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16])
+def test_a_frozen_tower_leaves_the_other_gradients_as_they_are(frozen: str, operands: torch.dtype) -> None:
+    """And has none itself."""
+    features = [unit_rows(40, 8, seed, operands).to(DEVICE) for seed in (0, 1)]
+    found = []
+    for needed in ((True, True), (frozen != "x", frozen != "y")):
+        inputs = [f.clone().requires_grad_(need) for f, need in zip(features, needed, strict=True)]
+        scale = torch.tensor(20.0, requires_grad=True)
+        multimodal_contrastive_loss(*inputs, scale, impl="triton").backward()
+        found.append([*(f.grad for f in inputs), scale.grad])
+    for whole, part in zip(*found, strict=True):
+        assert whole is not None
+        assert part is None or (part - whole).norm() <= 1e-3 * whole.norm()
+    assert [part is None for part in found[1]] == [frozen == "x", frozen == "y", False]
+
+
+@kernels
+@pytest.mark.parametrize("noise", [1.3, 2.0])
+def test_float32_losses_keep_their_digits_near_zero(noise: float) -> None:
+    """Within 2e-5 of float64 on the same features, and never negative."""
+    images, noises = unit_rows(150, 64, 0), unit_rows(150, 64, 1)
+    exact = [f.float().double().to(DEVICE) for f in (images, F.normalize(images + noise * noises))]
+    moved = [F.normalize(f + 0.1 * unit_rows(150, 64, 7 + k).to(DEVICE)).float().double() for k, f in enumerate(exact)]
+    for inputs in (exact, [*exact, *moved]):
+        values = []
+        for impl, dtype in (("triton", torch.float32), ("dense", torch.float64)):
+            pairs: Any = [f.to(dtype) for f in inputs]
+            student, teacher = (*pairs[:2], 40.0), (*pairs[2:], 40.0)
+            if len(inputs) == 2:
+                values.append(multimodal_contrastive_loss(*student, impl=impl, reduction="none"))
+            else:
+                values.append(multimodal_distillation_loss(*student, *teacher, impl=impl, reduction="none"))
+        assert (values[0] >= 0).all()
+        assert (values[0].double().mean() / values[1].mean() - 1).abs() <= 2e-5
 
 
 def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,31 +400,34 @@ def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0, impl="triton")
 
 
+def features_on(device: str, dtype: torch.dtype) -> Any:
+    """Features on a device that need not be there."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
 @pytest.mark.parametrize(
     ("installed", "capability", "obstacle"),
     [(True, (9, 0), ""), (True, (8, 0), ""), (True, (7, 5), "compute capability 7.5"), (False, (9, 0), "no triton")],
 )
-def test_auto_takes_triton_on_cuda_beyond_the_budget_where_it_runs(
+def test_auto_takes_triton_on_cuda_wherever_it_runs(
     installed: bool, capability: tuple[int, int], obstacle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the tiled form elsewhere: without triton, on older cards, on the CPU, in float64, within the budget."""
+    """Whatever fits into memory; the tiled form without triton, on older cards, on the CPU, in float64."""
     monkeypatch.setattr(operators, "_TRITON_IS_INSTALLED", installed)
-    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {cuda: capability}[device])
-    assert obstacle in operators.obstacle_to_triton(cuda)
-    assert operators._uses_triton("fastest", cuda, torch.float32) == (not obstacle)
-    assert not operators._uses_triton("fastest", cuda, torch.float64)
-    assert not operators._uses_triton("fastest", cpu, torch.float32)
-    assert not any(operators._uses_triton(impl, cuda, torch.float32) for impl in ("tiled", "kept"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert obstacle in operators.obstacle_to_triton(torch.device("cuda", 0))
+    assert operators._takes_triton("auto", features_on("cuda", torch.float32)) == (not obstacle)
+    assert not operators._takes_triton("auto", features_on("cuda", torch.float64))
+    assert not operators._takes_triton("auto", features_on("cpu", torch.float32))
+    assert not operators._takes_triton("tiled", features_on("cuda", torch.float32))
 
 
 def test_a_device_of_rocm_takes_the_tiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are written for NVIDIA's."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    cuda = torch.device("cuda", 0)
-    assert operators.obstacle_to_triton(cuda) == "a device of ROCm"
-    assert not operators._uses_triton("fastest", cuda, torch.float32)
+    assert operators.obstacle_to_triton(torch.device("cuda", 0)) == "a device of ROCm"
+    assert not operators._takes_triton("auto", features_on("cuda", torch.float32))
 
 
 def test_only_impl_triton_loads_triton() -> None:
@@ -428,10 +477,12 @@ def test_the_kernels_compile_and_fit_into_shared_memory(
     total = torch.promote_types(operands, torch.float32)
     with torch.device("cpu"):
         models = factors(130, 200, 768, 0, scale=20.0, teacher=teacher)
-        inputs = [tensor.to(operands).to(total) for model in models for tensor in model]
-        matrices, _ = triton.forward(inputs, operands)
-        weights = [torch.ones(n, dtype=total) for n in (130, 200, 130, 200)]
-        triton.backward(weights, inputs, [tensor for matrix in matrices for tensor in matrix], operands, 0)
+        inputs = [Factors(*(tensor.to(operands).to(total) for tensor in model)) for model in models]
+        student, frozen = inputs[0], inputs[1] if teacher else None
+        strip = triton.forward(student, frozen, partners(130, 200), operands)
+        weights = Weights(*(torch.ones(n, dtype=total) for n in (130, 200, 130, 200)))
+        softmaxes = [Softmaxes(strip.rows[k], strip.columns[k], strip.rows.lse[:0]) for k in range(len(inputs))]
+        triton.backward(weights, student, frozen, partners(130, 200), softmaxes, operands, [True, True, True])
     assert len(compiled) == 2
     for kernel in compiled:
         assert kernel.asm["cubin"]

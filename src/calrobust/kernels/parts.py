@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calrobust._checks import WITHOUT_FLOAT64
+
 EXCLUDED = -1e38  # the logit of an entry that does not count; finite, so that the difference of two is 0
-NO_FLOAT64 = ("mps",)  # types of devices without float64
 
 
 class Part(NamedTuple):
@@ -39,7 +40,7 @@ class Strip(NamedTuple):
 
 def wide(device: torch.device) -> torch.dtype:
     """The dtype in which vectors of statistics are merged."""
-    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:

@@ -136,9 +136,9 @@ def backward(
     none = x.new_empty(0, y.shape[0])
     tiles = _tiles(x, y)
     buffers = x.new_empty(2 if teacher is None else 3, tiles[0].stop, y.shape[0])
-    rounded = are_narrow(x, operands)
-    products = torch.float16 if rounded else x.dtype
-    gradients = FeatureGradients(student, needs, list(weights[: 2 if teacher is None else 4]), products)
+    dtype = torch.float16 if are_narrow(x, operands) else x.dtype
+    rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, y.shape[0], dtype=dtype)
+    gradients = FeatureGradients(student, needs, list(weights[: 2 if teacher is None else 4]), dtype)
     matrices = [_Matrix(factors, partner, operands, none) for factors in (student, teacher) if factors]
     for tile in tiles:
         p, gradient, *spare = buffers[:, : tile.stop - tile.start]
@@ -147,7 +147,9 @@ def backward(
             gradient -= matrix.weighted_softmaxes(
                 own, tile, weights.teacher_rows, weights.teacher_columns, p, out=spare[0]
             )
-        gradients.add(tile, (gradient * gradients.unit).to(products) if rounded else gradient)
+        if len(rounded):
+            gradient = torch.mul(gradient, gradients.unit, out=rounded[: gradient.shape[0]])
+        gradients.add(tile, gradient)
     return gradients.results()
 
 

@@ -1,13 +1,13 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
 
-**Forward.** A program takes a block of rows and visits tiles of columns. It folds each tile into a running maximum of
-its rows, the sum of exponentials below it and, with a teacher, of ``p̃ (t − s)``, and writes the same of the tile's
-columns. What P programs find of a row or of a column are *parts* ``[K, P, length]``: K = 1 is the lse of S, K = 3 that,
-the lse of T and the mean of ``t − s`` under T's softmax. No atomics: all sums run in one order. No product is fused
-into the sum after it, which would round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
+**Forward.** A program takes a block of rows and visits blocks of columns. It merges each block into the statistics of
+its rows, and writes the statistics of the block's columns. What P programs find of a row or of a column are *parts*
+``[K, P, length]``: K = 1 is the lse of S; K = 3 is that, the lse of T and the divergence between the two softmaxes over
+the part. `parts` has the formulas. There are no atomics, so all sums run in one order. No product is fused into the sum
+after it, which would round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
 
-**Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a slab of rows at a time,
-as `products` takes it on to x and y.
+**Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a tile at a time, as
+`products` takes it on to x and y.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calrobust.kernels import parts
+from calrobust.kernels.dense import Factors
+from calrobust.kernels.parts import Part, Strip
 from calrobust.kernels.products import FeatureGradients
+from calrobust.kernels.tiled import Softmaxes, Weights
 
 PARTS_BYTES = 128 * 2**20  # of columns, before they are merged
-SLAB_BYTES = 256 * 2**20
+TILE_BYTES = 256 * 2**20
 PROGRAMS = 4  # for each multiprocessor, at least, if there are tiles enough
 
 
@@ -47,12 +51,13 @@ CANDIDATES = [
     for num_warps in (4, 8)
 ]
 
-MASKED = tl.constexpr(-3e38)  # a logit outside the matrix: finite, so that the difference of two is 0
+EXCLUDED = tl.constexpr(parts.EXCLUDED)  # also a logit outside the matrix
 
 
 @triton.jit
 def _logits(
     features: tl.tuple,
+    partner: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
     n: tl.tensor,
@@ -63,7 +68,7 @@ def _logits(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> tl.tensor:
-    """A tile of ``scale · x yᵀ``."""
+    """A block of ``scale · x yᵀ`` without own entries."""
     x, y, scale, width = features
     total = tl.zeros((ROWS, COLUMNS), TOTAL)
     x_row = x + row.to(tl.int64)[:, None] * width
@@ -76,13 +81,47 @@ def _logits(
             total += tl.sum(a[:, :, None] * b[None, :, :], 1)
         else:
             total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total * tl.load(scale)
+    own = tl.load(partner + row, mask=row < n, other=-1)
+    other = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != own[:, None])
+    return tl.where(other, total * tl.load(scale), EXCLUDED)
+
+
+@triton.jit
+def _divergence_terms(log_target: tl.tensor, log_probability: tl.tensor) -> tl.tensor:
+    """As `parts.divergence_terms`; exp(x) − 1 − x is its series where the difference would cancel."""
+    x = log_probability - log_target
+    target, probability = tl.exp(log_target), tl.exp(log_probability)
+    near = tl.minimum(tl.maximum(x, -0.7), 0.7)
+    series = 1.0 / 14.0 * near
+    for k in tl.static_range(13, 2, -1):
+        series = (1.0 + series) * near / k
+    return tl.where(x == near, target * (1.0 + series) * near * near / 2, probability - target * (1.0 + x))
+
+
+@triton.jit
+def _merge_two(
+    lse: tl.tensor, t_lse: tl.tensor, divergence: tl.tensor, lse_2: tl.tensor, t_lse_2: tl.tensor, divergence_2: tl.tensor
+) -> tl.tuple:
+    """As `parts.merge`."""
+    top, t_top = tl.maximum(lse, lse_2), tl.maximum(t_lse, t_lse_2)
+    total = top + tl.log(tl.exp(lse - top) + tl.exp(lse_2 - top))
+    t_total = t_top + tl.log(tl.exp(t_lse - t_top) + tl.exp(t_lse_2 - t_top))
+    merged = tl.exp(t_lse - t_total) * divergence + _divergence_terms(t_lse - t_total, lse - total)
+    merged += tl.exp(t_lse_2 - t_total) * divergence_2 + _divergence_terms(t_lse_2 - t_total, lse_2 - total)
+    return total, t_total, merged
+
+
+@triton.jit
+def _log_sum_exp(logits: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+    top = tl.max(logits, AXIS)
+    return top + tl.log(tl.sum(tl.exp(logits - tl.expand_dims(top, AXIS)), AXIS))
 
 
 @triton.jit
 def _forward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
+    partner: tl.tensor,
     row_parts: tl.tensor,
     column_parts: tl.tensor,
     n: tl.tensor,
@@ -96,55 +135,44 @@ def _forward_kernel(
     DEPTH: tl.constexpr,
 ) -> None:
     """The parts of a block of rows in a span of columns."""
-    block, split = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
     row_stride, column_stride = tl.num_programs(1).to(tl.int64) * n, tl.num_programs(0).to(tl.int64) * m
-    s_top = tl.full((ROWS,), MASKED, TOTAL)
-    t_top = tl.full((ROWS,), MASKED, TOTAL)
-    s_sum = tl.zeros((ROWS,), TOTAL)
-    t_sum = tl.zeros((ROWS,), TOTAL)
-    gap_sum = tl.zeros((ROWS,), TOTAL)
-    for start in range(split * span, tl.minimum((split + 1) * span, m), COLUMNS):
+    lse = tl.full((ROWS,), EXCLUDED, TOTAL)
+    t_lse = tl.full((ROWS,), EXCLUDED, TOTAL)
+    divergence = tl.zeros((ROWS,), TOTAL)
+    for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (row < n)[:, None] & (column < m)[None, :]
         column_part = column_parts + block.to(tl.int64) * m + column
-
-        s = _logits(student, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
-        s = tl.where(inside, s, MASKED)
-        top = tl.maximum(s_top, tl.max(s, 1))
-        s_sum = s_sum * tl.exp(s_top - top) + tl.sum(tl.exp(s - top[:, None]), 1)
-        s_top = top
-        top = tl.max(s, 0)
-        total = tl.sum(tl.exp(s - top[None, :]), 0)
-        tl.store(column_part, top + tl.log(total), mask=column < m)
-
+        s = _logits(student, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+        of_rows = _log_sum_exp(s, 1)
+        of_columns = _log_sum_exp(s, 0)
+        tl.store(column_part, of_columns, mask=column < m)
         if TEACHER:
-            t = _logits(teacher, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
-            t = tl.where(inside, t, MASKED)
-            gap = t - s
-            top = tl.maximum(t_top, tl.max(t, 1))
-            kept = tl.exp(t_top - top)
-            weight = tl.exp(t - top[:, None])
-            t_sum = t_sum * kept + tl.sum(weight, 1)
-            gap_sum = gap_sum * kept + tl.sum(weight * gap, 1)
-            t_top = top
-            top = tl.max(t, 0)
-            weight = tl.exp(t - top[None, :])
-            total = tl.sum(weight, 0)
-            tl.store(column_part + column_stride, top + tl.log(total), mask=column < m)
-            tl.store(column_part + 2 * column_stride, tl.sum(weight * gap, 0) / total, mask=column < m)
+            t = _logits(teacher, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+            t_of_rows = _log_sum_exp(t, 1)
+            t_of_columns = _log_sum_exp(t, 0)
+            terms = _divergence_terms(t - t_of_columns[None, :], s - of_columns[None, :])
+            tl.store(column_part + column_stride, t_of_columns, mask=column < m)
+            tl.store(column_part + 2 * column_stride, tl.sum(terms, 0), mask=column < m)
+            terms = _divergence_terms(t - t_of_rows[:, None], s - of_rows[:, None])
+            lse, t_lse, divergence = _merge_two(lse, t_lse, divergence, of_rows, t_of_rows, tl.sum(terms, 1))
+        else:
+            top = tl.maximum(lse, of_rows)
+            lse = top + tl.log(tl.exp(lse - top) + tl.exp(of_rows - top))
 
-    row_part = row_parts + split.to(tl.int64) * n + row
-    tl.store(row_part, s_top + tl.log(s_sum), mask=row < n)
+    row_part = row_parts + part.to(tl.int64) * n + row
+    tl.store(row_part, lse, mask=row < n)
     if TEACHER:
-        tl.store(row_part + row_stride, t_top + tl.log(t_sum), mask=row < n)
-        tl.store(row_part + 2 * row_stride, gap_sum / t_sum, mask=row < n)
+        tl.store(row_part + row_stride, t_lse, mask=row < n)
+        tl.store(row_part + 2 * row_stride, divergence, mask=row < n)
 
 
 @triton.jit
 def _weighted_softmaxes(
     features: tl.tuple,
     softmaxes: tl.tuple,
+    partner: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
     n: tl.tensor,
@@ -157,7 +185,7 @@ def _weighted_softmaxes(
 ) -> tl.tensor:
     """``rows_i p_ij + columns_j q_ij``."""
     row_lse, column_lse, rows, columns = softmaxes
-    s = _logits(features, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+    s = _logits(features, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
     p = tl.exp(s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None])
     q = tl.exp(s - tl.load(column_lse + column, mask=column < m, other=0.0)[None, :])
     rows = tl.load(rows + row, mask=row < n, other=0.0)
@@ -169,14 +197,13 @@ def _weighted_softmaxes(
 def _backward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
+    partner: tl.tensor,
     student_softmaxes: tl.tuple,
     teacher_softmaxes: tl.tuple,
     unit: tl.tensor,
-    slab: tl.tensor,
-    partners: tl.tensor,
+    tile: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
-    first_partner: tl.tensor,
     TEACHER: tl.constexpr,
     TOTAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -184,28 +211,19 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """A tile of the gradient in S."""
+    """A block of the gradient in S, which is 0 at own entries."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    in_rows, in_columns = row < n, column < m
-
     gradient = _weighted_softmaxes(
-        student, student_softmaxes, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
+        student, student_softmaxes, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
     )
     if TEACHER:
         gradient -= _weighted_softmaxes(
-            teacher, teacher_softmaxes, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
+            teacher, teacher_softmaxes, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
         )
-
-    # Of the tile's first row the partner is in this column of the tile, if it is in the tile.
-    shift = first_partner + tl.program_id(0) * ROWS - tl.program_id(1) * COLUMNS
-    if (shift > -ROWS) & (shift < COLUMNS):
-        is_partner = column[None, :] - row[:, None] == first_partner
-        found = tl.sum(is_partner.to(tl.int32), 1) > 0
-        tl.store(partners + row, tl.sum(tl.where(is_partner, gradient, 0.0), 1), mask=in_rows & found)
-        gradient = tl.where(is_partner, 0.0, gradient)
-    entries = slab + row.to(tl.int64)[:, None] * m + column[None, :]
-    tl.store(entries, (gradient * tl.load(unit)).to(slab.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+    entries = tile + row.to(tl.int64)[:, None] * m + column[None, :]
+    inside = (row < n)[:, None] & (column < m)[None, :]
+    tl.store(entries, (gradient * tl.load(unit)).to(tile.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
@@ -214,25 +232,24 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON
 class _Launcher:
     """The matrices as kernels read them, and kernels at the blocks that fit them."""
 
-    def __init__(self, factors: Sequence[Tensor], operands: torch.dtype) -> None:
+    def __init__(self, models: list[Factors], partner: Tensor, operands: torch.dtype) -> None:
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
-        self.total = factors[0].dtype
-        self.matrices = [
-            (x.to(operands).contiguous(), y.to(operands).contiguous(), scale)
-            for x, y, scale in zip(factors[::3], factors[1::3], factors[2::3], strict=True)
-        ]
-        widest = max(x.shape[1] for x in factors[::3])
+        self.partner = partner
+        self.total = models[0].x.dtype
+        self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
+        widest = max(x.shape[1] for x, *_ in models)
         blocks = BLOCKS[operands.itemsize]
         self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(widest))))
 
     def __call__(self, kernel: Any, grid: tuple[int, int], tile: slice, *arguments: Any) -> None:
-        """On a tile of rows of the student and of the teacher, or twice the student."""
+        """On a tile of the student's matrix and of the teacher's, or twice the student's."""
         features = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         with torch.cuda.device_of(self.matrices[0][0]):
             kernel[grid](
                 features[0],
                 features[-1],
+                self.partner[tile],
                 *arguments,
                 TEACHER=len(features) == 2,
                 TOTAL=tl.float64 if self.total == torch.float64 else tl.float32,
@@ -247,50 +264,53 @@ class _Launcher:
         return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def forward(factors: list[Tensor], operands: torch.dtype) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """As `operators` asks for it."""
-    x, y, _ = factors[:3]
+def forward(student: Factors, teacher: Factors | None, partner: Tensor, operands: torch.dtype) -> Strip:
+    """The statistics, as `tiled.forward` gives them."""
+    x, y, _ = student
     n, m = len(x), len(y)
-    launch = _Launcher(factors, operands)
-    count = len(launch.matrices)
-    kinds = 2 * count - 1
-    parts_by_row, parts_by_column = [], []
+    launch = _Launcher([student] if teacher is None else [student, teacher], partner, operands)
+    kinds = 1 if teacher is None else 3
+    rows, columns = [], []
     for tile in launch.tiles(n, kinds * m * x.element_size(), PARTS_BYTES):
         length = tile.stop - tile.start
         height, width = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
-        span = triton.cdiv(width, triton.cdiv(_programs(x.device), height))  # in tiles, of a program
+        span = triton.cdiv(width, triton.cdiv(_programs(x.device), height))  # of a program, in blocks
         grid = height, triton.cdiv(width, span)
         by_row, by_column = x.new_empty(kinds, grid[1], length), x.new_empty(kinds, height, m)
         launch(_forward_kernel, grid, tile, by_row, by_column, length, m, span * launch.blocks.COLUMNS)
-        parts_by_row.append(_merge(by_row))
-        parts_by_column.append(_merge(by_column))
-    by_row, by_column = torch.cat(parts_by_row, 1), _merge(torch.stack(parts_by_column, 1))
-    statistics = [[by_row[k].clone(), by_column[k].clone(), x.new_empty(0, m)] for k in range(count)]
-    return statistics, [s - t + gap for s, t, gap in (by_row, by_column)] if count == 2 else []
+        rows.append(_merge(by_row))
+        columns.append(_merge(by_column))
+    by_row, by_column = torch.cat(rows, 1), _merge(torch.stack(columns, 1))
+    return Strip(*(Part(*(v.to(x.dtype, copy=True) for v in vectors)) for vectors in (by_row, by_column)))
 
 
 def backward(
-    weights: list[Tensor], factors: list[Tensor], statistics: list[Tensor], operands: torch.dtype, first_partner: int
+    weights: Weights,
+    student: Factors,
+    teacher: Factors | None,
+    partner: Tensor,
+    softmaxes: list[Softmaxes],
+    operands: torch.dtype,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `operators` asks for it."""
-    rows, columns, t_rows, t_columns = weights
-    x, y, _ = factors[:3]
+    """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
+    x, y, _ = student
     n, m = len(x), len(y)
-    (row_lse, column_lse, _), (t_row_lse, t_column_lse, _) = statistics[:3], statistics[-3:]
-    launch = _Launcher(factors, operands)
-
+    launch = _Launcher([student] if teacher is None else [student, teacher], partner, operands)
     dtype = torch.float16 if operands.itemsize == 2 else x.dtype
-    tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, SLAB_BYTES)
-    gradients = FeatureGradients(factors, weights, x.new_empty(tiles[0].stop, m, dtype=dtype), first_partner)
+    tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, TILE_BYTES)
+    buffer = x.new_empty(tiles[0].stop, m, dtype=dtype)
+    gradients = FeatureGradients(student, needs, list(weights[: 2 if teacher is None else 4]), dtype)
+    factors = [weights[:2], weights[2:]]
     for tile in tiles:
         length = tile.stop - tile.start
         grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
-        softmaxes = row_lse[tile], column_lse, rows[tile], columns
-        t_softmaxes = t_row_lse[tile], t_column_lse, t_rows[tile], t_columns
-        outputs = gradients.slab[:length], gradients.partners[tile]
-        sizes = length, m, first_partner + tile.start
-        launch(_backward_kernel, grid, tile, softmaxes, t_softmaxes, gradients.unit, *outputs, *sizes)
-        gradients.add_slab(tile, outputs[0])
+        arguments = [
+            (own.row_lse[tile], own.column_lse, rows[tile], columns)
+            for own, (rows, columns) in zip(softmaxes, factors, strict=False)
+        ]
+        launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.unit, buffer, length, m)
+        gradients.add(tile, buffer[:length])
     return gradients.results()
 
 
@@ -317,12 +337,10 @@ def tune(step: Callable[[], object], operands: torch.dtype, candidates: Sequence
     return BLOCKS[operands.itemsize]
 
 
-def _merge(parts: Tensor) -> Tensor:
-    """``[K, P, length]`` -> ``[K, length]``."""
-    lse = parts[:2].logsumexp(1)
-    if len(parts) == 1:
-        return lse
-    return torch.cat([lse, (parts[1].softmax(0) * parts[2]).sum(0, keepdim=True)])
+def _merge(found: Tensor) -> Tensor:
+    """``[K, P, length]`` -> ``[K, length]``, in the dtype in which parts merge."""
+    each = found.to(parts.wide(found.device)).unbind(1)
+    return torch.stack([v for v in parts.merge([Part(*part) for part in each]) if v is not None])
 
 
 def _programs(device: torch.device) -> int:

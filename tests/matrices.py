@@ -33,7 +33,7 @@ def partners(n: int, m: int, shift: int = 0) -> Tensor:
 
 def vectors(strip: Strip) -> list[Tensor]:
     """All statistics: lse and divergences of rows and of columns, and a teacher's lse."""
-    return [vector for part in strip for vector in part if vector is not None]
+    return [vector for part in strip for vector in part if len(vector)]
 
 
 def value_and_gradients(

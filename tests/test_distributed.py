@@ -283,39 +283,120 @@ def check_bytes(rank: int, world: int) -> None:
         MultimodalContrastiveLoss(label_smoothing=0.1, gather=True)(image, text, 10.0).backward()
     features = 8 * world * n * width
     vectors = 8 * world * n
-    assert features <= sent["all_gather"] <= features + 4 * vectors
-    assert features <= sent["reduce_scatter"] <= features + 4 * vectors
+    assert features <= sent["all_gather"] <= features + 6 * vectors
+    assert features <= sent["reduce_scatter"] <= features + 6 * vectors
     assert sent["all_reduce"] <= 2 * vectors
 
 
 def check_refusals(rank: int, world: int) -> None:
-    """What is wrong on one rank is an error on every rank, not a hang, and the next batch is fine."""
+    """What is wrong on one rank, or differs from the others, is an error on every rank; then all is fine."""
     good = (unit_rows(3, 4, 0), unit_rows(3, 4, 1), 5.0)
-    empty = (good[0][:0], good[1][:0], 5.0)
     narrow = (unit_rows(3, 2, 0), unit_rows(3, 2, 1), 5.0)
-    labels = torch.arange(3)
+    single = (good[0].float(), good[1].float(), 5.0)
+    trained = (good[0].clone().requires_grad_(), good[1], 5.0)
     last = world - 1
     contrastive: Any = MultimodalContrastiveLoss(gather=True)
     distillation: Any = MultimodalDistillationLoss(gather=True)
-    width, teacher_width, labelled = (
-        f"^{fact} must be the same on every rank"
-        for fact in ("the width of the features", "the width of the teacher's features", "whether labels are given")
-    )
+    both: Any = contrastive + distillation
+    function: Any = partial(functional.multimodal_contrastive_loss, gather=True)
     refused = rf"rank \[{last}\] did not; its own error"
-    for criterion, wrong, options, own, others in (
-        (contrastive, empty, {}, "at least one pair", refused),
-        (contrastive, (*good[:2], -1.0), {}, "logit_scale must be > 0", refused),
-        (contrastive, narrow, {}, width, width),
-        (contrastive, good, {"labels": labels}, labelled, labelled),
-        (distillation, (*good, *narrow), {}, teacher_width, teacher_width),
-    ):
-        right = good if criterion is contrastive else (*good, *good)
-        with pytest.raises(ValueError, match=own if rank == last else others):
-            criterion(*(wrong if rank == last else right), **(options if rank == last else {}))
-        assert criterion(*right).isfinite()
-    thin = unit_rows(3, 1, 0), unit_rows(3, 1, 1), 5.0
-    with pytest.raises(ValueError, match=teacher_width):  # another loss on one rank
-        distillation(*good, *thin) if rank == last else contrastive(*good)
+
+    def differs(fact: str) -> tuple[str, str]:
+        return (f"^{fact} must be the same on every rank, got",) * 2
+
+    def labelled(*features: Any) -> Any:
+        return contrastive(*features, labels=torch.arange(3))
+
+    def without_gradient(*features: Any) -> Any:
+        with torch.no_grad():
+            return contrastive(*features)
+
+    wrong: list[tuple[Any, Any, tuple[str, str]]] = [
+        # what the last rank calls, what the others call, their errors
+        (lambda: contrastive(good[0][:0], good[1][:0], 5.0), lambda: contrastive(*good), ("one pair", refused)),
+        (lambda: contrastive(*good[:2], -1.0), lambda: contrastive(*good), ("logit_scale must be > 0", refused)),
+        (lambda: both(*good), lambda: both(*good, *good), ("needs teacher_image_features", refused)),
+        (lambda: contrastive(*good, *good), lambda: contrastive(*good), ("no distillation term", refused)),
+        (lambda: both(*good, *good, 1.0, 2.0), lambda: both(*good, *good), ("arguments too many", refused)),
+        (
+            lambda: distillation(*good, *good, labels=torch.arange(3)),
+            lambda: distillation(*good, *good),
+            ("none", refused),
+        ),
+        (lambda: function(*good, label_smoothing=2.0), lambda: function(*good), ("label_smoothing must be", refused)),
+        (lambda: function(*good, reduction="avg"), lambda: function(*good), ("reduction must be one of", refused)),
+        (lambda: contrastive(*narrow), lambda: contrastive(*good), differs("the width of features")),
+        (lambda: contrastive(*single), lambda: contrastive(*good), differs("the dtype of features")),
+        (lambda: contrastive(*good[:2], 6.0), lambda: contrastive(*good), differs("logit_scale, if it is a number")),
+        (lambda: labelled(*good), lambda: contrastive(*good), differs("whether labels are given")),
+        (lambda: contrastive(*trained), lambda: contrastive(*good), differs("whether image_features need a gradient")),
+        (
+            lambda: without_gradient(*trained),
+            lambda: contrastive(*trained),
+            differs("whether image_features need a gradient"),
+        ),
+        (
+            lambda: distillation(*good, *narrow),
+            lambda: distillation(*good, *good),
+            differs("the width of the teacher's features"),
+        ),
+        (lambda: both(*good, *good), lambda: contrastive(*good), differs("the loss")),
+        (lambda: (2 * both)(*good, *good), lambda: both(*good, *good), differs("the loss")),
+        (lambda: function(*good, label_smoothing=0.1), lambda: function(*good), differs("the loss")),
+        (lambda: function(*good, reduction="sum"), lambda: function(*good), differs("reduction")),
+    ]
+    for ours, theirs, (own, others) in wrong:
+        with pytest.raises((ValueError, TypeError), match=own if rank == last else others):
+            (ours if rank == last else theirs)()
+        assert contrastive(*good).isfinite()
+        assert both(*good, *good).isfinite()
+
+
+def check_second_derivatives(rank: int, world: int) -> None:
+    """Of the dense form: a penalty on gradients, summed over ranks, has the gradient of one process."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    for together, alone in zip(criteria(gather=True, impl="dense"), criteria(impl="dense"), strict=True):
+        found = []
+        for (criterion, _), part, factor in ((together, rows, world), (alone, slice(None), 1)):
+            student = [unit_rows(n, 4, seed)[part].clone().requires_grad_() for seed in (0, 1)]
+            teacher = [unit_rows(n, 4, seed)[part] for seed in (2, 3)]
+            others = () if isinstance(criterion, MultimodalContrastiveLoss) else (*teacher, 4.0)
+            first = torch.autograd.grad(criterion(*student, 5.0, *others), student, create_graph=True)
+            penalty = torch.stack([(gradient / factor).square().sum() for gradient in first]).sum()
+            found.append(torch.autograd.grad(penalty, student))
+        for ours, theirs in zip(*found, strict=True):
+            assert_close(ours, theirs[rows], rtol=1e-10, atol=1e-12)
+
+
+def check_near_zero(rank: int, world: int) -> None:
+    """float32 losses of a millionth keep their digits over ranks too, and are never negative."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    images, noise = unit_rows(n, 32, 0), unit_rows(n, 32, 1)
+    whole = [f.float() for f in (images, nn.functional.normalize(images + noise, dim=1))]
+    teacher = [nn.functional.normalize(f + 0.1 * unit_rows(n, 32, 7), dim=1) for f in whole]
+    exact, exact_teacher = ([f.double() for f in features] for features in (whole, teacher))
+    for scale in (15.0, 20.0):
+        mine = MultimodalContrastiveLoss(gather=True)(*(f[rows] for f in whole), scale)
+        assert mine > 0
+        assert_close(mine.double(), MultimodalContrastiveLoss()(*exact, scale), rtol=2e-5, atol=0)
+        student, others = [f[rows] for f in whole], [f.float()[rows] for f in teacher]
+        mine = MultimodalDistillationLoss(gather=True)(*student, scale, *others, scale)
+        assert mine > 0
+        theirs = MultimodalDistillationLoss()(*exact, scale, *(f.float().double() for f in exact_teacher), scale)
+        assert_close(mine.double(), theirs, rtol=2e-5, atol=0)
+
+
+def check_compiled(rank: int, world: int) -> None:
+    """A gathered loss breaks the graph and is right; with fullgraph it is refused with the reason."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    image, text = unit_rows(n, 4, 0), unit_rows(n, 4, 1)
+    criterion = MultimodalContrastiveLoss(gather=True)
+    compiled: Any = torch.compile(criterion, backend="eager")
+    assert_close(compiled(image[rows], text[rows], 5.0), MultimodalContrastiveLoss()(image, text, 5.0))
+    torch.compiler.reset()
+    whole: Any = torch.compile(criterion, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="which no graph can hold"):
+        whole(image[rows], text[rows], 5.0)
 
 
 CHECKS = {
@@ -328,8 +409,19 @@ CHECKS = {
         check_low_precision,
         check_bytes,
         check_refusals,
+        check_second_derivatives,
+        check_near_zero,
+        check_compiled,
     ],
-    3: [check_losses, check_values_of_pairs, check_ddp, check_subgroup, check_refusals],
+    3: [
+        check_losses,
+        check_values_of_pairs,
+        check_ddp,
+        check_subgroup,
+        check_refusals,
+        check_second_derivatives,
+        check_near_zero,
+    ],
 }
 
 

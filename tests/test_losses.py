@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Pairs, class_labels, fractions, seeds, student_and_teacher, unit_rows
+from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust import (
@@ -205,14 +206,14 @@ def test_losses_listen_to_their_attributes() -> None:
     """Whoever anneals an argument, a weight or an option is heard, checked, and sees it in the repr."""
     carot = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)
     carot.label_smoothing, carot.distillation_weight = 0.3, 0.5
-    by_hand = MultimodalContrastiveLoss(label_smoothing=0.3) + 0.5 * MultimodalDistillationLoss()
+    by_hand: Any = MultimodalContrastiveLoss(label_smoothing=0.3) + 0.5 * MultimodalDistillationLoss()
     assert repr(carot) == repr(by_hand)
     assert_close(carot(*STUDENT, *TEACHER), by_hand(*STUDENT, *TEACHER))
     by_hand.weights[1], by_hand.losses[0].label_smoothing = 1.5, 0.1
     assert_close(
         by_hand(*STUDENT, *TEACHER), CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)(*STUDENT, *TEACHER)
     )
-    contrastive = MultimodalContrastiveLoss()
+    contrastive: Any = MultimodalContrastiveLoss()
     contrastive.reduction = "none"
     assert contrastive(*STUDENT).shape == (len(STUDENT[0]),)
     contrastive.label_smoothing = 1.5
@@ -243,26 +244,30 @@ def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
 def test_float32_losses_keep_their_digits_down_to_a_millionth(noise: float, seed: int, impl: Any) -> None:
     """Within 2e-5 of float64 on the same features, and never negative, for a fine-tuned model's small losses too."""
     images, noises = (unit_rows(200, 64, s + 10 * seed) for s in (0, 1))
-    features = [images.float(), torch.nn.functional.normalize(images + noise * noises, dim=1).float()]
-    exact = [f.double() for f in features]
+    exact = [f.float().double() for f in (images, torch.nn.functional.normalize(images + noise * noises, dim=1))]
+
+    def hold(loss: Any, scale: float, *features: Tensor, **options: Any) -> None:
+        single, double = (
+            with_scales([f.to(dtype) for f in features], scale) for dtype in (torch.float32, torch.float64)
+        )
+        value = loss(*single, impl=impl, reduction="none", **options)
+        expected = loss(*double, impl="dense", reduction="none", **options)
+        assert (value >= 0).all()
+        assert expected.mean() < 1e-6 or (value.double().mean() / expected.mean() - 1).abs() <= 2e-5
+
     for scale in (30.0, 100.0):
         for smoothing in (0.0, 1e-6):
-            options: Any = {"label_smoothing": smoothing, "reduction": "none"}
-            value = functional.multimodal_contrastive_loss(*features, scale, **options, impl=impl)
-            expected = functional.multimodal_contrastive_loss(*exact, scale, **options, impl="dense")
-            assert (value >= 0).all()
-            assert expected.mean() < 1e-6 or (value.double().mean() / expected.mean() - 1).abs() <= 2e-5
+            hold(functional.multimodal_contrastive_loss, scale, *exact, label_smoothing=smoothing)
     for step in (1e-2, 1e-1, 1.0):
         moved = [
             torch.nn.functional.normalize(f + step * unit_rows(200, 64, 7 + k), dim=1) for k, f in enumerate(exact)
         ]
-        teacher = [f.float() for f in moved]
-        value = functional.multimodal_distillation_loss(*features, 40.0, *teacher, 40.0, impl=impl, reduction="none")
-        expected = functional.multimodal_distillation_loss(
-            *exact, 40.0, *(f.double() for f in teacher), 40.0, impl="dense", reduction="none"
-        )
-        assert (value >= 0).all()
-        assert expected.mean() < 1e-6 or (value.double().mean() / expected.mean() - 1).abs() <= 2e-5
+        hold(functional.multimodal_distillation_loss, 40.0, *exact, *(f.float().double() for f in moved))
+
+
+def with_scales(features: list[Tensor], scale: float) -> list[Any]:
+    """Images and texts of each model, with a logit scale after them."""
+    return [argument for k in range(0, len(features), 2) for argument in (*features[k : k + 2], scale)]
 
 
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])

@@ -198,6 +198,7 @@ class _TermLoss(PairLoss):
         return cast(PairOptions, {name: getattr(self, name) for name in OPTIONS})
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
+        """The loss itself, once."""
         return [(1.0, self)]
 
     def extra_repr(self) -> str:
@@ -304,6 +305,7 @@ class LossSum(PairLoss):
         self.weighted()
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
+        """The terms with today's weights, whose options must agree."""
         first, *others = self.losses
         for other in others:
             if other.options() != first.options():
@@ -358,11 +360,15 @@ class CaRotLoss(LossSum):
     @property
     def label_smoothing(self) -> float:
         """ε of the contrastive term."""
-        return float(self.losses[0].label_smoothing)
+        return self._contrastive.label_smoothing
 
     @label_smoothing.setter
     def label_smoothing(self, value: float) -> None:
-        self.losses[0].label_smoothing = value
+        self._contrastive.label_smoothing = value
+
+    @property
+    def _contrastive(self) -> MultimodalContrastiveLoss:
+        return cast(MultimodalContrastiveLoss, self.losses[0])
 
     @property
     def distillation_weight(self) -> float:

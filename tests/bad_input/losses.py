@@ -52,12 +52,14 @@ NEW_DISTILLATION = Target("MultimodalDistillationLoss", MultimodalDistillationLo
 NEW_CAROT = Target("CaRotLoss", CaRotLoss, lambda: {"label_smoothing": 0.1, "distillation_weight": 1.5})
 FUNCTIONS = [CONTRASTIVE, DISTILLATION, CAROT]
 NEW = [NEW_CONTRASTIVE, NEW_DISTILLATION, NEW_CAROT]
-WITH_TEACHER = [DISTILLATION, DISTILLATION_MODULE, CAROT, CAROT_MODULE, SUM, TERMS]
-WITH_LABELS = [CONTRASTIVE, CONTRASTIVE_MODULE, CAROT, CAROT_MODULE, SUM, TERMS]
 
 TABLE: Table = [
     (
-        [*FUNCTIONS, CONTRASTIVE_MODULE, DISTILLATION_MODULE, CAROT_MODULE, SUM, OPEN_CLIP],
+        [*FUNCTIONS, CONTRASTIVE_MODULE, DISTILLATION_MODULE, CAROT_MODULE, SUM, TERMS, OPEN_CLIP],
+        [Wrong({"logit_scale": 0.0}, ValueError, "logit_scale must be > 0, got 0.0")],
+    ),
+    (
+        [CONTRASTIVE],  # all losses on pairs take the same path
         [
             Wrong(
                 {"image_features": ROWS[0]},
@@ -143,7 +145,6 @@ TABLE: Table = [
                 ValueError,
                 "image_features and text_features must hold at least one pair and one dimension, got [4, 0]",
             ),
-            Wrong({"logit_scale": 0.0}, ValueError, "logit_scale must be > 0, got 0.0"),
             Wrong({"logit_scale": -1}, ValueError, "logit_scale must be > 0, got -1"),
             Wrong({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
             Wrong({"logit_scale": math.inf}, ValueError, "logit_scale must be finite, got inf"),
@@ -152,9 +153,32 @@ TABLE: Table = [
             Wrong({"logit_scale": True}, TypeError, "logit_scale must be a real number, got bool True"),
             Wrong({"logit_scale": 1j}, TypeError, "logit_scale must be a real number, got complex 1j"),
             Wrong(
-                {"logit_scale": torch.ones(2)},
+                {"logit_scale": torch.tensor([1.0, 2.0])},
                 ValueError,
-                "logit_scale must be a scalar, got shape [2]; pass model.logit_scale.exp()",
+                "logit_scale must be a scalar, or a vector of equal entries as DataParallel gives it, got shape [2]; "
+                "pass model.logit_scale.exp()",
+            ),
+            Wrong(
+                {"logit_scale": torch.ones(2, 1)},
+                ValueError,
+                "logit_scale must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
+                "[2, 1]; pass model.logit_scale.exp()",
+            ),
+            Wrong(
+                {"logit_scale": torch.ones(0)},
+                ValueError,
+                "logit_scale must be a scalar, got shape [0]; pass model.logit_scale.exp()",
+            ),
+            Wrong(
+                {"logit_scale": torch.tensor(-2.0)},
+                ValueError,
+                "logit_scale must be > 0, got -2; pass model.logit_scale.exp()",
+            ),
+            Wrong(
+                {"temperature": 2.0},
+                TypeError,
+                "a loss on pairs must have only options it knows, got 'temperature'; "
+                "they are reduction, gather, group, impl, memory_budget",
             ),
             Wrong(
                 {"logit_scale": torch.tensor(100)},
@@ -164,7 +188,7 @@ TABLE: Table = [
         ],
     ),
     (
-        WITH_LABELS,
+        [CONTRASTIVE, TERMS],
         [
             Wrong(
                 {"labels": torch.arange(3)}, ValueError, "labels must have shape [4], one label for each row, got [3]"
@@ -202,7 +226,7 @@ TABLE: Table = [
         ],
     ),
     (
-        WITH_TEACHER,
+        [DISTILLATION],
         [
             Wrong(
                 {"teacher_image_features": MORE[:3], "teacher_text_features": MORE[:3]},
@@ -235,11 +259,6 @@ TABLE: Table = [
             Wrong({"teacher_logit_scale": 0}, ValueError, "teacher_logit_scale must be > 0, got 0"),
             Wrong({"teacher_logit_scale": "5"}, TypeError, "teacher_logit_scale must be a real number, got str '5'"),
             Wrong(
-                {"teacher_logit_scale": torch.ones(4)},
-                ValueError,
-                "teacher_logit_scale must be a scalar, got shape [4]; pass model.logit_scale.exp()",
-            ),
-            Wrong(
                 {name: MORE[:4].to("meta") for name in ("teacher_image_features", "teacher_text_features")},
                 ValueError,
                 "teacher_image_features and image_features must be on one device, got meta and cpu; move "
@@ -248,7 +267,7 @@ TABLE: Table = [
         ],
     ),
     (
-        [DISTILLATION, DISTILLATION_MODULE, CAROT],
+        [DISTILLATION],
         [
             Wrong(
                 {"teacher_text_features": None},
@@ -258,8 +277,15 @@ TABLE: Table = [
         ],
     ),
     (
-        [SUM, TERMS],
+        [SUM],
         [
+            Wrong(
+                {"logit_biases": 1.0},
+                TypeError,
+                "MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss() must be called with image_features, "
+                "text_features, logit_scale and maybe logit_bias of the student, then of the teacher, and labels=, "
+                "got 'logit_biases'; write criterion(*student(images, texts), *teacher(images, texts))",
+            ),
             Wrong(
                 {"teacher_text_features": None},
                 TypeError,
@@ -273,6 +299,40 @@ TABLE: Table = [
                 "MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss() needs "
                 "teacher_image_features, teacher_text_features and teacher_logit_scale; call it as "
                 "criterion(*student(images, texts), *teacher(images, texts))",
+            ),
+        ],
+    ),
+    (
+        [
+            Target(
+                "losses.PairLoss.forward",
+                lambda given, **named: MCL(*given, **named),
+                lambda: {"given": (ROWS, ROWS, 1.0)},
+            ),
+            Target(
+                "losses.PairLoss.terms",
+                lambda given, **named: MCL.terms(*given, **named),
+                lambda: {"given": (ROWS, ROWS, 1.0)},
+            ),
+        ],
+        [
+            Wrong(
+                {"given": (ROWS, ROWS, 1.0, 0.0, ROWS, ROWS, 1.0, 0.0, 2.0)},
+                TypeError,
+                "MultimodalContrastiveLoss() must be called with image_features, text_features, logit_scale and maybe "
+                "logit_bias of the student, then of the teacher, and labels=, got 1 arguments too many; "
+                "write criterion(*student(images, texts), *teacher(images, texts))",
+            ),
+            Wrong(
+                {"given": (ROWS, ROWS, 1.0, 0.5), "logit_bias": 1.0},
+                TypeError,
+                "logit_bias must be given once, got it by position and by name",
+            ),
+            Wrong(
+                {"given": (ROWS, ROWS, 1.0, ROWS, ROWS, 1.0)},
+                TypeError,
+                "MultimodalContrastiveLoss() has no distillation term; "
+                "leave out the teacher's features and logit scale",
             ),
         ],
     ),
@@ -299,7 +359,7 @@ TABLE: Table = [
         ],
     ),
     (
-        [CONTRASTIVE, CAROT, NEW_CONTRASTIVE, NEW_CAROT],
+        [CONTRASTIVE, NEW_CONTRASTIVE, NEW_CAROT],
         [
             Wrong(
                 {"label_smoothing": 1.0},
@@ -340,7 +400,7 @@ TABLE: Table = [
         ],
     ),
     (
-        [*FUNCTIONS, *NEW],
+        [CONTRASTIVE, *NEW],
         [
             Wrong(
                 {"reduction": "batchmean"},
@@ -355,7 +415,7 @@ TABLE: Table = [
         ],
     ),
     (
-        FUNCTIONS,
+        [CONTRASTIVE],
         [
             Wrong(
                 {"impl": "triton"},

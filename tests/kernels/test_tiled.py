@@ -95,8 +95,8 @@ def test_the_operators_pass_opcheck(teacher: bool, keep: bool) -> None:
     found = torch.ops.calrobust.softmax_statistics(*inputs)
     upstream = [torch.ones_like(found[k]) for k in (0, 1, 4, 5)]
     for needs in ([True, True, True], [True, False, True], [False, True, True], [False, False, True]):
-        inputs = (upstream, *models, partners(7, 5), found, needs, "tiled", torch.float64)
-        torch.library.opcheck(torch.ops.calrobust.softmax_statistics_backward.default, inputs, test_utils=checks)
+        more: Any = (upstream, *models, partners(7, 5), found, needs, "tiled", torch.float64)
+        torch.library.opcheck(torch.ops.calrobust.softmax_statistics_backward.default, more, test_utils=checks)
 
 
 def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
@@ -329,7 +329,7 @@ def test_products_are_as_many_as_documented(
     student, *others = factors(6, 6, 3, 0, scale=1.0, teacher=teacher)
     x, y, scale = student
     student = Factors(x.requires_grad_(frozen != "x"), y.requires_grad_(frozen != "y"), scale.requires_grad_())
-    counter = Products()
+    counter: Any = Products()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with counter:
         strip = tiled_with(budget)(student, others[0] if others else None, partners(6, 6))
         torch.stack([v.sum() for v in vectors(strip) if v.requires_grad]).sum().backward()
@@ -343,19 +343,24 @@ def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> Non
     """As on MPS: no tensor of a loss is float64, and value and gradients are those of float32."""
     monkeypatch.setattr(parts, "WITHOUT_FLOAT64", ("cpu",))
     open_operators(monkeypatch)
-    features = [unit_rows(40, 8, seed, torch.float32).requires_grad_(seed < 2) for seed in range(4)]
+    features: Any = [unit_rows(40, 8, seed, torch.float32).requires_grad_(seed < 2) for seed in range(4)]
     for impl in ("dense", "tiled", "auto"):
         options: Any = {"label_smoothing": 0.1, "distillation_weight": 1.5, "impl": impl}
-        with NoFloat64():
-            value = carot_loss(*features[:2], 20.0, *features[2:], 15.0, **options)
+        with NoFloat64():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            value = carot_loss(*taught(features), **options)
             found = torch.autograd.grad(value, features[:2])
-        exact = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
+        exact: Any = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parts, "WITHOUT_FLOAT64", ())
-            expected = carot_loss(*exact[:2], 20.0, *exact[2:], 15.0, **{**options, "impl": "dense"})
+            expected = carot_loss(*taught(exact), **{**options, "impl": "dense"})
         assert_close(value.double(), expected, rtol=1e-5, atol=0)
         for a, b in zip(found, torch.autograd.grad(expected, exact[:2]), strict=True):
             assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def taught(features: list[Tensor]) -> Any:
+    """The arguments of a loss from features of a student and of a teacher."""
+    return *features[:2], 20.0, *features[2:], 15.0
 
 
 def open_operators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,8 @@ def test_layout_of_the_features_does_not_matter() -> None:
     x, y = unit_rows(8, 12, 0).to(DEVICE)[:, ::2], unit_rows(6, 8, 1).to(DEVICE).T
     scale = torch.tensor(3.0).double()
     found, expected = (
-        statistics(Factors(*features, scale), None, partners(8, 8)) for features in ((x, y), (x.clone(), y.contiguous()))
+        statistics(Factors(*features, scale), None, partners(8, 8))
+        for features in ((x, y), (x.clone(), y.contiguous()))
     )
     assert_close(vectors(found), vectors(expected))
 
@@ -358,11 +359,11 @@ def test_differentiating_the_kernels_twice_is_refused() -> None:
 def test_a_frozen_tower_leaves_the_other_gradients_as_they_are(frozen: str, operands: torch.dtype) -> None:
     """And has none itself."""
     features = [unit_rows(40, 8, seed, operands).to(DEVICE) for seed in (0, 1)]
-    found = []
+    found: Any = []
     for needed in ((True, True), (frozen != "x", frozen != "y")):
-        inputs = [f.clone().requires_grad_(need) for f, need in zip(features, needed, strict=True)]
+        inputs: Any = [f.clone().requires_grad_(need) for f, need in zip(features, needed, strict=True)]
         scale = torch.tensor(20.0, requires_grad=True)
-        multimodal_contrastive_loss(*inputs, scale, impl="triton").backward()
+        multimodal_contrastive_loss(inputs[0], inputs[1], scale, impl="triton").backward()
         found.append([*(f.grad for f in inputs), scale.grad])
     for whole, part in zip(*found, strict=True):
         assert whole is not None
@@ -379,7 +380,8 @@ def test_float32_losses_keep_their_digits_near_zero(noise: float) -> None:
     moved = [F.normalize(f + 0.1 * unit_rows(150, 64, 7 + k).to(DEVICE)).float().double() for k, f in enumerate(exact)]
     for inputs in (exact, [*exact, *moved]):
         values = []
-        for impl, dtype in (("triton", torch.float32), ("dense", torch.float64)):
+        forms: Any = (("triton", torch.float32), ("dense", torch.float64))
+        for impl, dtype in forms:
             pairs: Any = [f.to(dtype) for f in inputs]
             student, teacher = (*pairs[:2], 40.0), (*pairs[2:], 40.0)
             if len(inputs) == 2:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calrobust._checks import check_number, check_positive
 from calrobust.functional.contrastive import Contrastive
-from calrobust.functional.pairs import PairOptions, Request, weighted_terms
+from calrobust.functional.pairs import PairOptions, Request, Term, weighted_terms
 from calrobust.kernels import PairStatistics
 
 
@@ -119,7 +119,7 @@ def carot_loss(
 
     def request() -> Request:
         check_number(distillation_weight=distillation_weight)
-        weighted = [(1, Contrastive(label_smoothing)), (distillation_weight, Distillation())]
+        weighted: list[tuple[float, Term]] = [(1, Contrastive(label_smoothing)), (distillation_weight, Distillation())]
         return Request(weighted, student, teacher, labels)
 
     contrastive, distillation = weighted_terms(request, options)

@@ -41,7 +41,7 @@ class PairOptions(TypedDict, total=False):
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
-    """``"dense"`` holds the N×N matrix and can be differentiated twice. ``"tiled"`` needs O(N·D) memory and recomputes.
+    """``"dense"`` holds the whole pair matrix and can be differentiated twice. ``"tiled"`` needs O(N·D) memory.
     ``"triton"`` does the same in kernels for CUDA devices. ``"auto"`` (default) takes Triton where it runs; elsewhere
     it is tiled, and keeps the matrix for backward if it fits into ``memory_budget``."""
     memory_budget: int
@@ -70,7 +70,9 @@ class Options:
         """The given options, and defaults for the others."""
         for name in options:
             if name not in OPTIONS:
-                raise TypeError(f"a loss on pairs must have only options it knows, got {name!r}; they are {OPTIONS}")
+                raise TypeError(
+                    f"a loss on pairs must have only options it knows, got {name!r}; they are {', '.join(OPTIONS)}"
+                )
         return cls(**options)
 
 
@@ -106,7 +108,14 @@ def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list
     With ``gather``, whatever is wrong with the batch of one rank raises on all of them, since none may wait for
     another: so the request is a function, whose errors are told as well.
     """
-    return (_gathered_terms if options.get("gather") else _weighted_terms)(request, options)
+    if options.get("gather") and torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
+            "compile the model, and leave the loss out of fullgraph=True"
+        )
+        terms: list[Tensor] = torch.compiler.disable(_weighted_terms)(request, options)
+        return terms
+    return _weighted_terms(request, options)
 
 
 def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
@@ -140,13 +149,6 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
         value = ranks.reduce(term.values(statistics[temperature]), checked.reduction)
         terms.append((float(weight) * value).to(batch.dtype))
     return terms
-
-
-_gathered_terms = torch.compiler.disable(
-    _weighted_terms,
-    reason="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
-    "compile the model, and leave the loss out of fullgraph=True",
-)
 
 
 def _facts(
@@ -232,12 +234,11 @@ def _check_logit_scale(**scales: Any) -> None:
         check_floating(**{name: value})
         if value.numel() == 0:
             raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass model.logit_scale.exp()")
-        if value.numel() > 1:  # DataParallel gives a copy for each replica
-            if value.ndim != 1 or not bool((value == value[0]).all()):
-                raise ValueError(
-                    f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
-                    f"{list(value.shape)}; pass model.logit_scale.exp()"
-                )
+        if value.numel() > 1 and (value.ndim > 1 or not bool((value == value[0]).all())):
+            raise ValueError(
+                f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
+                f"{list(value.shape)}; pass model.logit_scale.exp()"
+            )
         # Elsewhere, a look at the value would wait for the device.
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
             raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")

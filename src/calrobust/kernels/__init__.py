@@ -118,7 +118,7 @@ def pair_statistics(
             strip = operators.softmax_statistics(
                 student, teacher, partner, impl=impl, memory_budget=memory_budget, operands=batch.operands
             )
-        own_part, none = Part(own.to(precise)), x.new_empty(0)
+        own_part = Part.without_teacher(own.to(precise))
         if teacher is not None:
             teacher_own = teacher.scale * torch.linalg.vecdot(teacher.x, teacher.y[ranks.own])
             own_part = Part(own_part.lse, teacher_own.to(precise), torch.zeros_like(own_part.lse))
@@ -127,26 +127,22 @@ def pair_statistics(
                 -torch.nn.functional.logsigmoid(own_part.lse - other.lse),
                 (own - positive).to(precise),
                 (own - mean).to(precise),
-                merge([other, own_part]).divergence if teacher is not None else none,
+                merge([other, own_part]).divergence,
             )
             for other, positive, mean in (
-                (_to(strip.rows, precise), row_positive, row_mean),
-                (_over_ranks(_to(strip.columns, precise), ranks), column_positive, column_mean),
+                (strip.rows.to(precise), row_positive, row_mean),
+                (_over_ranks(strip.columns.to(precise), ranks), column_positive, column_mean),
             )
         )
         return PairStatistics(rows, columns)
-
-
-def _to(part: Part, dtype: torch.dtype) -> Part:
-    return Part(*(None if vector is None else vector.to(dtype) for vector in part))
 
 
 def _over_ranks(part: Part, ranks: Ranks) -> Part:
     """The columns of this rank's own texts against the images of all ranks, from those of its strip."""
     if len(ranks.sizes) == 1:
         return part
-    if part.teacher_lse is None or part.divergence is None:
-        return Part(_total(part.lse[:, None], ranks)[:, 0])
+    if part.teacher_lse.shape[0] == 0:
+        return Part.without_teacher(_total(part.lse[:, None], ranks)[:, 0])
     parts = torch.stack([part.lse, part.teacher_lse], 1)
     total = _total(parts, ranks)
     share, teacher_share = (parts - ranks.gather(total, total.dtype)).T

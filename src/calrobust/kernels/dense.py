@@ -27,7 +27,7 @@ def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tenso
 def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
     """The statistics of the softmaxes of logits along a dimension."""
     if t is None:
-        return Part(s.logsumexp(dim))
+        return Part.without_teacher(s.logsumexp(dim))
     divergence = divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim)
     return Part(s.logsumexp(dim), t.logsumexp(dim), divergence.clamp(min=0))
 

@@ -6,7 +6,7 @@ A form is a module with two functions, ``forward`` and ``backward``, of which `t
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +42,6 @@ def softmax_statistics(
     function = _Compiled if torch.compiler.is_compiling() else _Eager
     frozen: Any = (None, None, None) if teacher is None else teacher
     found = function.apply(*student, *frozen, partner, impl, keep, operands or x.dtype)
-    if teacher is None:
-        return Strip(Part(found[0]), Part(found[1]))
     return Strip(Part(*found[0:6:2]), Part(*found[1:6:2]))
 
 
@@ -76,13 +74,14 @@ def _forward(
     if _takes_triton(impl, student[0]):
         from calrobust.kernels import triton
 
-        strip, kept = triton.forward(*models, partner, operands), []
+        strip = triton.forward(*models, partner, operands)
+        kept: list[Tensor] = []
     else:
         strip, kept = tiled.forward(*models, partner, operands, keep=keep)
     x, y, _ = student
     vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]
     kept = [*kept, *(x.new_empty(0, y.shape[0]) for _ in range(2 - len(kept)))]
-    return [*(x.new_empty(0) if vector is None else vector for vector in vectors), *kept]
+    return [*vectors, *kept]
 
 
 @_forward.register_fake
@@ -141,7 +140,7 @@ def _(
     return x, y, scale
 
 
-def _refuse(*_: Any) -> NoReturn:
+def _refuse(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
         "the losses that hold no pair matrix have first derivatives in reverse mode only, without vmap; "
         'for second derivatives, forward mode or vmap pass impl="dense"'
@@ -191,7 +190,8 @@ def _differentiated(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The backward operator, of tensors one by one as an autograd function must take them."""
     gradients, student, teacher, (partner, *found) = inputs[:4], inputs[4:7], inputs[7:10], inputs[10:19]
     frozen = [] if teacher[0] is None else list(teacher)
-    return _backward(list(gradients), list(student), frozen, partner, found, *inputs[19:])
+    x, y, scale = _backward(list(gradients), list(student), frozen, partner, found, *inputs[19:])
+    return x, y, scale
 
 
 class _Derivative(torch.autograd.Function):

@@ -24,11 +24,20 @@ EXCLUDED = -1e38  # the logit of an entry that does not count; finite, so that t
 
 
 class Part(NamedTuple):
-    """Statistics of some anchors over a set of candidates, each of shape ``[length]``."""
+    """Statistics of some anchors over a set of candidates, each of shape ``[length]``; empty if there is no teacher."""
 
     lse: Tensor
-    teacher_lse: Tensor | None = None
-    divergence: Tensor | None = None  # from the teacher's softmax over these candidates to the student's, in nats
+    teacher_lse: Tensor
+    divergence: Tensor  # from the teacher's softmax over these candidates to the student's, in nats
+
+    @classmethod
+    def without_teacher(cls, lse: Tensor) -> Part:
+        """Statistics of a student alone."""
+        return cls(lse, lse.new_empty(0), lse.new_empty(0))
+
+    def to(self, dtype: torch.dtype) -> Part:
+        """The same in another dtype."""
+        return Part(*(vector.to(dtype) for vector in self))
 
 
 class Strip(NamedTuple):
@@ -51,18 +60,15 @@ def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:
     return torch.where(gap < -1, probability - target * (1 - gap), near)  # expm1 would overflow
 
 
-def merge(parts: Sequence[Part]) -> Part:
+def merge(several: Sequence[Part]) -> Part:
     """The statistics over the union of the parts' candidates."""
-    lse = torch.stack([part.lse for part in parts])
-    total = lse.logsumexp(0)
-    if parts[0].teacher_lse is None:
-        return Part(total)
-    teacher_lse = torch.stack([part.teacher_lse for part in parts if part.teacher_lse is not None])
-    within = torch.stack([part.divergence for part in parts if part.divergence is not None])
-    teacher_total = teacher_lse.logsumexp(0)
+    lse, teacher_lse, divergence = (torch.stack(vectors) for vectors in zip(*several, strict=True))
+    total, teacher_total = lse.logsumexp(0), teacher_lse.logsumexp(0)
+    if teacher_lse.shape[1] == 0:
+        return Part.without_teacher(total)
     log_target = teacher_lse - teacher_total
-    divergence = log_target.exp() * within + divergence_terms(log_target, lse - total)
-    return Part(total, teacher_total, divergence.sum(0))
+    terms = log_target.exp() * divergence + divergence_terms(log_target, lse - total)
+    return Part(total, teacher_total, terms.sum(0))
 
 
 def exclude(logits: Tensor, partner: Tensor) -> Tensor:

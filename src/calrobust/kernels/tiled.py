@@ -12,12 +12,12 @@ itself shows it, and the columns of that tile are then taken from the logits.
 
 **Divergences.** `parts` says why the sum of ``p̃_ij f(r_ij)`` over j is the divergence of row i, where
 ``f(r) = exp(r) − 1 − r`` and ``r_ij = log p_ij − log p̃_ij``. The column softmaxes q̃ of T and q of S satisfy
-``log q_ij − log q̃_ij = r_ij − d_i`` up to a constant for each column, with d the difference of the row lse of T and of S
-less a constant. With ``ρ_i = exp(−d_i) − 1`` and ``b_j = Σ_i q̃_ij (exp(r_ij − d_i) − 1)``, the divergence of column j is
+``log q_ij − log q̃_ij = r_ij − d_i`` up to a constant for each column, with d the difference of the row lse of T and of
+S less a constant. With ``ρ_i = exp(−d_i) − 1`` and ``b_j = Σ_i q̃_ij (exp(r_ij − d_i) − 1)``, column j diverges by
 
 .. math:: \sum_i \tilde q_{ij} \bigl( f(-d_i) + f(r_{ij}) + \rho_i (e^{r_{ij}} - 1) \bigr) + \log(1 + b_j) - b_j
 
-again in matrix-vector products. Where the d differ too much for that, the columns are taken from the logits.
+again in matrix-vector products. Where these sums would cancel, columns are taken from the logits.
 
 **Gradient.** Let ``a, b, c, d`` be the upstream gradients of row lse, column lse, row divergence, column divergence,
 and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
@@ -43,7 +43,7 @@ from calrobust.kernels.products import FeatureGradients, are_narrow, product
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
 TILE_ROWS = 256  # at least: below, the matrix products slow down
-FAR = 6.0  # nats between the shifts of rows, from which on the columns' sums would cancel
+FAR = 6.0  # nats by which rows or columns may shift before sums over columns cancel too much
 BLOCK_BYTES = 2**18
 
 
@@ -118,8 +118,8 @@ def forward(
         strip = _statistics(*logits)
         rows.append(strip.rows)
         columns = [merge([*columns, strip.columns])]
-    joined = Part(*(None if vectors[0] is None else torch.cat(vectors) for vectors in zip(*rows, strict=True)))
-    return Strip(*(Part(*(v if v is None else v.to(x.dtype) for v in part)) for part in (joined, columns[0]))), kept
+    joined = Part(*map(torch.cat, zip(*rows, strict=True)))
+    return Strip(joined.to(x.dtype), columns[0].to(x.dtype)), kept
 
 
 def backward(
@@ -191,26 +191,24 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
             first += grown @ excess
             second += grown @ teacher_p
             second += whole @ excess
-    columns = Part(pivot + sums.to(precise).log())
-    exact = ~_representable(sums) if on_cpu else torch.ones_like(sums, dtype=torch.bool)
+    rows = Part.without_teacher(lse) if t is None else Part(lse, teacher_lse, divergence.clamp_(min=0))
+    if not on_cpu:
+        return Strip(rows, dense.along(0, s, t).to(precise))
+    columns = Part.without_teacher(pivot + sums.to(precise).log())
+    lost = ~_representable(sums)
     if t is not None:
         first, second = first.to(precise) / teacher_sums, second.to(precise) / teacher_sums
         columns = Part(
             columns.lse, teacher_pivot + teacher_sums.to(precise).log(), (first + second.log1p() - second).clamp(min=0)
         )
-        exact |= ~_representable(teacher_sums) | ~(second.log1p().abs() < FAR)
-        exact |= ~((lse - teacher_lse - pivot + teacher_pivot).abs().max() < FAR)
-    where = exact.nonzero()[:, 0] if on_cpu else torch.arange(s.shape[1], device=s.device)
-    if where.shape[0]:
-        by_definition = dense.along(0, s[:, where], None if t is None else t[:, where])
-        columns = Part(
-            *(
-                sums.index_copy(0, where, exact.to(precise))
-                for sums, exact in zip(columns, by_definition, strict=True)
-                if sums is not None and exact is not None
-            )
-        )
-    return Strip(Part(lse, *((teacher_lse, divergence.clamp_(min=0)) if t is not None else ())), columns)
+        lost |= ~_representable(teacher_sums) | ~(second.log1p().abs() < FAR)
+        lost |= ~((lse - teacher_lse - pivot + teacher_pivot).abs().max() < FAR)
+    where = lost.nonzero()[:, 0]
+    if len(where):
+        found = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)
+        for vector, values in zip(columns, found, strict=True):
+            vector[where[: len(values)]] = values  # none of a teacher's without a teacher
+    return Strip(rows, columns)
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
@@ -242,7 +240,8 @@ def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess
         for factor in reversed(factors[:-1]):
             torch.addcmul(factor, ratio, near, out=near)
         near.mul_(ratio).mul_(ratio)
-    return torch.maximum(near.mul_(target), out, out=out)
+    larger: Tensor = torch.maximum(near.mul_(target), out, out=out)
+    return larger
 
 
 def _tile_rows(x: Tensor, y: Tensor) -> int:
@@ -262,4 +261,5 @@ def _is_looked_at(tensor: Tensor) -> bool:
 
 def _representable(sums: Tensor) -> Tensor:
     """Whether sums of exponentials have neither overflowed nor lost a term."""
-    return (sums > torch.finfo(sums.dtype).tiny ** (2 / 3)) & (sums < torch.inf)
+    least = math.pow(torch.finfo(sums.dtype).tiny, 2 / 3)
+    return (sums > least) & (sums < torch.inf)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calrobust.kernels import parts
 from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import Part, Strip
+from calrobust.kernels.parts import Part, Strip, merge, wide
 from calrobust.kernels.products import FeatureGradients
 from calrobust.kernels.tiled import Softmaxes, Weights
 
@@ -100,7 +100,12 @@ def _divergence_terms(log_target: tl.tensor, log_probability: tl.tensor) -> tl.t
 
 @triton.jit
 def _merge_two(
-    lse: tl.tensor, t_lse: tl.tensor, divergence: tl.tensor, lse_2: tl.tensor, t_lse_2: tl.tensor, divergence_2: tl.tensor
+    lse: tl.tensor,
+    t_lse: tl.tensor,
+    divergence: tl.tensor,
+    lse_2: tl.tensor,
+    t_lse_2: tl.tensor,
+    divergence_2: tl.tensor,
 ) -> tl.tuple:
     """As `parts.merge`."""
     top, t_top = tl.maximum(lse, lse_2), tl.maximum(t_lse, t_lse_2)
@@ -278,10 +283,10 @@ def forward(student: Factors, teacher: Factors | None, partner: Tensor, operands
         grid = height, triton.cdiv(width, span)
         by_row, by_column = x.new_empty(kinds, grid[1], length), x.new_empty(kinds, height, m)
         launch(_forward_kernel, grid, tile, by_row, by_column, length, m, span * launch.blocks.COLUMNS)
-        rows.append(_merge(by_row))
-        columns.append(_merge(by_column))
-    by_row, by_column = torch.cat(rows, 1), _merge(torch.stack(columns, 1))
-    return Strip(*(Part(*(v.to(x.dtype, copy=True) for v in vectors)) for vectors in (by_row, by_column)))
+        rows.append(_merged(by_row))
+        columns.append(_merged(by_column))
+    joined = Part(*map(torch.cat, zip(*rows, strict=True)))
+    return Strip(joined.to(x.dtype), merge(columns).to(x.dtype))
 
 
 def backward(
@@ -337,10 +342,10 @@ def tune(step: Callable[[], object], operands: torch.dtype, candidates: Sequence
     return BLOCKS[operands.itemsize]
 
 
-def _merge(found: Tensor) -> Tensor:
-    """``[K, P, length]`` -> ``[K, length]``, in the dtype in which parts merge."""
-    each = found.to(parts.wide(found.device)).unbind(1)
-    return torch.stack([v for v in parts.merge([Part(*part) for part in each]) if v is not None])
+def _merged(found: Tensor) -> Part:
+    """The parts of ``[K, P, length]``, merged."""
+    each = found.to(wide(found.device)).unbind(1)
+    return merge([Part(*part) if len(part) == 3 else Part.without_teacher(part[0]) for part in each])
 
 
 def _programs(device: torch.device) -> int:

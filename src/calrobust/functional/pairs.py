@@ -108,7 +108,7 @@ def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list
     With ``gather``, whatever is wrong with the batch of one rank raises on all of them, since none may wait for
     another: so the request is a function, whose errors are told as well.
     """
-    if options.get("gather") and torch.compiler.is_compiling():
+    if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(
             msg="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
             "compile the model, and leave the loss out of fullgraph=True"

@@ -96,6 +96,15 @@ class TestFigures:
         assert {name for name, value in unfitted.items() if value != value} == scaled | no_interval
         assert {name for name, value in fitted.items() if value != value} == no_interval
 
+    def test_figures_are_python_floats(self) -> None:
+        """T as well, which ``functional.fit_temperature`` gives as a tensor: they are to be printed and saved."""
+        report = make_report(fit=False)
+        temperature = report.fit_temperature("FT", *validation_set())
+        figures = [value for row in (*report.summary(), *report.per_domain()) for value in row.values()]
+        assert {type(value) for value in (temperature, *figures)} == {float, int, str}
+        assert type(temperature) is float
+        assert temperature == float(fit_temperature(*validation_set())) == report.summary()[0]["temperature"]
+
     def test_without_ood_domains_their_columns_are_nan(self) -> None:
         """There is no mean over nothing; the ID columns stand, and so does the table."""
         report = ShiftReport(id_domain="photo")
@@ -263,6 +272,10 @@ class TestIntervals:
         row, floors = report.summary()[0], [r["ece_floor"] for r in report.per_domain()[1:]]
         assert row["ood_ece_floor"] == pytest.approx(sum(floors) / 2)
         assert math.isnan(row["ood_ece_low"])
+        everything = report.to_dict()
+        assert everything["summary"]["FT"]["ood_ece_high"] is None
+        for said in (str(report), report.to_latex(), everything["caption"]):
+            assert "The mean ECE of several domains has no interval, only a noise floor." in said
         assert f"{100 * row['ood_ece']:.1f} ({100 * row['ood_ece_floor']:.1f})" in str(report)
 
     @pytest.mark.parametrize("group", ["id", "ood"])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from benchmarks.measure import Row, Table
 
-from calrobust.functional.intervals import Moments, ece_interval, mean_accuracy
+from calrobust.functional.intervals import ece_interval, mean_accuracy
 
 SIZES = (300, 1_000, 5_000, 50_000)
 DATA_SETS = 3_000  # the share that is measured has a standard error of 0.4 %
@@ -83,14 +83,14 @@ def ece_coverage(model: str, confidences: str, n: int) -> float:
     return 100 * float(held.double().mean())
 
 
-def data_sets(model: str, confidences: str, n: int) -> tuple[Moments, float]:
-    """Moments ``[DATA_SETS, n_bins]``, and the true ECE."""
+def data_sets(model: str, confidences: str, n: int) -> tuple[torch.Tensor, float]:
+    """Moments ``[4, DATA_SETS, n_bins]``, and the true ECE."""
     weights, shares = CONFIDENCES[confidences] / CONFIDENCES[confidences].sum(), MODELS[model]().clip(0, 1)
     generator = np.random.default_rng(0)
     counts = generator.multinomial(n, weights, size=DATA_SETS)
     correct = generator.binomial(counts, shares)
     sums = (counts, counts * GRID, correct, counts * GRID * (1 - GRID))
-    moments = Moments(*(torch.tensor(s).double().unflatten(-1, (N_BINS, POINTS)).sum(-1) for s in sums))
+    moments = torch.tensor(np.stack(sums)).unflatten(-1, (N_BINS, POINTS)).sum(-1)
     return moments, float(np.abs(((GRID - shares) * weights).reshape(N_BINS, POINTS).sum(1)).sum())
 
 

@@ -12,7 +12,7 @@ from strategies import classifier, confidences_and_correct
 from torch import Tensor
 
 from calrobust.functional import CalibrationInterval, bin_confidences, binned_error, calibration_interval, top_label
-from calrobust.functional.intervals import Moments, bin_moments, mean_accuracy, mean_interval
+from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
 
 Samples = tuple[Tensor, Tensor]
 
@@ -45,7 +45,7 @@ def test_floor_and_p_value_by_hand() -> None:
 def test_floor_is_what_calibrated_models_show_on_average(n: int) -> None:
     """And a one-sided test at 5 % raises false alarms in 4 to 7 %."""
     moments, truth = coverage.data_sets("calibrated", "medium", n)
-    found = [mean_interval(Moments(*(sums[i : i + 1] for sums in moments)), 0.95) for i in range(400)]
+    found = [mean_interval(moments[:, i : i + 1], 0.95) for i in range(400)]
     values, floors, p_values = (np.array([float(f[part]) for f in found]) for part in (0, 3, 4))
     assert truth == 0
     assert values.mean() == pytest.approx(floors.mean(), rel=0.03)
@@ -145,8 +145,8 @@ def test_defaults_are_fifteen_bins_and_95_percent() -> None:
 def test_the_mean_of_several_data_sets_has_a_floor_and_no_interval() -> None:
     """Value and floor are plain means; its p-value is sharper than each data set's."""
     parts = [bin_moments(*certainly(0.5, n, right), 15) for n, right in ((100, 58), (100, 59))]
-    each = [CalibrationInterval(*map(float, mean_interval(Moments(*(s[None] for s in p)), 0.95))) for p in parts]  # type: ignore[arg-type]
-    mean = mean_interval(Moments(*map(torch.stack, zip(*parts, strict=True))), 0.95)
+    each = [CalibrationInterval(*map(float, mean_interval(part[:, None], 0.95))) for part in parts]  # type: ignore[arg-type]
+    mean = mean_interval(torch.stack(parts, 1), 0.95)
     assert mean.low.isnan()
     assert mean.high.isnan()
     assert float(mean.value) == pytest.approx((each[0].value + each[1].value) / 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +28,17 @@ class ShiftReport:
     .. math:: \mathrm{OOD} = \frac{1}{|\mathcal{D}|} \sum_{d \in \mathcal{D}} \mathrm{value}_d,
         \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id\_domain}\}
 
-    All figures are fractions, except in the printed tables (:meth:`to_markdown`, :meth:`to_latex`, ``print(report)``),
-    which are in per cent. Every ECE comes with its noise floor, a p-value and a 95 % interval, all as
-    :func:`~calrobust.functional.calibration_interval` defines them, with T held fixed. The mean ECE of several domains
-    has floor and p-value only, because no interval for it was found to hold. Every accuracy comes with Wilson's
-    interval. Domains are taken to hold different samples. Nothing is drawn at random.
+    Every ECE comes with a 95 % interval, its noise floor and a p-value, which
+    :func:`~calrobust.functional.calibration_interval` defines; T is held fixed. The mean ECE of several domains has no
+    interval, because no method was found whose intervals contain the true mean as often as they claim. Its floor and
+    p-value hold. Every accuracy comes with Wilson's interval. Domains are assumed to have no samples in common.
 
-    Memory, on the CPU: a method without a temperature keeps its logits, ``N * C`` numbers in each domain, because a
-    temperature may come. Afterwards 8 bytes for each sample are left. So call :meth:`fit_temperature` before
-    :meth:`add` for large data sets.
+    Figures are Python floats, as they are to be printed or saved, and fractions; only the printed tables
+    (:meth:`to_markdown`, :meth:`to_latex`, ``print(report)``) are in per cent. Whatever makes a table raises
+    ``ValueError`` if there are no data, none of ``id_domain``, or if a method lacks a domain that others have.
+
+    Memory, on the CPU: a method without a temperature keeps its logits, because a temperature may still come. Once it
+    is fitted, 8 bytes for each sample remain. So call :meth:`fit_temperature` before :meth:`add` for large data sets.
 
     Args:
         id_domain: the domain that is in distribution; all others are OOD.
@@ -60,7 +61,7 @@ class ShiftReport:
     """
 
     def __init__(self, *, id_domain: str, n_bins: int = 15) -> None:
-        check_text(id_domain=id_domain)
+        _check_names(id_domain=id_domain)
         check_n_bins(n_bins)
         self.id_domain = id_domain
         self.n_bins = n_bins
@@ -74,7 +75,7 @@ class ShiftReport:
 
     @property
     def domains(self) -> list[str]:
-        """In the order in which they were first added, ``id_domain`` first."""
+        """``id_domain`` first, then in the order in which they were first added."""
         known = dict.fromkeys(domain for own in self._samples.values() for domain in own)
         return sorted(known, key=lambda domain: domain != self.id_domain)
 
@@ -85,7 +86,8 @@ class ShiftReport:
             method: the row of the table.
             domain: the data set.
             logits: shape ``[N, C]``, floating, N ≥ 1, on any device; ``-inf`` masks a class. C may differ by domain.
-            target: shape ``[N]``, int64 labels in [0, C).
+                Further dimensions, ``[N, C, ...]``, hold more samples.
+            target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
         Raises:
             TypeError: a name is not a string, ``logits`` is not floating or ``target`` is not int64.
@@ -93,67 +95,62 @@ class ShiftReport:
                 [0, C), or more than 1 % of the samples that the method's temperature was fitted on are scored in this
                 domain. The report is left as it was.
         """
-        check_text(method=method, domain=domain)
+        _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
         samples = self._samples.get(method, {}).get(domain) or Samples(self.n_bins)
         fit = self._fits.get(method)
         fingerprints = fingerprints_of(logits, target)
-        if fit is not None and torch.isin(fingerprints, fit.fingerprints).any():
+        if fit and torch.isin(fingerprints, fit.fingerprints).any():
             check_held_out(method, domain, fit.fingerprints, torch.cat([*samples.fingerprints, fingerprints]))
-        samples.add(logits if fit else logits.clone(), target, fingerprints)  # the caller may fill the buffer again
-        if fit is not None:
-            samples.scale(fit.temperature)
+        samples.add(logits, target, fingerprints, fit.temperature if fit else None)
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
-        """Gives a method its temperature, hence its "+ TS" columns; before or after its data are added.
+        """Gives a method its temperature and so its "+ TS" columns, before or after its data are added.
 
         Args:
             method: the row of the table.
-            logits: shape ``[N, C]``, floating, of held-out data in distribution.
-            target: shape ``[N]``, int64 labels in [0, C).
+            logits: as in :meth:`add`, of held-out data in distribution.
+            target: labels.
 
         Returns:
             T, as :func:`~calrobust.functional.fit_temperature` finds it.
 
         Raises:
-            TypeError: ``method`` is not a string, ``logits`` is not floating or ``target`` is not int64.
-            ValueError: as :func:`~calrobust.functional.fit_temperature`; the method has a temperature already; or more
-                than 1 % of the samples, which leaves room for duplicates, are also scored in a domain: a T chosen on
-                the test set flatters its ECE. Samples are compared by logits and label.
+            TypeError: as :meth:`add`.
+            ValueError: as :meth:`add` and :func:`~calrobust.functional.fit_temperature`, or the method already has a
+                temperature. Samples are compared by logits and label, because a T that was chosen on the test set
+                makes its ECE look better than it is. The 1 % leaves room for duplicates.
         """
-        check_text(method=method)
+        _check_names(method=method)
         if method in self._fits:
             raise ValueError(
                 f"{method!r} must be fitted once, on all its validation data, got a second call after T = "
                 f"{self._fits[method].temperature:.6g}; concatenate the batches, or use another method name"
             )
         logits, target = on_cpu(logits, target)
-        fit = fingerprints_of(logits, target)
+        fingerprints = fingerprints_of(logits, target)
         own = self._samples.get(method, {})
         for domain, samples in own.items():
-            check_held_out(method, domain, fit, torch.cat(samples.fingerprints))
+            check_held_out(method, domain, fingerprints, torch.cat(samples.fingerprints))
         temperature = float(fit_temperature(logits, target))
-        self._fits[method] = Fit(temperature, fit)
+        self._fits[method] = Fit(temperature, fingerprints)
         for samples in own.values():
             samples.scale(temperature)
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
-        """Sums over bins, for :func:`~calrobust.plotting.reliability_diagram`; those of two domains add up.
+        """Sums over ``n_bins`` bins, for :func:`~calrobust.plotting.reliability_diagram`; those of two domains add up.
 
         Args:
             method: one of :attr:`methods`.
             domain: one of :attr:`domains`.
             scaled: whether logits are divided by the method's temperature.
 
-        Returns:
-            What :func:`~calrobust.functional.bin_confidences` gives, over ``n_bins`` bins.
-
         Raises:
             ValueError: there are no such data, or no temperature.
         """
-        check_has_data(self._samples)
+        self._check_has_data()
         check_choice(tuple(self._samples), method=method)
         check_choice(tuple(self._samples[method]), domain=domain)
         if scaled and method not in self._fits:
@@ -162,18 +159,15 @@ class ShiftReport:
         return Bins(*(samples.scaled if scaled else samples.plain)[:3])
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a method, in the order of first :meth:`add`.
+        """One row for each method, in the order of first :meth:`add`.
 
         Returns:
-            Dicts of ``method`` and ``temperature`` and, as fractions: ``id_accuracy`` and ``ood_accuracy`` with
-            ``…_low`` and ``…_high``; ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_low``, ``…_high``,
-            ``…_floor`` and ``…_p``. NaN where there is no temperature, or no OOD domain, and for the ends of the
-            interval of an OOD ECE over several domains.
-
-        Raises:
-            ValueError: there are no data, none of ``id_domain``, or a method lacks a domain that others have.
+            Dicts of ``method``, ``temperature``, ``id_accuracy`` and ``ood_accuracy`` with ``…_low`` and ``…_high``,
+            and ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_low``, ``…_high``, ``…_floor`` and
+            ``…_p``. NaN where there is no temperature or no OOD domain. ``ood_ece_low``, ``ood_ece_high`` and the same
+            with ``ts`` are NaN if there are several OOD domains.
         """
-        check_complete(self.id_domain, {**dict.fromkeys(self._fits, ()), **self._samples})
+        self._check_complete()
         groups = {"id": [self.id_domain], "ood": self.domains[1:]}
         return [
             {"method": method, "temperature": self._temperature(method)}
@@ -186,64 +180,33 @@ class ShiftReport:
         ]
 
     def per_domain(self) -> list[dict[str, Any]]:
-        """The long form: one row for each method and domain.
+        """One row for each method and domain. Methods may have different domains.
 
         Returns:
-            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature`` and, as fractions, ``accuracy``, ``ece``,
-            ``ece_ts``, with the same endings as in :meth:`summary`. NaN where there is no temperature. Methods may have
-            different domains.
-
-        Raises:
-            ValueError: there are no data.
+            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, ``accuracy``, ``ece`` and ``ece_ts``, the
+            last three also with the endings of :meth:`summary`. NaN where there is no temperature.
         """
-        check_has_data(self._samples)
+        self._check_has_data()
         return [
-            {
-                "method": method,
-                "domain": domain,
-                "n": int(own[domain].plain.counts.sum()),
-                "temperature": self._temperature(method),
-                **mean_figures([own[domain]], method in self._fits),
-            }
+            {"method": method, "domain": domain, "n": int(own[domain].plain[0].sum())}
+            | {"temperature": self._temperature(method), **mean_figures([own[domain]], method in self._fits)}
             for method, own in self._samples.items()
             for domain in self.domains
             if domain in own
         ]
 
     def to_markdown(self, *, intervals: bool = True) -> str:
-        """The summary as a Markdown table in per cent, with a caption that says what the columns are.
-
-        Args:
-            intervals: whether to show the 95 % intervals and the noise floors.
-
-        Raises:
-            ValueError: as :meth:`summary`.
-        """
+        """The summary in per cent as a Markdown table with a caption; ``intervals`` shows them and noise floors."""
         return tables.markdown(self.summary(), self._caption(intervals), intervals)
 
     def to_latex(self, *, intervals: bool = True) -> str:
-        r"""The summary as a LaTeX ``tabular`` in per cent, for ``\usepackage{booktabs}``.
-
-        Args:
-            intervals: whether to show the 95 % intervals and the noise floors.
-
-        Raises:
-            ValueError: as :meth:`summary`.
-        """
+        r"""The same as a LaTeX ``tabular`` for ``\usepackage{booktabs}``, with the caption as a comment."""
         return tables.latex(self.summary(), self._caption(intervals), intervals)
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
-        """Writes the summary in full precision, as fractions; a NaN is an empty field.
+        """Writes :meth:`summary`, or :meth:`per_domain`, in full precision, with an empty field for NaN.
 
-        A file that is there is replaced at once, or not at all.
-
-        Args:
-            path: the file.
-            per_domain: whether to write the rows of :meth:`per_domain` instead.
-
-        Raises:
-            ValueError: as :meth:`summary`.
-            OSError: the file cannot be written.
+        An existing file is replaced at once or not at all, with an ``OSError`` if the new one cannot be written.
         """
         tables.write_csv(Path(path), self._rows(per_domain))
 
@@ -251,30 +214,20 @@ class ShiftReport:
         """Everything by name, ready for JSON: NaN is None.
 
         Returns:
-            ``id_domain``; ``n_bins``; ``summary``, a dict ``[method][column]``; and ``per_domain``, a dict
-            ``[method][domain][column]``; as fractions.
-
-        Raises:
-            ValueError: as :meth:`summary`.
+            ``id_domain``; ``n_bins``; ``caption``, which says what the figures are; ``summary``, a dict
+            ``[method][column]``; and ``per_domain``, a dict ``[method][domain][column]``.
         """
         summary: dict[str, Any] = {}
         for row in map(tables.without_nan, self.summary()):
             summary[row.pop("method")] = row
-        per_domain: dict[str, Any] = {}
+        domains: dict[str, Any] = {}
         for row in map(tables.without_nan, self.per_domain()):
-            per_domain.setdefault(row.pop("method"), {})[row.pop("domain")] = row
-        return {"id_domain": self.id_domain, "n_bins": self.n_bins, "summary": summary, "per_domain": per_domain}
+            domains.setdefault(row.pop("method"), {})[row.pop("domain")] = row
+        head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(True)}
+        return {**head, "summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> pd.DataFrame:
-        """The summary as a ``DataFrame``, as fractions.
-
-        Args:
-            per_domain: whether to give the rows of :meth:`per_domain` instead.
-
-        Raises:
-            ImportError: pandas is not installed.
-            ValueError: as :meth:`summary`.
-        """
+        """:meth:`summary`, or :meth:`per_domain`, as a ``DataFrame``. ``ImportError`` if pandas is not installed."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -288,10 +241,8 @@ class ShiftReport:
             return f"{self!r}. No table yet: {error}"
 
     def __repr__(self) -> str:
-        return (
-            f"ShiftReport(id_domain={self.id_domain!r}, n_bins={self.n_bins}): "
-            f"{len(self.methods)} methods, {len(self.domains)} domains"
-        )
+        size = f"{len(self.methods)} methods, {len(self.domains)} domains"
+        return f"ShiftReport(id_domain={self.id_domain!r}, n_bins={self.n_bins}): {size}"
 
     def _rows(self, per_domain: bool) -> list[dict[str, Any]]:
         return self.per_domain() if per_domain else self.summary()
@@ -309,39 +260,35 @@ class ShiftReport:
             caption += (
                 f" In brackets: the {100 * LEVEL:g} % interval of the accuracy, or of the ECE without noise, which can "
                 "lie below the value; then the noise floor, which is the ECE that a perfectly calibrated model shows. "
-                "A mean ECE of several domains has the floor alone."
+                "The mean ECE of several domains has no interval, only a noise floor."
             )
         return " ".join(caption.split())
 
+    def _check_has_data(self) -> None:
+        if not self._samples:
+            raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
 
-def check_text(**texts: Any) -> None:
-    """Raises for an argument that is not a string with something to read in it."""
-    for name, value in texts.items():
+    def _check_complete(self) -> None:
+        """Raises unless every method, fitted or added, has data of the same domains, ``id_domain`` among them."""
+        self._check_has_data()
+        known = self.domains
+        if self.id_domain not in known:
+            raise ValueError(
+                f"id_domain must be one of the domains added, got {self.id_domain!r} and "
+                f"{', '.join(map(repr, known))}; add its data, or give the report the name you used"
+            )
+        for method in {**self._fits, **self._samples}:
+            missing = [domain for domain in known if domain not in self._samples.get(method, {})]
+            if missing:
+                raise ValueError(
+                    f"every method must be added in the same domains, since means over different ones do not compare; "
+                    f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"
+                )
+
+
+def _check_names(**names: Any) -> None:
+    for name, value in names.items():
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
         if not value.strip():
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
-
-
-def check_has_data(domains: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` if no method has any domain."""
-    if not any(domains.values()):
-        raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
-
-
-def check_complete(id_domain: str, domains: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless every method has been added in the same domains, ``id_domain`` among them."""
-    check_has_data(domains)
-    known = list(dict.fromkeys(domain for own in domains.values() for domain in own))
-    if id_domain not in known:
-        raise ValueError(
-            f"id_domain must be one of the domains added, got {id_domain!r} and {', '.join(map(repr, known))}; "
-            "add its data, or give the report the name you used"
-        )
-    for method, own in domains.items():
-        missing = [domain for domain in known if domain not in own]
-        if missing:
-            raise ValueError(
-                f"every method must be added in the same domains, since means over different ones do not compare; "
-                f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"
-            )

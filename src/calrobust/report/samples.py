@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_kind, check_label_values, check_predictions, check_softmax_exists
-from calrobust.functional._rows import as_rows, block_rows
+from calrobust.functional._rows import block_rows
 from calrobust.functional.calibration import top_label
-from calrobust.functional.intervals import Moments, bin_moments, mean_accuracy, mean_interval
+from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
 
 LEVEL = 0.95  # of every interval
 ECE_PARTS = ("", "_low", "_high", "_floor", "_p")
@@ -31,40 +31,44 @@ class Fit(NamedTuple):
 
 
 class Samples:
-    """One method in one domain: sums over bins, and the logits until there is a temperature."""
+    """One method in one domain: moments as of ``bin_moments``, and the logits until there is a temperature."""
 
     def __init__(self, n_bins: int) -> None:
-        self.n_bins = n_bins
-        self.plain = self.scaled = Moments(*torch.zeros(4, n_bins, dtype=torch.float64))
+        self.plain = self.scaled = torch.zeros(4, n_bins, dtype=torch.float64)
         self.fingerprints: list[Tensor] = []
         self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits, and whether each sample is correct
 
-    def add(self, logits: Tensor, target: Tensor, fingerprints: Tensor) -> None:
-        """Keeps a batch. Raises ``ValueError`` for a row without a softmax, and then keeps nothing."""
+    def add(self, logits: Tensor, target: Tensor, fingerprints: Tensor, temperature: float | None) -> None:
+        """Adds a batch. Raises ``ValueError`` for a row without a softmax, and then adds nothing."""
         confidences, correct = top_label(logits, target)
         if confidences.isnan().any():
             check_softmax_exists(target, logits=logits)
-        self.plain += bin_moments(confidences, correct, self.n_bins)
+        self.plain = self.plain + bin_moments(confidences, correct, self.plain.shape[1])
         self.fingerprints.append(fingerprints)
-        self.unscaled.append((logits, correct))
+        if temperature is None:
+            self.unscaled.append((logits.clone(), correct))  # the caller may fill the buffer again
+        else:
+            self._add_scaled(logits, correct, temperature)
 
     def scale(self, temperature: float) -> None:
-        """Takes the sums of logits / T, and forgets the logits."""
+        """Replaces the logits by the moments of logits / T."""
         for logits, correct in self.unscaled:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            step = min(block_rows(logits, dtype), len(logits))
-            buffer, confidences = (torch.empty(shape, dtype=dtype) for shape in ((step, logits.shape[1]), len(logits)))
-            for rows, highest in zip(logits.split(step), confidences.split(step), strict=True):
-                scaled = buffer[: len(rows)].copy_(rows).div_(temperature)  # not in half precision
-                torch.amax(torch.softmax(scaled, 1, out=scaled), 1, out=highest)
-            self.scaled += bin_moments(confidences, correct, self.n_bins)
+            self._add_scaled(logits, correct, temperature)
         self.unscaled = []
+
+    def _add_scaled(self, logits: Tensor, correct: Tensor, temperature: float) -> None:
+        dtype = torch.promote_types(logits.dtype, torch.float32)  # half precision would round logits / T
+        confidences = []
+        for rows in logits.split(block_rows(logits, dtype)):
+            scaled = rows.to(dtype, copy=True).div_(temperature)
+            confidences.append(torch.softmax(scaled, 1, out=scaled).amax(1))
+        self.scaled = self.scaled + bin_moments(torch.cat(confidences), correct, self.plain.shape[1])
 
 
 def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked, and without gradient."""
+    """Checks both, and returns them as ``[N, C]`` and ``[N]`` on the CPU, without gradient."""
     check_predictions(target, logits=logits)
-    logits, target = as_rows(target.cpu(), logits=logits.detach().cpu())
+    logits, target = logits.detach().cpu().movedim(1, -1).flatten(0, -2), target.cpu().flatten()
     if len(logits) == 0:
         raise ValueError(f"logits must hold at least one sample, got shape {list(logits.shape)}; is the loader empty?")
     check_label_values(target, logits.shape[1])
@@ -75,32 +79,26 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
     """``[N]`` int64 hashes of each row's values in float32 and its label; -0.0 counts as 0.0.
 
-    Of very many classes, evenly spread ones are enough to tell rows apart: at least 256.
-
-    The bits of each float32, as an integer, are multiplied by a random number of their column and summed. Numbers are
-    so small that the float64 sum is exact in any order, hence a fast matrix product gives it; two rows that differ
-    agree with a probability of some 1e-10.
+    The bits of each float32, read as an integer, are multiplied by a random integer of the column and summed by a
+    matrix product in float64. The integers are so small that this is exact in any order. Two rows that differ have the
+    same hash with a probability of about 1e-10. Of many classes, 256 or more evenly spread ones are read.
     """
     logits = logits[:, :: max(1, logits.shape[1] // 256)]
     n_classes = logits.shape[1]
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(1, max(2, 2**22 // n_classes), (n_classes,), generator=generator).double()
-    step = min(block_rows(logits, torch.float64), len(logits))
-    hashes = torch.empty(len(logits), dtype=torch.float64)
-    values, integers = torch.empty(step, n_classes), torch.empty(step, n_classes, dtype=torch.float64)
-    for rows, result in zip(logits.split(step), hashes.split(step), strict=True):
-        floats = torch.add(rows, 0.0, out=values[: len(rows)])
-        bits = integers[: len(rows)].copy_(floats.view(torch.int32))  # below 2^31, so that sums are below 2^53
-        torch.mv(bits, weights, out=result)
-    return hashes.long() * 1_000_003 + target
+    blocks = logits.split(block_rows(logits, torch.float64))
+    hashes = [(rows.float() + 0.0).view(torch.int32).double() @ weights for rows in blocks]  # sums below 2^53
+    return torch.cat(hashes).long() * 1_000_003 + target
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
     """Raises ``ValueError`` if more samples are both fitted and scored than duplicates and coincidences explain.
 
-    Coincidences happen where few different rows exist, such as those of two classes in 16 bits, and then within each
-    set as well: the share of rows that have a twin in the larger set is what to expect of the smaller set's rows. So is
-    the share within the smaller set, in proportion to the sizes; a set whose rows were only repeated passes one alone.
+    Different samples have equal logits by coincidence where few different rows exist, as with two classes in 16 bits.
+    Then rows have twins within each set too, so the share of rows with a twin in the larger set is the share of
+    coincidences to expect among the rows of the smaller one. The share in the smaller set, in proportion to the sizes,
+    is another estimate. The lower one is taken, because rows that were merely repeated in one of the sets have twins.
     """
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
@@ -114,19 +112,19 @@ def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> 
 
 
 def _with_twins(fingerprints: Tensor) -> float:
-    """Share of samples that are there more than once."""
+    """Share of samples that occur more than once."""
     counts = fingerprints.unique(return_counts=True)[1]
     return int(counts[counts > 1].sum()) / len(fingerprints)
 
 
 def mean_figures(data: Sequence[Samples], is_fitted: bool) -> dict[str, float]:
-    """Means over data sets of ``FIGURES``, NaN where there is nothing to average."""
-    kinds = [[samples.plain for samples in data], [samples.scaled for samples in data if is_fitted]]
-    plain, scaled = (Moments(*map(torch.stack, zip(*kind, strict=True))) if kind else None for kind in kinds)
-    nothing = [math.nan] * len(FIGURES)
-    values = [
-        *(mean_accuracy(plain.correct_sums.sum(-1), plain.counts.sum(-1), LEVEL) if plain else nothing[:3]),
-        *(mean_interval(plain, LEVEL) if plain else nothing[:5]),
-        *(mean_interval(scaled, LEVEL) if scaled else nothing[:5]),
-    ]
-    return dict(zip(FIGURES, map(float, values), strict=True))
+    """``FIGURES`` by name: means over data sets, NaN where there is nothing to average."""
+    values = dict.fromkeys(FIGURES, math.nan)
+    if data:
+        plain = torch.stack([samples.plain for samples in data], 1)
+        counts, _, correct, _ = plain.sum(-1)
+        found = [*mean_accuracy(correct, counts, LEVEL), *mean_interval(plain, LEVEL)]
+        if is_fitted:
+            found += mean_interval(torch.stack([samples.scaled for samples in data], 1), LEVEL)
+        values |= zip(FIGURES, map(float, found), strict=False)
+    return values

@@ -1,4 +1,4 @@
-"""From a model and a loader to the logits that calibration is judged on."""
+"""From a model and a loader to the logits that calibration is measured on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from calrobust._checks import check_module, check_predictions
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
 Template = str | Callable[[str], str]
 _FORWARD = "forward=lambda model, batch: (logits, target)"
+_CAPTIONS_AT_ONCE = 256
 
 
 def collect_logits(
@@ -26,27 +27,27 @@ def collect_logits(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a model over a data set, in eval mode and without gradient, and gathers its logits and the labels.
+    """Runs a model over a data set, in eval mode and without gradient, and collects its logits and the labels.
 
-    Afterwards every submodule's training flag is as before, also after an exception. BatchNorm statistics are not
-    touched. The result is what :meth:`TemperatureScaler.fit <calrobust.TemperatureScaler.fit>` and the metrics take.
+    Afterwards every submodule is in the mode it was in before, also after an exception. The result is what
+    :meth:`TemperatureScaler.fit <calrobust.TemperatureScaler.fit>`, the metrics and the reports take.
 
     Args:
-        model: gives logits ``[B, C]`` for a batch of inputs; left on its device.
+        model: gives logits ``[B, C]`` for a batch of inputs; it stays on its device.
         loader: yields ``(inputs, target)``, or whatever ``forward`` takes. Labels are integers, in a tensor or in a
             NumPy array.
         forward: ``forward(model, batch) -> (logits, target)``, for a model that returns a dict, a tuple or a
-            ``ModelOutput``, and for batches of another kind.
-        device: where to move a batch, tuples, lists and dicts of tensors included; None leaves it where it is.
-        progress: whether to show a bar on stderr; needs tqdm, and without it there is none.
+            ``ModelOutput``, and for other kinds of batches.
+        device: where to move each batch, including tensors in tuples, lists and dicts; None leaves it where it is.
+        progress: whether to show a bar on stderr, if tqdm is installed.
 
     Returns:
         Logits ``[N, C]`` and labels ``[N]``, int64, both on the CPU. Batches of ``[B, C, ...]`` with labels
         ``[B, ...]``, as ``torch.nn.functional.cross_entropy`` takes them, give a row for each label.
 
     Raises:
-        TypeError: ``loader`` cannot be iterated, a batch is not a pair of inputs and target, the model returns no
-            tensor, ``forward`` cannot be called or gives no pair, or the labels are not integers.
+        TypeError: ``loader`` cannot be iterated, a batch is not a pair of inputs and target, the model does not return
+            a tensor, ``forward`` cannot be called or does not return a pair, or the labels are not integers.
         ValueError: the loader is empty, logits and labels do not fit, or the labels are one-hot.
 
     Example:
@@ -64,42 +65,41 @@ def collect_logits(
         )
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be callable, got {_kind(forward)}; pass {_FORWARD}")
-    logits: list[Tensor] = []
-    target: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
     with _evaluating(model), torch.no_grad():
         for batch in _with_bar(loader) if progress else loader:
             moved = batch if device is None else _to(batch, device)
-            scores, labels = _checked(forward(model, moved) if forward else _call(model, moved))
-            if logits and scores.shape[1] != logits[0].shape[1]:
+            found.append(_checked(forward(model, moved) if forward else _call(model, moved)))
+            before, now = found[0][0].shape[1], found[-1][0].shape[1]
+            if before != now:
                 raise ValueError(
-                    "logits must have the same number of classes in every batch, "
-                    f"got {logits[0].shape[1]} and then {scores.shape[1]}; is the loader one of a single data set?"
+                    f"logits must have the same number of classes in every batch, got {before} and then {now}; "
+                    "is the loader one of a single data set?"
                 )
-            logits.append(scores.detach().cpu())
-            target.append(labels.detach().cpu())
-    if not logits:
+    if not found:
         raise ValueError("loader must yield at least one batch, got none; an exhausted generator, or drop_last?")
+    logits, target = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(target)
 
 
 def _call(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"loader must yield (inputs, target), got {_kind(batch)}; pass {_FORWARD}")
-    inputs, target = batch
-    logits = model(inputs)
+    logits = model(batch[0])
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return a tensor of logits, got {_kind(logits)}; pass {_FORWARD}")
-    return logits, target
+    return logits, batch[1]
 
 
 def _checked(pair: Any) -> tuple[Tensor, Tensor]:
+    """``[M, C]`` and ``[M]`` on the CPU."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"forward must return (logits, target), got {_kind(pair)}")
     logits, target = pair
     if not isinstance(target, Tensor) and hasattr(target, "__array__"):
-        target = torch.tensor(target)  # NumPy's
+        target = torch.tensor(target)  # a NumPy array
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
-        target = target.to(logits.device)
+        logits, target = logits.detach().cpu(), target.detach().cpu()
         if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
             target = target.long()
         if logits.ndim > 1 and target.shape == logits.shape:
@@ -152,41 +152,36 @@ def zero_shot_classifier(
     names: Sequence[str],
     templates: Template | Sequence[Template] = "a photo of a {}.",
 ) -> Tensor:
-    r"""The weights of a linear classifier on image features, made of captions of each class.
+    r"""The weights of a linear classifier on image features, made from captions of each class.
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. The logits of
-    the classifier are ``logit_scale * image_features @ weight.T``, and ``weight`` serves as a bank of text features.
-    The model runs in eval mode and without gradient, and its training flags are as before afterwards.
+    where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. Its logits are
+    ``logit_scale * image_features @ weight.T``. The losses take ``weight`` as text features. The model runs in eval
+    mode and without gradient; every submodule is then put back into its mode.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
-        tokenizer: the model's own. Transformers' tokenizers are called with ``padding="max_length"``,
+        tokenizer: the model's own. Those of Transformers are called with ``padding="max_length"``,
             ``truncation=True`` and ``return_tensors="pt"``, others with the captions alone.
         names: the class names, in the order of the logits.
-        templates: a text with ``{}`` in the place of the name, a function from name to caption, or several of these.
+        templates: a text with ``{}`` in the place of the name, a function from name to caption, or a list of these.
 
     Returns:
         Shape ``[C, D]``, rows of unit norm, at least float32, on the model's device.
 
     Raises:
-        TypeError: ``model`` has no text tower of these kinds, ``names`` are no texts, or a template is neither a text
-            nor a function.
+        TypeError: ``model`` has no such text tower, ``names`` are not texts, or a template is neither a text nor a
+            function.
         ValueError: there is no name or no template, or a template has no ``{}``.
 
     Example:
         >>> import torch
         >>> from calrobust import zero_shot_classifier
-        >>> class Lengths(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.anchor = torch.nn.Parameter(torch.zeros(()))
-        ...     def encode_text(self, tokens):
-        ...         return tokens
-        >>> def tokenizer(captions):
-        ...     return torch.tensor([[3.0, len(caption)] for caption in captions])
-        >>> zero_shot_classifier(Lengths(), tokenizer, ["ox", "gnat"], "{}")
+        >>> model = torch.nn.Linear(1, 1)
+        >>> model.encode_text = lambda tokens: tokens  # stands in for a CLIP
+        >>> tokenizer = lambda captions: torch.tensor([[3.0, len(caption)] for caption in captions])
+        >>> zero_shot_classifier(model, tokenizer, ["ox", "gnat"], "{}")  # [3, 2] and [3, 4], normalised
         tensor([[0.8321, 0.5547],
                 [0.6000, 0.8000]])
 
@@ -194,21 +189,20 @@ def zero_shot_classifier(
     """
     check_module(model=model)
     captions = _captions(names, templates)
-    transformers = hasattr(model, "get_text_features")
-    if not (transformers or hasattr(model, "encode_text")):
+    of_transformers = hasattr(model, "get_text_features")
+    if not (of_transformers or hasattr(model, "encode_text")):
         raise TypeError(
             f"model must have encode_text or get_text_features, got {type(model).__name__}; "
             "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
         )
-    device = next(model.parameters()).device
-    features = []
+    device, features = next(model.parameters()).device, []
     with _evaluating(model), torch.no_grad():
-        for start in range(0, len(captions), 256):
-            part = captions[start : start + 256]
-            if transformers:
+        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            part = captions[start : start + _CAPTIONS_AT_ONCE]
+            if of_transformers:
                 tokens = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
                 output = model.get_text_features(**_to(dict(tokens), device))  # type: ignore[operator]
-                features.append(getattr(output, "pooler_output", output))  # a tensor before Transformers 5
+                features.append(getattr(output, "pooler_output", output))  # Transformers 4 returned a tensor
             else:
                 features.append(model.encode_text(tokenizer(part).to(device)))  # type: ignore[operator]
     found = torch.cat(features)

@@ -1,7 +1,7 @@
 """Reliability diagrams, and calibration against accuracy under shift.
 
-matplotlib is imported on use, and neither its pyplot interface nor its settings are touched: a figure made here is
-nobody's current figure. Save it with ``figure.savefig``; in a notebook, a figure that ends a cell is shown.
+matplotlib is imported on use, and its settings are not changed. pyplot is not used, so a figure made here is never the
+current one. Save it with ``figure.savefig``; a notebook shows the figure that a cell ends with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # in the order in which methods take them
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
-MARKERS = "osD^v<>"  # more than the colours, so that the pair of the two repeats after 42 methods
+MARKERS = "osD^v<>"  # one more than there are colours, so that a pair of both repeats only after 42 methods
 FONT = 7.5  # points
 COLUMN = 3.3  # inches, the width of a column in most journals
 BARS: dict[str, dict[str, Any]] = {
@@ -38,22 +38,18 @@ ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
-    """Accuracy against confidence, bin by bin, with the gap between the two and, below, where the samples lie.
+    """Accuracy against confidence in each bin, the gap between the two and, below, a histogram of the confidences.
 
-    A bar is a bin's accuracy. Hatched is what lies between it and the bin's mean confidence. The fewer samples a bin
-    has, the fainter are its bars, because a tall gap over few samples is little evidence. The grey strip under the axis
-    is the histogram of confidences. ECE and number of samples stand above, as the title at the right.
+    A bar is a bin's accuracy. The hatched part lies between it and the bin's mean confidence. Bins with fewer samples
+    are fainter, because a large gap over few samples is little evidence. The title at the right has the ECE and the
+    number of samples.
 
     Args:
         bins: sums of shape ``[n_bins]`` over bins of equal width, as :func:`~calrobust.functional.bin_confidences` or
             :meth:`ShiftReport.bins <calrobust.ShiftReport.bins>` gives them.
-        ax: axes to draw into; None makes a figure of its own, ``reliability_diagram(bins).figure``.
-
-    Returns:
-        The axes.
+        ax: axes to draw into, which are returned; None makes new ones, in ``reliability_diagram(bins).figure``.
 
     Raises:
-        ImportError: matplotlib is not installed.
         TypeError: ``bins`` are not three floating tensors, or ``ax`` is not axes.
         ValueError: their shapes are not ``[n_bins]``.
 
@@ -73,34 +69,31 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
         raise ValueError(
             f"bins must be sums of shape [n_bins], got {list(bins[0].shape)}; take one class or one set at a time"
         )
-    _check_axes(ax)
+    drawn = _axes(ax, COLUMN)
     if ax is None:
-        ax = _figure(COLUMN, COLUMN).add_subplot()
-        ax.set_xlabel("Confidence", fontsize=FONT)
-        ax.set_ylabel("Accuracy", fontsize=FONT)
-        ax.legend(handles=_legend(), bbox_to_anchor=(-0.15, 1.05), ncols=3, **ABOVE)
-    _draw_bins(ax, Bins(*bins))
-    return ax
+        drawn.set_xlabel("Confidence", fontsize=FONT)
+        drawn.set_ylabel("Accuracy", fontsize=FONT)
+        drawn.legend(handles=_legend(), bbox_to_anchor=(-0.15, 1.05), ncols=3, **ABOVE)
+    _draw_bins(drawn, Bins(*bins))
+    return drawn
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
     r"""Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
 
-    Pooling weighs OOD samples, not domains, alike, and lets the gaps of domains cancel, so the ECE of the pooled bins,
-    which each panel names, is not the report's mean OOD ECE, and usually below it.
+    Pooling gives each OOD sample the same weight, not each domain, and gaps of opposite sign cancel. So the ECE of a
+    panel at the right is not the report's mean OOD ECE, and is usually lower.
 
     Args:
         report: with data of ``id_domain`` for every method.
         methods: the rows; None takes the first method of the report and its last two.
 
     Returns:
-        A figure of one row for each method; without OOD domains it has the left column only.
+        A figure with one row for each method; without OOD domains it has the left column only.
 
     Raises:
-        ImportError: matplotlib is not installed.
         TypeError: ``report`` is not a :class:`~calrobust.ShiftReport`, or ``methods`` not a sequence.
-        ValueError: as :meth:`ShiftReport.summary <calrobust.ShiftReport.summary>`; or ``methods`` is empty or holds a
-            method that is not in the report.
+        ValueError: the report is incomplete, or ``methods`` is empty or holds a method that is not in the report.
 
     Example:
         >>> import torch
@@ -110,11 +103,10 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         >>> for domain in ("photo", "sketch"):
         ...     report.add("FT", domain, 2 * torch.eye(3), torch.tensor([0, 1, 2]))
         >>> figure = reliability_grid(report)
-        >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, as sure as e**2 / (e**2 + 2)
+        >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, with a confidence of e**2 / (e**2 + 2)
         ['ID\nECE 21.3 %, n = 3', 'OOD, pooled\nECE 21.3 %, n = 3']
     """
-    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    report.summary()  # raises for a report that is incomplete
+    _rows(report)  # raises if the report is incomplete
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
     check_instance(Sequence, "pass a list of names", methods=methods)
@@ -140,22 +132,18 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
 
 
 def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
-    """OOD ECE against OOD accuracy, one marker for each method; good is at the lower right.
+    """OOD ECE against OOD accuracy in per cent, one marker for each method; the best place is at the lower right.
 
-    Horizontal lines are 95 % intervals of the accuracy, vertical ones of the ECE, where the report has them. A dash
-    under a marker is the method's noise floor: a marker at its dash is as good as perfectly calibrated.
+    Horizontal lines are 95 % intervals of the accuracy. Vertical lines are those of the ECE, which only a single OOD
+    domain has. A dash under a marker is the method's noise floor: if the two meet, the method shows no miscalibration.
 
     Args:
         report: with data of ``id_domain`` and at least one other domain for every method.
-        ax: axes to draw into; None makes a figure of its own, ``shift_scatter(report).figure``.
-
-    Returns:
-        The axes, in per cent.
+        ax: axes to draw into, which are returned; None makes new ones, in ``shift_scatter(report).figure``.
 
     Raises:
-        ImportError: matplotlib is not installed.
         TypeError: ``report`` is not a :class:`~calrobust.ShiftReport`, or ``ax`` is not axes.
-        ValueError: as :meth:`ShiftReport.summary <calrobust.ShiftReport.summary>`.
+        ValueError: the report is incomplete.
 
     Example:
         >>> import torch
@@ -169,11 +157,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy 70 %, ECE |70 - 90|
         [70, 20]
     """
-    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    _check_axes(ax)
-    rows = report.summary()
-    if ax is None:
-        ax = _figure(COLUMN, 0.8 * COLUMN).add_subplot()
+    rows, ax = _rows(report), _axes(ax, 0.8 * COLUMN)
     ax.set_xlabel("OOD accuracy (%)", fontsize=FONT)
     ax.set_ylabel("OOD ECE (%)", fontsize=FONT)
     for i, row in enumerate(rows):
@@ -191,8 +175,13 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _rows(report: ShiftReport) -> list[dict[str, Any]]:
+    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
+    return report.summary()
+
+
 def _figure(width: float, height: float) -> Figure:
-    """Of the given size in inches, unknown to pyplot."""
+    """A figure of this size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -200,11 +189,14 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
-def _check_axes(ax: object) -> None:
-    if ax is not None:
-        from matplotlib.axes import Axes
+def _axes(ax: Axes | None, height: float) -> Axes:
+    """The axes that were given, or those of a new figure as wide as a column."""
+    if ax is None:
+        return _figure(COLUMN, height).add_subplot()
+    from matplotlib.axes import Axes
 
-        check_instance(Axes, "make them with figure.add_subplot()", ax=ax)
+    check_instance(Axes, "make them with figure.add_subplot()", ax=ax)
+    return ax
 
 
 def _style(ax: Axes) -> None:
@@ -219,21 +211,21 @@ def _legend() -> list[Patch]:
 
 
 def _draw_bins(ax: Axes, bins: Bins) -> None:
-    n_bins, n = len(bins.counts), int(bins.counts.sum())
-    width = 1 / n_bins
     filled = bins.counts.nonzero()[:, 0]
-    counts = bins.counts[filled]
-    confidences, accuracies = ((sums[filled] / counts).tolist() for sums in bins[1:])
-    shares = (counts / counts.max()).tolist() if n else []
-    centres = [(i + 0.5) * width for i in filled.tolist()]
-    spans = ([0.0] * len(centres), accuracies), (accuracies, confidences), (confidences, accuracies)
-    for style, span in zip(BARS.values(), spans, strict=True):
-        bars = ax.bar(centres, [max(0.0, top - low) for low, top in zip(*span, strict=True)], 0.92 * width, span[0])
+    counts, confidence_sums, correct_sums = (sums[filled] for sums in bins)
+    accuracies, confidences = correct_sums / counts, confidence_sums / counts
+    shares = (counts / bins.counts.max()).tolist()
+    width = 1 / len(bins.counts)
+    centres = ((filled + 0.5) * width).tolist()
+    spans = (0 * accuracies, accuracies), (accuracies, confidences), (confidences, accuracies)
+    for style, (low, top) in zip(BARS.values(), spans, strict=True):
+        bars = ax.bar(centres, (top - low).clamp(min=0).tolist(), 0.92 * width, low.tolist())
         for bar, share in zip(bars, shares, strict=True):
             bar.set(**style, alpha=max(FAINTEST, share**0.5), visible=bar.get_height() > 0)
-    ax.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=(0, (4, 3)))
     ax.bar(centres, [0.8 * STRIP * share for share in shares], 0.92 * width, bottom=-STRIP, color=GREY)
+    ax.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=(0, (4, 3)))
     ax.axhline(0, color="black", linewidth=0.6)
+    n = int(bins.counts.sum())
     shown = f"ECE {100 * float(binned_error(bins)):.1f} %, n = {n:,}" if n else "no samples"
     ax.set_title(shown, loc="right", fontsize=FONT - 1, pad=3)
     ax.set(xlim=(0, 1), ylim=(-STRIP, 1))

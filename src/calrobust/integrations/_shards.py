@@ -1,4 +1,4 @@
-"""A sharded teacher in a checkpoint: saved whole, loaded onto the shards of each rank."""
+"""A teacher in a checkpoint: saved with whole tensors, loaded onto the shards of each rank if there are any."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def whole_state(teacher: EMATeacher) -> dict[str, Any]:
 
 
 def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
-    """Loads what :func:`whole_state` gave, onto shards where the teacher has them."""
-    own = teacher.state_dict()
-    shards = {name: value for name, value in own.items() if isinstance(value, DTensor) and name in state}
-    for name, value in shards.items():
-        state = {**state, name: distribute_tensor(state[name].to(value.device), value.device_mesh, value.placements)}
+    """Loads what :func:`whole_state` gave."""
+    state = dict(state)
+    for name, own in teacher.state_dict().items():
+        if isinstance(own, DTensor) and name in state:
+            state[name] = distribute_tensor(state[name].to(own.device), own.device_mesh, own.placements)
     teacher.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Lightning: the teacher beside its ``Trainer``."""
+"""Lightning: an EMA teacher beside its ``Trainer``."""
 
 from __future__ import annotations
 
@@ -22,40 +22,35 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Callback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
-    :meth:`EMATeacher.update <calrobust.EMATeacher.update>` is called after each batch in which an optimiser stepped,
-    not after those that accumulate towards a step. The teacher gets the device and the precision that the trainer
-    gives the student. It is saved and restored with the callbacks' states, whole where it is sharded, so the module's
-    own ``state_dict`` is free of it. If the module holds the teacher, as in ``self.teacher = teacher``, the module
-    saves it and the callback does not.
+    The teacher is updated after each batch in which an optimiser made a step, and not after batches that accumulate
+    gradients. It gets the device and the precision that the trainer gives the student. Checkpoints hold it among the
+    states of the callbacks, with whole tensors if it is sharded. If the module holds the teacher, as in
+    ``self.teacher = teacher``, the module saves it and the callback does not.
 
     Args:
         teacher: the teacher.
         student: what it follows: the ``LightningModule``, or the part of it that the teacher copied.
         evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
-            Checkpoints hold the student's own in any case, and the teacher beside them.
-        name: tells the callbacks of one trainer apart in its checkpoints, where there are several.
+            Checkpoints hold the student's own weights in any case, and the teacher beside them.
+        name: tells several callbacks of one trainer apart in its checkpoints.
 
     Raises:
         TypeError: ``teacher`` is not an :class:`~calrobust.EMATeacher`, or ``student`` not a module.
-        ValueError: two callbacks would lend averaged weights to one student, or the trainer's ``ckpt_path`` holds no
-            teacher.
+        ValueError: when the trainer starts: two callbacks would put averaged weights into one student, or the
+            trainer's ``ckpt_path`` holds no teacher.
 
     Example:
-        >>> import warnings
-        >>> from lightning.pytorch import Trainer
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from types import SimpleNamespace
+        >>> import torch
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.lightning import EMATeacherCallback
-        >>> student = BoringModel()
+        >>> student = torch.nn.Linear(1, 1)
         >>> teacher = EMATeacher(student)
-        >>> options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-        >>> callback = EMATeacherCallback(teacher, student)
-        >>> trainer = Trainer(fast_dev_run=6, accumulate_grad_batches=2, callbacks=[callback], **options)
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")  # its advice on the number of workers
-        ...     trainer.fit(student)
-        >>> teacher.step  # 6 batches, 2 to a step
-        3
+        >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
+        >>> for steps_so_far in (0, 1, 1, 2):  # what the trainer tells after each batch, two of which make a step
+        ...     callback.on_train_batch_end(SimpleNamespace(global_step=steps_so_far))
+        >>> teacher.step
+        2
     """
 
     def __init__(
@@ -73,13 +68,12 @@ class EMATeacherCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The place of the teacher in checkpoints, one for each ``name``."""
+        """Where checkpoints hold the teacher; differs by ``name``."""
         return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the teacher the trainer's precision, before a checkpoint is restored, and sees who saves it."""
-        self._saved_by_module = any(module is self.teacher for module in pl_module.modules())
-        self._restored = self._saved_by_module
+        """Gives the teacher the trainer's precision, before a checkpoint is restored."""
+        self._saved_by_module = self._restored = any(module is self.teacher for module in pl_module.modules())
         trainer.precision_plugin.convert_module(self.teacher)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         lenders = [c for c in callbacks if isinstance(c, EMATeacherCallback) and c.evaluate_teacher]
@@ -95,24 +89,24 @@ class EMATeacherCallback(Callback):
         self.teacher.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to count from where training resumes."""
+        """Counts steps from where training resumes."""
         self._check_restored(trainer)
         self._optimizer_steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Moves the teacher towards the student if an optimiser stepped."""
+        """Updates the teacher if an optimiser made a step."""
         if trainer.global_step > self._optimizer_steps:
             self._optimizer_steps = trainer.global_step
             self.teacher.update(self.student)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lends the averaged weights to the student."""
+        """Puts the averaged weights into the student, if asked."""
         if self.evaluate_teacher:
             self._check_restored(trainer)
             self._swap.enter_context(self.teacher.swapped_into(self.student))
 
     def on_validation_end(self, *_: Any, **__: Any) -> None:
-        """Gives the student its own back; checkpoints, which Lightning writes after this, hold those."""
+        """Gives the student its own weights back, before Lightning writes a checkpoint."""
         self._swap.close()
 
     on_test_start = on_predict_start = on_validation_start
@@ -123,7 +117,7 @@ class EMATeacherCallback(Callback):
         return {} if self._saved_by_module else {"teacher": whole_state(self.teacher)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The teacher, as it was saved."""
+        """Loads the teacher."""
         load_whole_state(self.teacher, state_dict["teacher"])
         self._restored = True
 

@@ -22,17 +22,17 @@ OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called as open_clip calls its ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    Put it where ``open_clip_train`` 3 makes its own: ``loss = OpenClipLoss(criterion)``, and then
-    ``open_clip_train.main.create_loss = lambda args: loss``. If the criterion distils from a fixed model, train with
-    ``--distill-model`` and ``--distill-pretrained``. ``examples/open_clip_trainer.py`` shows the trainer with an
-    :class:`~calrobust.EMATeacher`. Give the losses ``gather=True``, as open_clip contrasts the pairs of all ranks.
+    To use it in the trainer of open_clip 3: ``loss = OpenClipLoss(criterion)``, and then
+    ``open_clip_train.main.create_loss = lambda args: loss``. Give its losses ``gather=True``, because open_clip
+    contrasts the pairs of all ranks. For distillation from a fixed model, train with ``--distill-model`` and
+    ``--distill-pretrained``; ``examples/open_clip_trainer.py`` has an :class:`~calrobust.EMATeacher` instead.
 
-    The terms are the criterion's own, weights included, and without ``output_dict`` their sum is returned, never a
-    tuple. open_clip's distillation averages its two directions, and ours sums them.
+    Without ``output_dict`` the loss is a scalar, where open_clip's distillation gives a tuple. Terms include the
+    criterion's weights. Our distillation is the sum of two directions, open_clip's their mean.
 
     Args:
         criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
-        caption_weight: of the caption loss, which a CoCa model needs; open_clip's default is 2.
+        caption_weight: weight of the caption loss of a CoCa model, which needs one; open_clip's default is 2.
 
     Raises:
         TypeError: ``criterion`` is not a loss on pairs, or ``caption_weight`` not a number.
@@ -44,7 +44,7 @@ class OpenClipLoss(nn.Module):
         >>> loss = OpenClipLoss(MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss())
         >>> features = {"image_features": torch.eye(2), "text_features": torch.eye(2), "logit_scale": 1.0}
         >>> teacher = {f"dist_{name}": value for name, value in features.items()}
-        >>> loss(**features, **teacher, output_dict=True)  # log(1 + 1/e), and a teacher that agrees
+        >>> loss(**features, **teacher, output_dict=True)  # log(1 + 1/e); the teacher agrees
         {'contrastive_loss': tensor(0.3133), 'distillation_loss': tensor(0.)}
     """
 
@@ -68,24 +68,23 @@ class OpenClipLoss(nn.Module):
         """The loss, or its terms.
 
         Args:
-            *outputs: what the student returned, and then the teacher: image and text features ``[N, D]`` of unit norm,
-                the exponentiated logit scale, and the logit bias of a model that has one.
-            output_dict: whether to give the terms by name, as the trainer asks, which adds them up and logs each.
-            **named: the same by name, the teacher's as ``dist_image_features`` and so on; and ``logits`` and ``labels``
-                of a CoCa's captions. Other outputs of a model are not used.
+            *outputs: what the student returned, and then what the teacher returned: image and text features ``[N, D]``
+                of unit norm, the exponentiated logit scale, and the logit bias of a model that has one.
+            output_dict: whether to return the terms by name; the trainer asks for this, logs each and adds them up.
+            **named: the same by name, with ``dist_image_features`` and so on for the teacher, and the ``logits`` and
+                ``labels`` of a CoCa's captions. Other outputs of a model are ignored.
 
         Returns:
-            A scalar, or with ``output_dict`` the terms that it is the sum of: ``contrastive_loss``,
-            ``distillation_loss``, ``caption_loss``.
+            A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Raises:
-            TypeError: the criterion distils and no teacher came, or the reverse; or captions came without a weight.
+            TypeError: the criterion distils and there is no teacher, or the reverse; or captions have no weight.
             ValueError: as the criterion's ``forward``.
         """
-        alone = "gather=True" not in repr(self.criterion)  # which shows what is not at its default
+        alone = "gather=True" not in repr(self.criterion)  # repr shows every option that is not at its default
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                "the criterion contrasts each rank's pairs alone, where open_clip contrasts those of all ranks; "
+                "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks; "
                 "pass gather=True to its losses",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""Hugging Face Transformers: the teacher beside its ``Trainer``, and what our losses take out of its CLIP models."""
+"""Hugging Face Transformers: an EMA teacher beside its ``Trainer``, and the features of its CLIP models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["EMATeacherCallback", "clip_features"]
 class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
-    :meth:`EMATeacher.update <calrobust.EMATeacher.update>` is called after each step of the optimiser, not after the
-    batches that accumulate towards it. Each ``checkpoint-<step>`` gets a file ``teacher.pt``, which holds the whole
-    teacher also where FSDP2 shards it. A trainer that resumes finds it in its ``output_dir``. With
-    ``load_best_model_at_end`` the teacher of the best checkpoint is loaded beside the best student.
+    The teacher is updated after each step of the optimiser, and not after batches that accumulate gradients. Each
+    ``checkpoint-<step>`` gets a file ``teacher.pt`` with the whole teacher, also if FSDP2 shards it. A trainer that
+    resumes loads it from its ``output_dir``. With ``load_best_model_at_end`` the teacher of the best checkpoint is
+    loaded as well as the best student.
 
-    A ``Trainer`` saves and loads the student's own weights. ``examples/transformers_trainer.py`` shows how to evaluate
-    the averaged weights, and how to give the teacher the student's mixed precision. Save the averaged weights with
-    ``teacher.module.save_pretrained(folder)``.
+    A ``Trainer`` saves and evaluates the student's own weights. ``examples/transformers_trainer.py`` shows how to
+    evaluate the averaged weights, and how to give the teacher the student's mixed precision. Save the averaged weights
+    with ``teacher.module.save_pretrained(folder)``.
 
     Args:
         teacher: the teacher, which the callback moves to the trainer's device.
@@ -38,20 +38,18 @@ class EMATeacherCallback(TrainerCallback):
 
     Raises:
         TypeError: ``teacher`` is not an :class:`~calrobust.EMATeacher`, or ``student`` not a module.
-        FileNotFoundError: a checkpoint that is resumed, or the best one, holds no teacher.
+        FileNotFoundError: in training: a checkpoint that is resumed, or the best one, holds no teacher.
 
     Example:
         >>> import torch
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.transformers import EMATeacherCallback
-        >>> student = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.constant_(student.weight, 1.0)
-        >>> teacher = EMATeacher(student, decay=0.75)
+        >>> student = torch.nn.Linear(1, 1)
+        >>> teacher = EMATeacher(student)
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
-        >>> _ = torch.nn.init.constant_(student.weight, 5.0)  # a step of the optimiser
-        >>> callback.on_step_end(None, None, None)  # which the trainer calls after it
-        >>> teacher.module.weight.item()  # 0.75 * 1 + 0.25 * 5
-        2.0
+        >>> callback.on_step_end(None, None, None)  # which the trainer calls after each step of the optimiser
+        >>> teacher.step
+        1
     """
 
     def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
@@ -61,23 +59,23 @@ class EMATeacherCallback(TrainerCallback):
         self.student = student
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Moves the teacher to the device, and loads it if training resumes."""
+        """Moves the teacher to the trainer's device, and loads it if training resumes."""
         self.teacher.to(args.device)
         if state.global_step > 0:
             self._load(_checkpoint(args, state), "copy the checkpoint that is resumed into output_dir, all its files")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Moves the teacher towards the student."""
+        """Updates the teacher."""
         self.teacher.update(self.student)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Puts the teacher into the checkpoint just written."""
-        whole = whole_state(self.teacher)  # on every rank, each of which holds a part
+        """Adds the teacher to the checkpoint that was just written."""
+        whole = whole_state(self.teacher)  # on every rank, because each holds a part of it
         if args.should_save:
             torch.save(whole, _checkpoint(args, state) / "teacher.pt")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Loads the teacher of the checkpoint whose student the trainer has loaded as the best."""
+        """Loads the teacher of the best checkpoint, whose student the trainer has loaded."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint), "use this callback from the first step on")
 
@@ -95,25 +93,25 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
-    The models normalise their features but do not return their logit scale, whose logarithm is a parameter.
+    The models normalise their features. They hold the logarithm of the logit scale as a parameter and do not return it.
 
     Args:
-        output: with ``image_embeds`` and ``text_embeds``, each ``[N, D]`` and of unit norm.
-        model: that gave the output; also inside ``DistributedDataParallel`` or an :class:`~calrobust.EMATeacher`.
+        output: has ``image_embeds`` and ``text_embeds``, each ``[N, D]`` and of unit norm.
+        model: the one that gave the output; it may be inside ``DistributedDataParallel`` or an
+            :class:`~calrobust.EMATeacher`.
 
     Returns:
-        ``image_features``, ``text_features``, the exponentiated ``logit_scale``, a scalar, and the ``logit_bias`` of
-        a model that has one, as SigLIP does.
+        ``image_features``, ``text_features``, the exponentiated ``logit_scale`` as a scalar, and the ``logit_bias`` of
+        a model that has one, such as SigLIP.
 
     Raises:
-        TypeError: the output lacks features of images or texts, or the model a ``logit_scale``.
+        TypeError: the output has no features of images or texts, or the model has no ``logit_scale``.
 
     Example:
         >>> import torch
         >>> from transformers.models.clip.modeling_clip import CLIPOutput
         >>> from calrobust.integrations.transformers import clip_features
-        >>> model = torch.nn.Module()  # stands in for CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
-        >>> model.logit_scale = torch.nn.Parameter(torch.tensor(0.0))
+        >>> model = torch.nn.ParameterDict({"logit_scale": torch.tensor(0.0)})  # stands in for a CLIPModel
         >>> output = CLIPOutput(image_embeds=torch.eye(3, 4), text_embeds=torch.eye(3, 4))  # model(**inputs)
         >>> image_features, text_features, logit_scale = clip_features(output, model)
         >>> logit_scale.item()  # exp(0)
@@ -123,7 +121,6 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     check_attributes(("image_embeds", "text_embeds"), fix, output=output)
     inner: Any = getattr(model, "module", model)
     check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)
-    scalars = [inner.logit_scale.exp().reshape(())]
-    if getattr(inner, "logit_bias", None) is not None:
-        scalars.append(inner.logit_bias.reshape(()))
-    return output.image_embeds, output.text_embeds, *scalars
+    bias = getattr(inner, "logit_bias", None)
+    scalars = [inner.logit_scale.exp(), *([] if bias is None else [bias])]
+    return output.image_embeds, output.text_embeds, *(scalar.reshape(()) for scalar in scalars)

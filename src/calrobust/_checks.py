@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
-PRINTED_DECIMALS = (2, 3, 4)  # of probabilities that were written to text
+PRINTED_STEPS = (1e-2, 1e-3, 1e-4)  # of probabilities that were written to text
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
@@ -49,12 +49,15 @@ def check_number(**numbers: Any) -> None:
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
-def check_integer(**numbers: Any) -> None:
-    """Raises for an argument that is no integer, or too large for a float."""
+def check_integer(least: int, most: int = 2**63 - 1, **numbers: Any) -> None:
+    """Raises for an argument that is not an integer from ``least`` to ``most``."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    check_number(**numbers)
+        if int(value) < least:
+            raise ValueError(f"{name} must be >= {least}, got {value!r}")
+        if int(value) > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {value!r}; was another number meant?")
 
 
 def check_float64(**tensors: Tensor) -> None:
@@ -84,23 +87,17 @@ def check_positive(**numbers: Any) -> None:
             raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
+def check_n_bins(n_bins: Any) -> None:
+    """Raises for an invalid number of bins."""
+    check_integer(1, 10**6, n_bins=n_bins)
+
+
 def check_positive_integer(**numbers: Any) -> None:
-    """Raises for a number that is not one of 1, 2, 3, ...."""
-    check_integer(**numbers)
-    check_positive(**numbers)
+    check_integer(1, **numbers)
 
 
 def check_count(limit: int, **numbers: Any) -> None:
-    """Raises for a number that is not one of 1, 2, ..., ``limit``, beyond which memory would end before an error."""
-    check_positive_integer(**numbers)
-    for name, value in numbers.items():
-        if value > limit:
-            raise ValueError(f"{name} must be at most {limit:,}, got {value!r}; was another number meant?")
-
-
-def check_n_bins(n_bins: Any) -> None:
-    """Raises for an invalid number of bins."""
-    check_count(10**6, n_bins=n_bins)
+    check_integer(1, limit, **numbers)
 
 
 def check_fraction(*, closed: bool, **numbers: Any) -> None:
@@ -175,11 +172,7 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
 
 
 def check_nonnegative_integer(**numbers: Any) -> None:
-    """Raises for a number that is not one of 0, 1, 2, ...."""
-    check_integer(**numbers)
-    for name, value in numbers.items():
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value!r}")
+    check_integer(0, **numbers)
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
@@ -257,18 +250,13 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
 def _may_be_probabilities(rows: Tensor) -> Tensor:
     """``[N]``: whether numbers that round to these can lie in [0, 1] and sum to 1. True for NaN."""
     low, high = rows.aminmax(dim=1)
-    total = rows.sum(1, dtype=torch.float64)
-    off = (total - 1).abs()
+    off = (rows.sum(1, dtype=torch.float64) - 1).abs()
     wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # 1/64: of a softmax taken in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
-    printed = rows[doubtful].double()
-    for decimals in PRINTED_DECIMALS if len(doubtful) else ():
-        steps = printed * 10**decimals
-        rounded = ((steps - steps.round()).abs() < 2e-3).all(1)
-        half = 0.5 / 10**decimals * 1.001
-        most, least = half * (printed > 0).sum(1), half * rows.shape[1]  # a number can be rounded up from 0 only
-        fits = (total[doubtful] - most <= 1) & (total[doubtful] + least >= 1)
-        wrong[doubtful[rounded & fits]] = False
+    for step in PRINTED_STEPS if len(doubtful) else ():
+        steps = rows[doubtful].double() / step
+        printed = ((steps - steps.round()).abs() < 2e-3).all(1) & (off[doubtful] <= 0.501 * step * rows.shape[1])
+        wrong[doubtful[printed]] = False
     return ~wrong
 
 
@@ -281,14 +269,13 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     n_classes = rows.shape[1]
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False
+    # Numbers of low precision, also when a wider dtype holds them, sum to exactly 1 more often.
+    low = (torch.bfloat16, torch.float16, torch.float32)
+    precision = next((dtype for dtype in low if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
+    off = (rows.sum(1, dtype=torch.float64) - 1).abs().max().clamp(min=torch.finfo(precision).eps / 4)
+    chance = min(1.0, max(2e-5, (n_classes / 1000) ** 3))
     distinct = len(rows[:64].unique(dim=0))
-    off = float((rows.sum(1, dtype=torch.float64) - 1).abs().max())
-    for held in (torch.bfloat16, torch.float16, torch.float32):  # also by a wider dtype
-        if torch.equal(rows.to(held).to(rows.dtype), rows):
-            off = max(off, torch.finfo(held).eps / 4)
-            break
-    allowed = min(1.0, max(2e-5, (n_classes / 1000) ** 3))
-    return bool(off <= n_classes / 100 * allowed ** (1 / distinct))
+    return bool(off <= n_classes / 100 * chance ** (1 / distinct))
 
 
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
@@ -297,22 +284,19 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
         if len(value) == 0:
             continue
         value = value.detach()
-        if not from_logits:
-            wrong = ~_may_be_probabilities(value)
-            if wrong.any():
-                row = value[wrong][0].double()
-                low, high = float(row.min()), float(row.max())
-                fix = "set from_logits=True if these are logits"
-                if low >= 0 and high <= 1:
-                    fix = "divide each row by its sum if these are probabilities, " + fix
-                raise ValueError(
-                    f"{name} must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row "
-                    f"from {low:.4g} to {high:.4g} that sums to {float(row.sum()):.4g}; {fix}"
-                )
-        elif _cannot_be_logits(value):
+        if from_logits and _cannot_be_logits(value):
             raise ValueError(
                 f"{name} must be logits, got rows in [0, 1] that sum to 1; pass {name}.log(), or from_logits=False "
                 f"where it exists, if these are probabilities, and {name} + 1, of the same softmax, if they are logits"
+            )
+        if not from_logits and (wrong := ~_may_be_probabilities(value)).any():
+            row = value[wrong][0].double()
+            low, high = float(row.min()), float(row.max())
+            scale = "divide each row by its sum if these are probabilities, " if low >= 0 and high <= 1 else ""
+            raise ValueError(
+                f"{name} must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row "
+                f"from {low:.4g} to {high:.4g} that sums to {float(row.sum()):.4g}; {scale}set from_logits=True if "
+                "these are logits"
             )
 
 

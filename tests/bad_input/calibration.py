@@ -271,7 +271,7 @@ TABLE: Table = [
     *guarded(
         [*ERRORS, NEW[0], NEW[1], NEW[2], NEW[5], *OF_CONFIDENCES],
         [
-            Wrong({"n_bins": 0}, ValueError, "n_bins must be > 0, got 0"),
+            Wrong({"n_bins": 0}, ValueError, "n_bins must be >= 1, got 0"),
             Wrong(
                 {"n_bins": 50_000_000},
                 ValueError,

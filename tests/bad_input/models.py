@@ -85,7 +85,7 @@ TABLE: Table = [
             Wrong({"decay": 1.5}, ValueError, "decay must be in [0, 1], got 1.5; did you mean 0.15 or 0.015?"),
             Wrong({"decay": math.nan}, ValueError, "decay must be finite, got nan"),
             Wrong({"decay": torch.tensor(0.9)}, TypeError, "decay must be a real number, got Tensor tensor(0.9000)"),
-            Wrong({"update_every": 0}, ValueError, "update_every must be > 0, got 0"),
+            Wrong({"update_every": 0}, ValueError, "update_every must be >= 1, got 0"),
             Wrong({"update_every": 1.0}, TypeError, "update_every must be an int, got float 1.0"),
             Wrong({"copy": "model"}, TypeError, "copy must be a torch.nn.Module, got str"),
             Wrong(
@@ -141,7 +141,7 @@ TABLE: Table = [
         ],
     ),
     ([NEW["constant"], NEW["every"]], [Wrong({"decay": -1.0}, ValueError, "decay must be in [0, 1], got -1.0")]),
-    ([NEW["every"]], [Wrong({"steps": 0}, ValueError, "steps must be > 0, got 0")]),
+    ([NEW["every"]], [Wrong({"steps": 0}, ValueError, "steps must be >= 1, got 0")]),
     (
         [NEW["linear_warmup"], NEW["power"]],
         [

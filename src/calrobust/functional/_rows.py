@@ -25,10 +25,11 @@ GPU_BLOCK_BYTES = 2**26
 class Block(NamedTuple):
     """Some rows, at least in float32, to be read before the next block is taken."""
 
-    target: Tensor
+    target: Tensor  # [n], as are the last three
     scores: Tensor  # [n, C] logits or probabilities
     from_logits: bool
     probs: Tensor  # [n, C]
+    own: Tensor  # the label's probability
     confidences: Tensor
     correct: Tensor
 
@@ -52,10 +53,10 @@ def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
 def probability_blocks(
     preds: Tensor, target: Tensor, from_logits: bool, ignore_index: int | None, validate: bool | None = None
 ) -> Iterator[Block]:
-    """Yields rows in blocks, without those labelled ``ignore_index``: at least one block, maybe an empty one.
+    """Yields the rows of ``preds`` that are not labelled ``ignore_index``: at least one block, maybe an empty one.
 
-    ``validate`` says whether values are checked; None checks them where a look does not wait for a device. Labels are
-    always checked on a CPU, where a wrong one would be an error of indexing.
+    ``validate`` says whether values are checked; None checks them on a CPU, where this does not wait for a device.
+    Labels are always checked on a CPU, where a wrong one would be an error of indexing.
     """
     check_flag(from_logits=from_logits)
     check_ignore_index(ignore_index)
@@ -76,17 +77,17 @@ def probability_blocks(
             scores, labels = scores[keep], labels[keep]
         scores = scores.to(dtype)
         probs = torch.softmax(scores, 1, out=buffer[: len(scores)]) if from_logits else scores
-        confidences = probs.amax(1)
-        yield Block(labels, scores, from_logits, probs, confidences, _is_predicted(scores, labels, probs, confidences))
+        own, confidences = probs.gather(1, labels[:, None])[:, 0], probs.amax(1)
+        correct = _is_predicted(scores, labels, own, confidences)
+        yield Block(labels, scores, from_logits, probs, own, confidences, correct)
 
 
-def _is_predicted(scores: Tensor, labels: Tensor, probs: Tensor, confidences: Tensor) -> Tensor:
+def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tensor) -> Tensor:
     """Whether ``argmax`` of the scores gives the label; of equal scores the first one counts."""
     if scores.is_cuda or torch.compiler.is_compiling():
         return scores.argmax(1) == labels
-    # On a CPU argmax takes longer than the softmax, and only a row whose confidence is at most 1/2 can have two classes
-    # whose probabilities round to the highest; 0.999, as exp need not be monotone to the last digit.
-    own = probs.gather(1, labels[:, None])[:, 0]
+    # On a CPU argmax takes longer than the softmax. Two classes can only both round to the highest probability where it
+    # is at most 1/2; these rows alone are searched. 0.999, as exp need not be monotone to the last digit.
     correct = own == confidences
     maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
     if len(maybe_tied):

@@ -8,13 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calrobust._checks import (
-    check_bins,
-    check_choice,
-    check_confidences,
-    check_flag,
-    check_n_bins,
-)
+from calrobust._checks import check_bins, check_choice, check_confidences, check_flag, check_n_bins
 from calrobust.functional._rows import Block, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
@@ -56,8 +50,7 @@ def top_label(
     The softmax is taken in blocks of rows that fit a processor's cache, never of the whole batch.
 
     Args:
-        preds: shape ``[N, C]``, floating: logits, of which some may be ``-inf`` (masked classes); or probabilities.
-            Further dimensions, ``[N, C, ...]``, hold more samples.
+        preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
         from_logits: whether ``preds`` are logits; never guessed.
         ignore_index: samples with this label are left out.
@@ -103,9 +96,9 @@ def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, from which :func:`~calrobust.functional.binned_error` computes.
 
-    Bins are ``[lo, hi)`` and the last one is closed; edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64, the
-    last one 1. So 1.0 is in the last bin and 0.0 in the first. netcal has the same bins; torchmetrics puts 1.0 in a
-    bin of its own and compares with float32 edges.
+    Bins are ``[lo, hi)`` and the last one is closed, so that 1.0 is in the last bin and 0.0 in the first. The edges are
+    ``arange(n_bins + 1) * (1 / n_bins)`` in float64. netcal has the same bins; torchmetrics gives 1.0 a bin of its own
+    and compares with float32 edges.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1]. One that is NaN or outside makes the value NaN.
@@ -139,8 +132,8 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
     """Sums over bins that hold equally many samples, as far as equal confidences, which are never split, allow.
 
     Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
-    ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples. Arguments, result and
-    errors are those of :func:`~calrobust.functional.bin_confidences`.
+    ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples. The rest is as for
+    :func:`~calrobust.functional.bin_confidences`.
     """
     check_confidences(confidences, correct)
     check_n_bins(n_bins)
@@ -177,16 +170,15 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         bins: sums as :func:`~calrobust.functional.bin_confidences` gives them; the last dimension is over bins.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
         debiased: only for ``"l2"``: subtract from each square what the noise of :math:`a_b` adds to it on average,
-            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of a single sample, whose noise is unknown, counts 0. A sum that is
-            negative, as it often is for a well calibrated model, gives 0.
+            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of a single sample, whose noise is unknown, counts 0. A negative
+            sum, which is common for a well calibrated model, gives 0.
 
     Returns:
         A float64 scalar in [0, 1]; NaN without samples.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
-        ValueError: their shapes or devices differ, ``norm`` is unknown, or ``debiased`` is asked of another norm than
-            ``"l2"``.
+        ValueError: their shapes or devices differ, ``norm`` is unknown, or ``debiased`` is set without ``"l2"``.
 
     Example:
         >>> import torch
@@ -238,25 +230,24 @@ def calibration_error(
 
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
-    over bins of equal width; :func:`~calrobust.functional.bin_confidences` says where a confidence on an edge goes. The
-    noise of the accuracies biases the value upwards: a perfectly calibrated model has up to
-    :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on average. :func:`~calrobust.functional.calibration_interval` shows how much
-    of a value may be noise.
+    over bins of equal width; :func:`~calrobust.functional.bin_confidences` says where a confidence on an edge goes.
+    Noise makes the value larger: a perfectly calibrated model shows up to :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on
+    average. :func:`~calrobust.functional.calibration_interval` says how much of a value may be noise.
 
     Args:
-        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
-        target: labels.
+        preds: logits or probabilities ``[N, C, ...]``, as for :func:`~calrobust.functional.top_label`.
+        target: labels ``[N, ...]``.
+        n_bins: number of bins.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE), see :func:`~calrobust.functional.binned_error`.
+        debiased: only for ``"l2"``: subtract what noise adds.
         from_logits: whether ``preds`` are logits.
         ignore_index: label of samples to leave out.
-        n_bins: number of bins.
-        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
-        debiased: only for ``"l2"``, see :func:`~calrobust.functional.binned_error`.
 
     Returns:
         A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
+        TypeError, ValueError: as for :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -285,21 +276,9 @@ def adaptive_calibration_error(
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
     Samples of equal confidence are never split: they share the bin in which the middle one of them ranks. So the value
-    does not depend on the order of the samples, and many ties make for fewer, unequal bins.
+    does not depend on the order of the samples, and many ties make fewer, unequal bins.
 
-    Args:
-        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
-        target: labels.
-        from_logits: whether ``preds`` are logits.
-        ignore_index: label of samples to leave out.
-        n_bins: number of bins.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
-
-    Returns:
-        A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
-
-    Raises:
-        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
+    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -317,29 +296,27 @@ def adaptive_calibration_error(
 
 def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
     """Sums ``[C, n_bins]`` over every sample's probability of every class, "correct" where the class is the label."""
-    sums = lowest = torch.empty(0)
+    sums = torch.empty(0)
     for block in blocks:
-        probs, n_classes = block.probs, block.probs.shape[1]
+        probs, own, n_classes = block.probs, block.own.double(), block.probs.shape[1]
         if not sums.numel():
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
-            lowest = probs.new_zeros(2, n_classes, dtype=torch.float64)
-        own = probs.gather(1, block.target[:, None])[:, 0].double()
-        sums[2].index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
+        counts, confidence_sums, correct_sums = sums
+        correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
+        # All probabilities are put into the first bin of their class, and the high ones moved on to their own: at most
+        # 2 * n_bins of a row, so that with many classes almost none is searched for its bin. Half of a bin's width is
+        # taken as high, to keep away from rounding at the edge.
+        counts[::n_bins] += len(probs)
+        confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
+        flat = probs.flatten()
         if probs.is_cuda or torch.compiler.is_compiling():  # there, no shape should depend on values
-            classes = torch.arange(n_classes, device=probs.device).expand_as(probs).flatten()
-            searched = probs.flatten().double()
+            high = torch.arange(len(flat), device=flat.device)
         else:
-            # A row has at most 2 * n_bins probabilities this high, so with many classes almost all are known to be in
-            # the first bin without a search. Half a bin's width keeps rounding of the comparison away from the edge.
-            high = probs >= 0.5 / n_bins
-            classes = high.nonzero()[:, 1]
-            searched = probs[high].double()
-            lowest[0] += len(high) - high.sum(0)
-            lowest[1] += probs.masked_fill(high, 0).sum(0, dtype=torch.float64)
-        index = classes * n_bins + bin_index(searched, n_bins)
-        sums[0].index_add_(0, index, torch.ones_like(searched))
-        sums[1].index_add_(0, index, searched)
-    sums[:2, ::n_bins] += lowest
+            high = (flat >= 0.5 / n_bins).nonzero()[:, 0]
+        moved, first = flat[high].double(), high % n_classes * n_bins
+        index, ones = torch.cat((first, first + bin_index(moved, n_bins))), torch.ones_like(moved)
+        counts.index_add_(0, index, torch.cat((-ones, ones)))
+        confidence_sums.index_add_(0, index, torch.cat((-moved, moved)))
     return Bins(*sums.unflatten(1, (-1, n_bins)))
 
 
@@ -365,19 +342,7 @@ def classwise_calibration_error(
     with frequency :math:`a_{bc}`. ``"l2"`` is the root of the mean square over samples and classes, ``"max"`` the
     largest gap of any bin of any class. With many classes most probabilities are near 0, hence so is the value.
 
-    Args:
-        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
-        target: labels.
-        from_logits: whether ``preds`` are logits.
-        ignore_index: label of samples to leave out.
-        n_bins: number of bins of each class.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
-
-    Returns:
-        A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
-
-    Raises:
-        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
+    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from calrobust.functional._rows import Block, probability_blocks
 
 
-class RowScores(NamedTuple):
-    """One value of each for every sample, ``[N]``."""
-
-    confidences: Tensor
-    correct: Tensor
-    log_losses: Tensor
-    squared_errors: Tensor
-
-
-def row_scores(blocks: Iterable[Block]) -> RowScores:
-    """All scores from one pass."""
-    rows = ((block.confidences, block.correct, log_losses(block), squared_errors(block)) for block in blocks)
-    return RowScores(*map(torch.cat, zip(*rows, strict=True)))
-
-
 def log_losses(block: Block) -> Tensor:
     """``[n]``: minus the logarithm of the label's probability; from logits it does not underflow."""
-    label = block.target[:, None]
-    own = block.probs.gather(1, label)[:, 0]
-    losses = -own.log()
+    own, losses = block.own, -block.own.log()
     if not block.from_logits:
         return losses
     lost = own < torch.finfo(own.dtype).tiny
     if own.device.type == "cpu" and not torch.compiler.is_compiling() and not lost.any():  # a look costs nothing there
         return losses
-    distances = block.scores.amax(1) - block.scores.gather(1, label)[:, 0]
+    distances = block.scores.amax(1) - block.scores.gather(1, block.target[:, None])[:, 0]
     return torch.where(lost, distances - block.confidences.log(), losses)  # 1 / confidence: the sum of exp(score - top)
 
 
 def squared_errors(block: Block) -> Tensor:
     """``[n]``: squared distance of the probabilities from the label's indicator."""
-    # The label's term is replaced before the sum: the score of a confident row is small, a difference would lose it.
-    label = block.target[:, None]
-    own = (block.probs.gather(1, label) - 1).square()
-    return block.probs.square().scatter_(1, label, own).sum(1)
+    # The label's square is replaced before the sum is taken: subtracting it afterwards would lose the small score of a
+    # confident row.
+    own = (block.own - 1).square()
+    return block.probs.square().scatter_(1, block.target[:, None], own[:, None]).sum(1)
 
 
 def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None) -> Tensor:
@@ -56,8 +36,8 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
     The sum is over all classes, as Brier defined it. With two classes this is twice the binary score of one class.
 
     Args:
-        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
-        target: labels.
+        preds: logits or probabilities ``[N, C, ...]``, as for :func:`~calrobust.functional.top_label`.
+        target: labels ``[N, ...]``.
         from_logits: whether ``preds`` are logits.
         ignore_index: label of samples to leave out.
 
@@ -65,7 +45,7 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
         A float64 scalar in [0, 2]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
+        TypeError, ValueError: as for :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -86,20 +66,9 @@ def negative_log_likelihood(
 
     .. math:: -\frac{1}{N} \sum_i \log p_{i y_i} = \frac{1}{N} \sum_i \Bigl(\log \sum_c e^{z_{ic}} - z_{i y_i}\Bigr)
 
-    From logits nothing underflows, however far the label's logit lies under the others. Probabilities have lost such
-    labels already: one of 0 makes the value inf. So does a label on a masked class, whose logit is ``-inf``.
-
-    Args:
-        preds: logits or probabilities, as in :func:`~calrobust.functional.top_label`; likewise the others.
-        target: labels.
-        from_logits: whether ``preds`` are logits.
-        ignore_index: label of samples to leave out.
-
-    Returns:
-        A float64 scalar ≥ 0, in nats; NaN without samples or with NaN in ``preds``.
-
-    Raises:
-        TypeError, ValueError: as :func:`~calrobust.functional.top_label`.
+    From logits nothing underflows, however far the label's logit lies below the others. A label of probability 0 makes
+    the value inf, and so does a label on a masked class, whose logit is ``-inf``. Arguments, NaN and errors are as for
+    :func:`~calrobust.functional.brier_score`.
 
     Example:
         >>> import torch

@@ -25,11 +25,12 @@ SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all
 SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
 MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
 LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
-FLOOR = -200.0  # a finite stand-in for -inf among scaled logits: exp(-200) is as good as 0
+FLOOR = -200.0  # a stand-in for -inf and for huge numbers among scaled logits: exp(-200) is as good as 0
+HUGE = 1e20  # mean distances beyond it could overflow
 EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
-GAP = 6  # powers of two between the furthest logit and a mask: at least 32 times as far
-GAP_ROWS = 64  # looked at for such a gap
-NEGLIGIBLE = 40.0  # nats below the top at which a mask no longer counts; exp(-40) is 4e-18
+GAP = 32.0  # a mask is at least this many times as far below the highest logit as the furthest logit that is none
+GAP_LOGITS = 4096  # looked at for such a gap
+NEGLIGIBLE = 5.0  # nats; masks that were found lie at least twice as far below the top, and exp(-10) is 5e-5
 
 
 class _Data(NamedTuple):
@@ -38,15 +39,11 @@ class _Data(NamedTuple):
     logits: Tensor
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
-    means: Tensor  # [N] mean of logit - top over classes that are not masked
-    limit: float  # how far below the top a logit is a mask; inf: only -inf is
-    nearest: float  # how far below the top the highest mask is; inf: none is finite
-    masked: bool
+    huge: bool  # whether some logits are -inf, or so far below the top that products overflow
 
     def rows(self, step: int) -> _Data:
         """Every ``step``-th row."""
-        rows = {name: getattr(self, name)[::step] for name in ("logits", "top", "own", "means")}
-        return self._replace(**rows)
+        return _Data(self.logits[::step], self.top[::step], self.own[::step], self.huge)
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
@@ -68,8 +65,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     such a T says little about other data.
 
     Args:
-        logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1. ``-inf`` masks a class, and so does a finite value
-            that is 32 to 64 times as far below the highest logit as others are. No gradient flows through the fit.
+        logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf``, or a number far below all others, masks
+            a class. No gradient flows through the fit.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
     Returns:
@@ -111,34 +108,21 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
 def _fit(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
     """T, and why the data do not determine it."""
-    data = _scan(logits, target, math.inf)
-    limit = _mask_limit(data)
-    if limit < math.inf:
-        without = _scan(logits, target, limit)
-        temperature, causes = _solve(without)
-        # If they were masks, their probabilities are nil at this T, where the sum over all classes is then stationary
-        # too, and it is convex. Degenerate data have no such T.
-        if without.nearest / temperature >= (NEGLIGIBLE / 4 if causes else NEGLIGIBLE):
-            return temperature, causes
-    return _solve(data)
+    data, means = _scan(logits, target)
+    limit = _mask_distance(data, means)
+    # Newton's method sums over all classes, so that a T it finds is right whether or not some are masked. Only where it
+    # starts, and the T of degenerate data, depend on what is taken for a mask.
+    temperature, causes = _solve(data, _visible_means(data, limit) if limit < math.inf else means)
+    if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
+        return _solve(data, means)
+    return temperature, causes
 
 
-def _mask_limit(data: _Data) -> float:
-    """How far below the top finite logits must be masks: beyond the first wide gap in their distances; inf if none."""
-    some = torch.arange(0, len(data.top), max(1, len(data.top) // GAP_ROWS), device=data.top.device)
-    some = torch.cat((some, data.means.argmin()[None]))  # and a row that has masks, if any has
-    distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
-    distances = distances.masked_fill((distances <= 0) | distances.isposinf(), torch.nan)
-    usual = distances.nan_to_num(math.inf, math.inf).amin(1).median()
-    powers = torch.frexp(distances[distances >= usual]).exponent.unique()
-    gaps = (powers.diff() >= GAP).nonzero()
-    return math.ldexp(1.0, int(powers[gaps[0, 0]]) + 3) if len(gaps) else math.inf
-
-
-def _scan(logits: Tensor, target: Tensor, limit: float) -> _Data:
+def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
+    """The data, and ``[N]``: the mean of logit - top over the classes of each row that are not ``-inf``."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     top, own, means = logits.new_empty(3, len(logits), dtype=dtype)
-    step, masked, nearest = block_rows(logits, dtype), False, math.inf
+    step = block_rows(logits, dtype)
     buffer = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
@@ -149,33 +133,55 @@ def _scan(logits: Tensor, target: Tensor, limit: float) -> _Data:
         differences = torch.sub(scores, top[rows, None], out=buffer[: len(scores)])
         own[rows] = differences.gather(1, target[rows, None])[:, 0]
         torch.mean(differences, 1, out=means[rows])
-        if limit < math.inf or means[rows].isneginf().any():
-            masked = True
-            hidden = differences <= -limit
-            means[rows] = (differences.double().masked_fill(hidden, 0).sum(1) / (~hidden).sum(1)).to(dtype)
-            finite = differences[hidden & ~differences.isneginf()]
-            nearest = min(nearest, -float(finite.max())) if len(finite) else nearest
-    if masked and own.isneginf().any():
+    data = _Data(logits, top, own, huge=bool(means.amin() < -HUGE))
+    if not data.huge:
+        return data, means
+    if own.isneginf().any():
         row = int(own.isneginf().nonzero()[0])
         raise ValueError(
             f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
             "unmask the class or drop the sample"
         )
-    return _Data(logits, top, own, means, limit, nearest, masked)
+    return data, _visible_means(data, math.inf)
 
 
-def _solve(data: _Data) -> tuple[float, list[str]]:
-    """T, and why the data do not determine it."""
-    spread = -float(data.means.mean(dtype=torch.float64))
+def _visible_means(data: _Data, limit: float) -> Tensor:
+    """``[N]``: the mean of logit - top over the classes of each row that are less than ``limit`` below the top."""
+    means = torch.empty_like(data.top)
+    step = block_rows(data.logits, torch.float64)
+    for start in range(0, len(means), step):
+        rows = slice(start, start + step)
+        differences = data.logits[rows].double() - data.top[rows, None]
+        hidden = differences <= -limit
+        means[rows] = (differences.masked_fill_(hidden, 0).sum(1) / (~hidden).sum(1)).to(means.dtype)
+    return means
+
+
+def _mask_distance(data: _Data, means: Tensor) -> float:
+    """How far below the top finite masks begin: half of the way across the first wide gap, or inf without a gap."""
+    step = max(1, data.logits.numel() // GAP_LOGITS)
+    some = torch.arange(0, len(means), step, device=means.device)
+    some = torch.cat((some, means.argmin()[None]))  # the row with the lowest mean has masks, if any row has
+    distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
+    below = (distances > 0) & distances.isfinite()
+    usual = distances.where(below, math.inf).amin(1).median()
+    ordered = distances[below & (distances >= usual)].sort().values
+    wide = (ordered[1:] / ordered[:-1] > GAP).nonzero()
+    return float(ordered[wide[0, 0] + 1]) / 2 if len(wide) else math.inf
+
+
+def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
+    """T, and why the data do not determine it; ``means`` are those of :func:`_scan`."""
+    spread = -float(means.mean(dtype=torch.float64))
     if spread == 0:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
     if (data.own == 0).all():
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
     # The gradient at 1/T = 0, where every class is as probable: if it does not fall there, it never does.
-    if float((data.means - data.own).sum(dtype=torch.float64)) >= 0:
+    if float((means - data.own).sum(dtype=torch.float64)) >= 0:
         return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
     beta = 1 / spread
-    step = len(data.logits) // SUBSET_ROWS
+    step = len(means) // SUBSET_ROWS
     if step >= 4:
         beta, _ = _newton(data.rows(step), beta, max_steps=8)
         beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
@@ -212,8 +218,8 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
         rows = slice(start, start + step)
         scores = data.logits[rows].to(dtype)
         scaled = torch.sub(scores, data.top[rows, None], out=scaled_buffer[: len(scores)]).mul_(beta)
-        if data.masked:
-            torch.threshold_(scaled, max(-data.limit * beta, torch.finfo(dtype).min), FLOOR)
+        if data.huge:
+            scaled.clamp_(min=FLOOR)
         weighted = torch.softmax(scaled, 1, out=probs_buffer[: len(scores)])
         mean = weighted.mul_(scaled).sum(1)
         square = weighted.mul_(scaled).sum(1)

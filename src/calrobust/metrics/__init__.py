@@ -1,9 +1,13 @@
 """Calibration metrics for ``torchmetrics``: sums that merge exactly over batches and ranks.
 
-Every metric takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``preds`` are logits, or
-probabilities with ``from_logits=False``; which of the two is never guessed. ``compute`` gives float64 scalars, and NaN
-with torchmetrics' warning before the first ``update``. All options are keyword-only, and an invalid one is an error.
-The formulas are in :mod:`calrobust.functional`.
+``update(preds, target)`` takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``compute()``
+gives float64 scalars, and NaN with torchmetrics' warning before the first ``update``. All arguments are keyword-only,
+and an invalid one is an error. The formulas are in :mod:`calrobust.functional`. All metrics take
+
+- ``from_logits``: whether ``preds`` are logits, the default, or probabilities; which of the two is never guessed,
+- ``ignore_index``: samples with this label are left out,
+- ``validate_args``: whether the values of each batch are checked, which reads them back from the device,
+- what :class:`torchmetrics.Metric` takes.
 """
 
 # No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_count, check_n_bins
+from calrobust._checks import check_integer, check_n_bins
 from calrobust.functional._rows import Block
 from calrobust.functional.calibration import (
     Norm,
@@ -25,7 +29,7 @@ from calrobust.functional.calibration import (
     equal_mass_bins,
     top_labels,
 )
-from calrobust.functional.scoring import log_losses, row_scores, squared_errors
+from calrobust.functional.scoring import log_losses, squared_errors
 from calrobust.metrics._shared import BinnedMetric, PredictionMetric
 
 __all__ = [
@@ -41,18 +45,15 @@ __all__ = [
 class CalibrationError(BinnedMetric):
     """Expected calibration error of the top label (ECE), streaming.
 
-    Formula and bins are those of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums a
-    bin, whatever the number of samples, and does not depend on how they are split into batches. ``metric.bins`` are
-    these sums, for :func:`~calrobust.plotting.reliability_diagram`.
+    Formula and bins are those of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums for
+    each bin, however many samples there are and however they are split into batches. ``metric.bins`` are these sums,
+    for :func:`~calrobust.plotting.reliability_diagram`.
 
     Args:
         n_bins: number of bins of equal width.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``: subtract the bias that noise adds, see :func:`~calrobust.functional.binned_error`.
-        from_logits: whether ``preds`` are logits or probabilities.
-        ignore_index: samples with this label are left out.
-        validate_args: check the values of each batch, which reads them back from the device.
-        **kwargs: of :class:`torchmetrics.Metric`.
+        from_logits, ignore_index, validate_args, **kwargs: as for all of :mod:`calrobust.metrics`.
 
     Example:
         >>> import torch
@@ -77,10 +78,10 @@ class CalibrationError(BinnedMetric):
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
-        options = {"from_logits": from_logits, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
-        super().__init__(n_bins, **options)
+        super().__init__(from_logits=from_logits, ignore_index=ignore_index, validate_args=validate_args, **kwargs)
         check_norm(norm, debiased=debiased)
         self.norm, self.debiased = norm, debiased
+        self._add_bins(n_bins)
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         return bin_confidences(*top_labels(blocks), n_bins=self.n_bins)._asdict()
@@ -94,13 +95,8 @@ class AdaptiveCalibrationError(PredictionMetric):
     """Calibration error over bins of equally many samples.
 
     Formula and ties are those of :func:`~calrobust.functional.adaptive_calibration_error`. Where such bins begin
-    depends on all samples, so this metric alone keeps them: nine bytes each.
-
-    Args:
-        n_bins: number of bins.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
-        **kwargs: of :class:`torchmetrics.Metric`.
+    depends on all samples, so this metric alone keeps them: nine bytes for each. The arguments are those of
+    :class:`CalibrationError`.
 
     Example:
         >>> import torch
@@ -159,14 +155,12 @@ class AdaptiveCalibrationError(PredictionMetric):
 class ClasswiseCalibrationError(BinnedMetric):
     """Calibration error of the probabilities of all classes (static calibration error), streaming.
 
-    The formula is that of :func:`~calrobust.functional.classwise_calibration_error`.
+    The formula is that of :func:`~calrobust.functional.classwise_calibration_error`. The state is three float64 sums
+    for each bin of each class.
 
     Args:
-        num_classes: number C ≥ 2 of classes; the state is three float64 sums for each bin of each class.
-        n_bins: number of bins of each class.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
-        **kwargs: of :class:`torchmetrics.Metric`.
+        num_classes: number C ≥ 2 of classes.
+        n_bins, norm, from_logits, ignore_index, validate_args, **kwargs: as for :class:`CalibrationError`.
 
     Example:
         >>> import torch
@@ -190,13 +184,11 @@ class ClasswiseCalibrationError(BinnedMetric):
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
-        check_count(10**7, num_classes=num_classes)
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be >= 2, got {num_classes!r}; a binary classifier has two classes")
-        options = {"from_logits": from_logits, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
-        super().__init__(n_bins, num_classes, **options)
+        super().__init__(from_logits=from_logits, ignore_index=ignore_index, validate_args=validate_args, **kwargs)
+        check_integer(2, 10**7, num_classes=num_classes)
         check_norm(norm)
         self.num_classes, self.norm = num_classes, norm
+        self._add_bins(n_bins, num_classes)
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         bins = bin_classes(blocks, self.n_bins)
@@ -213,13 +205,10 @@ class ClasswiseCalibrationError(BinnedMetric):
 
 
 class BrierScore(PredictionMetric):
-    """Mean squared distance of the probabilities from the label's indicator, streaming.
+    """Mean squared distance of the probabilities from the label's indicator, in [0, 2], streaming.
 
-    The formula is that of :func:`~calrobust.functional.brier_score`, the value in [0, 2].
-
-    Args:
-        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
-        **kwargs: of :class:`torchmetrics.Metric`.
+    The formula is that of :func:`~calrobust.functional.brier_score`, the arguments are those of all of
+    :mod:`calrobust.metrics`.
 
     Example:
         >>> import torch
@@ -246,13 +235,10 @@ class BrierScore(PredictionMetric):
 
 
 class NegativeLogLikelihood(PredictionMetric):
-    r"""Mean negative log-likelihood of the labels in nats, streaming.
+    """Mean negative log-likelihood of the labels in nats, streaming.
 
-    The formula is that of :func:`~calrobust.functional.negative_log_likelihood`.
-
-    Args:
-        from_logits, ignore_index, validate_args, \*\*kwargs: as those of :class:`CalibrationError`. Probabilities give
-            inf for a label of probability 0.
+    The formula is that of :func:`~calrobust.functional.negative_log_likelihood`, the arguments are those of all of
+    :mod:`calrobust.metrics`. Probabilities give inf where that of a label is 0.
 
     Example:
         >>> import torch
@@ -280,13 +266,8 @@ class NegativeLogLikelihood(PredictionMetric):
 class CalibrationSummary(BinnedMetric):
     """Accuracy, mean confidence, proper scores and calibration errors from one pass over the logits, streaming.
 
-    Args:
-        n_bins: number of bins of equal width.
-        from_logits, ignore_index, validate_args: as those of :class:`CalibrationError`.
-        **kwargs: of :class:`torchmetrics.Metric`.
-
-    Returns:
-        ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` (nats), ``brier``, ``ece``, ``rmsce``, ``mce``.
+    ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` in nats, ``brier``, ``ece``, ``rmsce``, ``mce``. The
+    arguments are those of :class:`CalibrationError` without ``norm`` and ``debiased``.
 
     Example:
         >>> import torch
@@ -312,16 +293,14 @@ class CalibrationSummary(BinnedMetric):
         validate_args: bool = True,
         **kwargs: Any,
     ) -> None:
-        options = {"from_logits": from_logits, "ignore_index": ignore_index, "validate_args": validate_args, **kwargs}
-        super().__init__(n_bins, **options)
+        super().__init__(from_logits=from_logits, ignore_index=ignore_index, validate_args=validate_args, **kwargs)
+        self._add_bins(n_bins)
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        rows = row_scores(blocks)
-        return {
-            **bin_confidences(rows.confidences, rows.correct, n_bins=self.n_bins)._asdict(),
-            "nll_sum": rows.log_losses.sum(dtype=torch.float64),
-            "brier_sum": rows.squared_errors.sum(dtype=torch.float64),
-        }
+        rows = ((block.confidences, block.correct, log_losses(block), squared_errors(block)) for block in blocks)
+        confidences, correct, losses, errors = map(torch.cat, zip(*rows, strict=True))
+        sums = {"nll_sum": losses.sum(dtype=torch.float64), "brier_sum": errors.sum(dtype=torch.float64)}
+        return sums | bin_confidences(confidences, correct, n_bins=self.n_bins)._asdict()
 
     def compute(self) -> dict[str, Tensor]:
         """The values over all samples of all batches and ranks."""

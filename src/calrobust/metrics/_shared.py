@@ -24,7 +24,7 @@ from calrobust.functional.calibration import Bins
 class PredictionMetric(Metric):
     """What the metrics share: checks, a state that a refused batch leaves as it was, and sums that stay float64."""
 
-    __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "bins", "dtype"]
+    __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "bins"]
     higher_is_better: bool | None = False
     is_differentiable = False
     full_state_update = False
@@ -39,8 +39,12 @@ class PredictionMetric(Metric):
         check_flag(from_logits=from_logits, validate_args=validate_args)
         check_ignore_index(ignore_index)
         self.from_logits, self.ignore_index, self.validate_args = from_logits, ignore_index, validate_args
-        for name in self.scalar_sums:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._dtype = torch.float64
+        self._add_sums(self.scalar_sums)
+
+    def _add_sums(self, names: Iterable[str], *shape: int) -> None:
+        for name in names:
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     @abstractmethod
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
@@ -56,7 +60,7 @@ class PredictionMetric(Metric):
         Raises:
             TypeError: ``preds`` is not floating or ``target`` is not int64.
             ValueError: shapes or devices do not fit, or there is a single class; with ``validate_args`` also labels out
-                of range, NaN, +inf, and probabilities where logits are due or the reverse. The state is left as it was.
+                of range, NaN, +inf, and probabilities where logits are due or the reverse.
         """
         try:
             summands = self._checked_summands(preds, target)
@@ -73,11 +77,11 @@ class PredictionMetric(Metric):
             raise ValueError(
                 f"preds must be on {self.device}, as the metric's state, got {preds.device}; move the metric with .to()"
             )
-        validate = self.validate_args
-        summands = self._summands(probability_blocks(preds, target, self.from_logits, self.ignore_index, validate))
+        validate, ignored = self.validate_args, self.ignore_index
+        summands = self._summands(probability_blocks(preds, target, self.from_logits, ignored, validate))
         # A row without a softmax has left NaN in a sum, so that good batches need no search for one.
-        if validate and bool(torch.cat([summand.flatten() for summand in summands.values()]).isnan().any()):
-            kept = slice(None) if self.ignore_index is None else target != self.ignore_index
+        if validate and any(bool(summand.isnan().any()) for summand in summands.values()):
+            kept = slice(None) if ignored is None else target != ignored
             check_softmax_exists(target[kept], preds=preds[kept])
         return summands
 
@@ -99,7 +103,7 @@ class PredictionMetric(Metric):
 
         Raises:
             TypeError: it is neither a metric nor a dict of tensors.
-            ValueError: its states are others than ours, or of another shape. The state is left as it was.
+            ValueError: its states are others than ours, or of another shape.
         """
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
@@ -127,12 +131,11 @@ class PredictionMetric(Metric):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}
         for name, state in states.items():
-            if isinstance(self._defaults.get(name), list):
-                kept[name] = state if isinstance(state, list) else [state]  # synchronised samples are one tensor
-                check_tensor(**{f"{name}[{i}]": samples for i, samples in enumerate(kept[name])})
-            else:
-                check_tensor(**{name: state})
-                kept[name] = state.to(self.device, torch.float64)
+            if isinstance(self._defaults.get(name), list) and isinstance(state, Tensor):
+                state = [state]  # synchronised samples are one tensor
+            for tensor in state if isinstance(state, list) else [state]:
+                check_tensor(**{name: tensor})
+            kept[name] = state if isinstance(state, list) else state.to(self.device, torch.float64)
         expected, got = (
             {name: "list" if isinstance(state, list) else list(state.shape) for name, state in each.items()}
             for each in (self._defaults, kept)
@@ -142,11 +145,6 @@ class PredictionMetric(Metric):
                 f"incoming_state must have the states {expected}, got {got}; make both metrics with the same arguments"
             )
         return kept
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the sums, always float64."""
-        return torch.float64
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "PredictionMetric":
         """Raises ``ValueError`` for another dtype than float64, in which alone counts and small terms are exact."""
@@ -166,6 +164,7 @@ class PredictionMetric(Metric):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, exclude_state)
+        self._dtype = torch.float64
         return self
 
 
@@ -177,12 +176,10 @@ class BinnedMetric(PredictionMetric):
     confidence_sums: Tensor
     correct_sums: Tensor
 
-    def __init__(self, n_bins: int, *leading: int, **options: Any) -> None:
-        super().__init__(**options)
+    def _add_bins(self, n_bins: int, *leading: int) -> None:
         check_n_bins(n_bins)
         self.n_bins = n_bins
-        for name in Bins._fields:
-            self.add_state(name, torch.zeros(*leading, n_bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_sums(Bins._fields, *leading, n_bins)
 
     @property
     def bins(self) -> Bins:

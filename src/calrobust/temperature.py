@@ -18,8 +18,8 @@ class TemperatureScaler(nn.Module):
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
     Division keeps the order of the classes, hence the accuracy, and changes the confidences. T is a buffer, not a
-    parameter: :func:`~calrobust.functional.fit_temperature` fits it exactly and no optimizer sees it. It stays float64
-    whatever dtype the module is cast to. Fit on data that are not part of what you report.
+    parameter: no optimizer sees it, and it stays float64 whatever dtype the module is cast to. Fit it on data that are
+    not part of what you report.
 
     Example:
         >>> import torch
@@ -44,20 +44,10 @@ class TemperatureScaler(nn.Module):
         self.is_fitted = False  # no buffer: forward asks for it, and reading a tensor would wait for the device
 
     def fit(self, logits: Tensor, target: Tensor) -> TemperatureScaler:
-        """Finds the temperature of least negative log-likelihood.
+        """Finds the temperature of least negative log-likelihood and returns the scaler itself.
 
-        Takes logits, never a model: collect them in eval mode, :func:`~calrobust.collect_logits` does.
-
-        Args:
-            logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf`` masks a class.
-            target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
-
-        Returns:
-            The scaler itself.
-
-        Raises:
-            TypeError: ``logits`` is not floating or ``target`` is not int64.
-            ValueError: as :func:`~calrobust.functional.fit_temperature`, which also says which data give a warning.
+        It takes logits, never a model: :func:`~calrobust.collect_logits` collects them in eval mode. Arguments, errors
+        and the data that give a warning are those of :func:`~calrobust.functional.fit_temperature`.
         """
         fitted = fit_temperature(logits, target)
         with torch.inference_mode(False):  # a buffer made in inference mode could not be used outside
@@ -84,7 +74,7 @@ class TemperatureScaler(nn.Module):
         return f"temperature={self.temperature.item():.6g}" if self.is_fitted else "not fitted"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemperatureScaler:
-        # .half() and .to(dtype) are for weights: T only changes device.
+        # .half() and .to(dtype) are for weights. T only changes its device.
         check_float64(scaler=fn(torch.empty(0, device=self.temperature.device)))
         temperature = self.temperature
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -96,21 +86,12 @@ class TemperatureScaler(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "is_fitted"] = torch.tensor(self.is_fitted)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        is_fitted = state_dict.pop(prefix + "is_fitted", None)  # nn.Module has no such buffer and would refuse the key
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix + "is_fitted"
+        is_fitted = state_dict.pop(name, None)  # nn.Module has no such buffer and would refuse the key
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, strict, missing_keys, *_ = args
         if is_fitted is not None:
             self.is_fitted = bool(is_fitted)
         elif strict:
-            missing_keys.append(prefix + "is_fitted")
+            missing_keys.append(name)

@@ -25,10 +25,10 @@ SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all
 SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
 MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
 LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
-FLOOR = -200.0  # a stand-in for -inf and for huge numbers among scaled logits: exp(-200) is as good as 0
-HUGE = 1e20  # mean distances beyond it could overflow
 EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
-GAP = 32.0  # a mask is at least this many times as far below the highest logit as the furthest logit that is none
+HUGE = 1e20  # logits that lie so far below the top that products could overflow, -inf among them,
+FLOOR = -200.0  # are as good as this when scaled: exp(-200) is as good as 0
+GAP = 32.0  # a mask is at least this many times as far below the highest logit as any logit that is none
 GAP_LOGITS = 4096  # looked at for such a gap
 NEGLIGIBLE = 5.0  # nats; masks that were found lie at least twice as far below the top, and exp(-10) is 5e-5
 
@@ -39,7 +39,7 @@ class _Data(NamedTuple):
     logits: Tensor
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
-    huge: bool  # whether some logits are -inf, or so far below the top that products overflow
+    huge: bool  # whether some logits lie HUGE below the top
 
     def rows(self, step: int) -> _Data:
         """Every ``step``-th row."""
@@ -52,17 +52,16 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
 
     The sum is convex in 1/T. A safeguarded Newton iteration finds its minimum in three or four passes over the logits,
-    with nothing to tune. Scaling the logits scales T, shifting a row changes nothing.
+    with nothing to tune. Scaling the logits scales T, and shifting a row changes nothing.
 
-    Some data have no such minimum. They give a :class:`UserWarning` that names the cause and, with the spread
-    s = the mean distance of a logit from the highest of its row,
+    Some data have no such minimum. They give a :class:`UserWarning` that names the cause and, where s is the mean
+    distance of a logit from the highest of its row, a T that is never worse than 1:
 
     - separable (every label has the highest logit; the likelihood grows as T → 0): ``min(1, s / 100)``
     - anti-correlated (the labels' logits lie below average; it grows as T → ∞): ``max(1, 100 * s)``
-    - constant logits or a single class, so that T changes nothing: 1
+    - constant logits, so that T changes nothing: 1
 
-    so T is never worse than 1. A single sample, or labels of one class only, are fitted all the same, with a warning:
-    such a T says little about other data.
+    A single sample, or labels of one class only, are fitted with a warning: such a T says little about other data.
 
     Args:
         logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf``, or a number far below all others, masks
@@ -70,8 +69,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
     Returns:
-        T, a float64 scalar on the logits' device, exact to about 1e-7 relative (arithmetic is float32 for float32 and
-        half-precision logits, float64 for float64; sums are float64).
+        A float64 scalar on the logits' device, exact to about 1e-7 relative: arithmetic is in float32, or in float64
+        for float64 logits, and sums are float64.
 
     Raises:
         TypeError: ``logits`` is not floating or ``target`` is not int64.

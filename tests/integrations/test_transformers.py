@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Trainer, TrainingArguments
 
-from calrobust import EMATeacher
+from calrobust import EMATeacher, MultimodalContrastiveLoss, MultimodalDistillationLoss
 from calrobust.integrations.transformers import EMATeacherCallback, clip_features
 
 TOWER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -200,3 +200,19 @@ def test_wrong_arguments_are_named() -> None:
         EMATeacherCallback(student, student)  # type: ignore[arg-type]  # the wrong type is the test
     with pytest.raises(TypeError, match=r"student must be a torch.nn.Module, got str"):
         EMATeacherCallback(EMATeacher(student), "student")  # type: ignore[arg-type]  # likewise
+
+
+def test_siglip_trains_under_distributed_data_parallel(tmp_path: Path) -> None:
+    """Which waits for the gradient of each parameter: the bias, which no softmax asks for, gets one of zero."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        student = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
+        teacher, model = EMATeacher(student), nn.parallel.DistributedDataParallel(student)
+        criterion = MultimodalContrastiveLoss() + MultimodalDistillationLoss()
+        for _ in range(3):
+            taught = clip_features(teacher(**INPUTS), teacher)
+            criterion(*clip_features(model(**INPUTS), model), *taught).backward()
+            teacher.update(model)
+        assert student.logit_bias.grad == 0
+    finally:
+        torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ from calrobust.losses import PairLoss
 __all__ = ["OpenClipLoss"]
 
 OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
+ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}" for name in OUTPUTS}
 
 
 class OpenClipLoss(nn.Module):
@@ -88,18 +89,9 @@ class OpenClipLoss(nn.Module):
                 "pass gather=True to its losses",
                 stacklevel=2,
             )
-        models: list[dict[str, Any]] = []
-        for prefix in ("", "dist_"):
-            # A bias has one element, and so is no teacher's features, which may come in its place.
-            count = 4 if len(outputs) > 3 and getattr(outputs[3], "ndim", 0) < 2 else 3
-            own = {name: named[prefix + name] for name in OUTPUTS if prefix + name in named}
-            models.append({**dict(zip(OUTPUTS, outputs[:count], strict=False)), **own})
-            outputs = outputs[count:]
-        student, teacher = models
-        bias, _ = (model.pop("logit_bias", None) for model in models)
-        teacher = {f"teacher_{name}": value for name, value in teacher.items() if value is not None}
+        found = {ARGUMENTS[name]: value for name, value in named.items() if name in ARGUMENTS}
         try:
-            terms = self.criterion.terms(**student, **teacher)
+            terms = self.criterion.terms(*outputs, **found)
         except TypeError as error:
             if "teacher" not in str(error):
                 raise
@@ -107,8 +99,6 @@ class OpenClipLoss(nn.Module):
                 f"{error}; open_clip's trainer passes a teacher's outputs with --distill-model and "
                 "--distill-pretrained, and never with --accum-freq above 1"
             ) from None
-        if bias is not None:  # its zero gradient, for which DistributedDataParallel would wait
-            terms = {name: term + 0 * bias.sum() for name, term in terms.items()}
         if named.get("logits") is not None and named.get("labels") is not None:
             if self.caption_weight is None:
                 raise TypeError(

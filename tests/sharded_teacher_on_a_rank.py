@@ -69,4 +69,12 @@ for dtype in (torch.float32, torch.bfloat16):  # without masters and with them
     assert_close(whole(resumed), dict(alone.state_dict()))
     resumed.update(student)
     dist.barrier()
+
+    torch.manual_seed(dist.get_rank())  # the ranks initialise their models on their own
+    teacher = EMATeacher(nn.Linear(5, 3).to(dtype))
+    transformers.EMATeacherCallback(teacher, student).on_train_begin(arguments, TrainerState(), control)
+    for value in teacher.state_dict().values():
+        values = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(values, value)
+        assert torch.equal(*values)
 leave_together()

@@ -71,7 +71,7 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "losses": {"_checks", "distributed", "kernels", "functional"},
     "metrics": {"_checks", "functional", "metrics"},
     "_state": {"_checks"},
-    "_copying": {"_state"},
+    "_copying": {"_checks", "_state"},
     "teacher": {"_checks", "_copying", "_state"},
     "schedules": {"_checks"},
     "temperature": {"_checks", "functional"},

@@ -1,24 +1,27 @@
-"""A deep copy of a model that shares nothing with the model, or an error that says what stands in the way."""
+"""The teacher's copy of a student, which shares nothing with it, or an error that says what stands in the way."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
 from functools import partial
 from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
 
-from calrobust._state import check_values, tensors
+from calrobust._checks import check_module
+from calrobust._state import check_values, copy_, paired, tensors
 
 _SECOND_MODEL = "pass a second model: EMATeacher(student, copy=build_model())"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_NOT_RUN = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # torch's own; no teacher runs the rest
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
 def copied(student: nn.Module) -> nn.Module:
     """The deep copy."""
     check_values(student=tensors(student)[0])
-    _check_captures(student)
+    _check_functions(student)
     try:
         return deepcopy(student)
     except Exception as error:
@@ -26,6 +29,17 @@ def copied(student: nn.Module) -> nn.Module:
             f"student must be a model that deepcopy can copy, got {_obstacle(student)}, where it raises "
             f"{type(error).__name__} ({error}); {_SECOND_MODEL}"
         ) from error
+
+
+def filled(copy: nn.Module, student: nn.Module) -> nn.Module:
+    """The caller's second model with the student's state."""
+    check_module(copy=copy)
+    pairs = paired(copy, student)
+    if any(pair.ours is pair.theirs for pair in pairs):
+        raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
+    for pair in pairs:
+        copy_(pair.ours, pair.theirs)
+    return copy
 
 
 def _obstacle(student: nn.Module) -> str:
@@ -40,44 +54,47 @@ def _obstacle(student: nn.Module) -> str:
     return f"a {type(student).__name__}"
 
 
-def _check_captures(student: nn.Module) -> None:
-    """Raises ``ValueError`` for functions through which a copy would run or fill what is the student's."""
+def _check_functions(student: nn.Module) -> None:
+    """Raises ``ValueError`` for a function through which the copy would run, or write to, what is the student's."""
     parts = {id(part) for part in (*student.modules(), *student.parameters(), *student.buffers())}
     for path, owner in student.named_modules():
-        hooks = [*owner._forward_hooks.values(), *owner._forward_pre_hooks.values()]
-        attributes = {} if "_orig_mod" in owner._modules else dict(vars(owner))  # torch.compile makes its own anew
-        attributes.pop("_compiled_call_impl", None)  # likewise
-        for what, function in [*(("a hook", hook) for hook in hooks), *attributes.items()]:
-            for value in _captured(function):
-                if id(value) in parts or (function in hooks and _may_be_filled(value)):
+        skipped = vars(owner) if "_orig_mod" in owner._modules else _NOT_RUN  # torch.compile makes its own anew
+        for name in vars(owner).keys() - skipped:
+            for value in _captured(vars(owner)[name], seen=set()):
+                if id(value) in parts or (name in _HOOKS and _may_be_written_to(value)):
                     raise ValueError(
-                        f"student must have no function that captures what a copy would share, got {what} of the "
-                        f"{type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a method "
-                        f"of an object, which is copied, or add a hook after the teacher is made, or {_SECOND_MODEL}"
+                        f"student must have no function that captures what a copy would share, got one in {name} of "
+                        f"the {type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a "
+                        "method of an object, which is copied, or add a hook after the teacher is made, or "
+                        f"{_SECOND_MODEL}"
                     )
 
 
-def _captured(function: object) -> list[object]:
-    """What a function refers to in its closure, defaults and globals, which deepcopy shares instead of copying."""
-    while isinstance(function, (partial, MethodType)):  # whose arguments and object are copied
-        function = function.func if isinstance(function, partial) else function.__func__
-    found = [function]
-    for value in found:  # which grows meanwhile
-        new: list[object] = []
-        if isinstance(value, FunctionType):
-            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-            known = (value.__globals__.get(name) for name in value.__code__.co_names)
-            new += [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            new += [one for one in known if isinstance(one, (*_WRITABLE, MethodType))]
-        elif isinstance(value, MethodType):
-            new += [value.__func__, value.__self__]
-        elif isinstance(value, partial):
-            new += [value.func, *value.args, *value.keywords.values()]
-        found += [one for one in new if all(one is not other for other in found)]
-    return found[1:]
+def _captured(value: object, seen: set[tuple[int, bool]], *, captured: bool = False) -> Iterator[object]:
+    """What is reached through functions, which deepcopy does not copy; it copies containers, methods and partials."""
+    if (id(value), captured) in seen:
+        return
+    seen.add((id(value), captured))
+    if captured:
+        yield value
+    held: Iterable[object] = ()
+    if isinstance(value, FunctionType):
+        captured = True
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
+        named = (value.__globals__.get(name) for name in value.__code__.co_names)
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        held = (*cells, *defaults, *(one for one in named if isinstance(one, (*_WRITABLE, MethodType))))
+    elif isinstance(value, MethodType):
+        held = (value.__func__, value.__self__)
+    elif isinstance(value, partial):
+        held = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, (list, tuple, set, dict)):
+        held = value.values() if isinstance(value, dict) else value
+    for one in held:
+        yield from _captured(one, seen, captured=captured)
 
 
-def _may_be_filled(value: object) -> bool:
-    """Whether a hook may write to it; torch's own objects, such as meshes, are taken for settings."""
+def _may_be_written_to(value: object) -> bool:
+    """Whether a hook may keep something in it. Torch's own objects, such as meshes, are taken for settings."""
     home = type(value).__module__.split(".")[0]
     return isinstance(value, _WRITABLE) or not (isinstance(value, type) or home in ("builtins", "functools", "torch"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,11 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_fraction, check_module, check_positive_integer
-from calrobust._copying import copied
+from calrobust._copying import copied, filled
 from calrobust._state import Pair, copy_, paired, reshard, tensors
-
-# Looking for values that are not finite reads every parameter, which costs half an update.
-_UPDATES_BETWEEN_SCANS = 64
 
 
 class EMATeacher(nn.Module):
@@ -28,42 +24,39 @@ class EMATeacher(nn.Module):
 
     Parameters and the running statistics of torch's normalisation layers are averaged, every other persistent buffer is
     copied from the student, and a value that is not finite on either side takes the student's. (In parameters such
-    values are looked for at the first update and at every 64th, or at each one under ``torch.compile``.)
-    Non-persistent buffers stay those of the copy. :math:`\alpha` honours the very first update.
+    values are looked for only when the teacher is made; each search costs half an update.) :math:`\alpha` applies from
+    the very first update on. A student in bfloat16 or float16 is averaged in float32 masters, because its own precision
+    would round small moves away.
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
-    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. A student in
-    bfloat16 or float16 is averaged in float32 masters behind the low-precision copy, because a decay near 1 would
-    round every move away.
+    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks that are
+    methods of an object, or a ``functools.partial``, run in the copy with a copy of that object or of the arguments. A
+    function that would share data with the student is refused.
 
-    Hooks of the student are copied too and run in the teacher. A method of an object, or a ``functools.partial``, then
-    has a copy of that object or of its arguments. A function that captures what deepcopy would share is refused.
-
-    With DDP, a first :meth:`update` that is given the DDP module takes the copy of the group's first rank, as DDP did
-    for the student; every rank must call it. With FSDP2, make the teacher first, then give ``teacher.module`` (and
-    ``teacher.masters``, if any) the same ``fully_shard`` calls as the student, and each rank averages its own shards.
-    To compile the copy, call ``teacher.module.compile()``.
+    With DDP, give the first :meth:`update` the DDP module on every rank: the teacher then takes the copy of the first
+    rank, as DDP does for the student. With FSDP2, make the teacher first, then give ``teacher.module`` (and
+    ``teacher.masters``, if any) the ``fully_shard`` calls of the student; each rank averages its own shards. To compile
+    the copy, call ``teacher.module.compile()``.
 
     Args:
-        student: the model to copy; wrapped by ``DistributedDataParallel`` or ``torch.compile``, the model inside.
+        student: the model to copy. Inside ``DistributedDataParallel`` or ``torch.compile``, it is the inner model.
         decay: :math:`\alpha` in ``[0, 1]``, or a callable that gives it for the index ``n = 0, 1, ...`` of the update
             that acts; see :mod:`calrobust.schedules`.
-        update_every: :meth:`update` is called once a training step and acts on every ``update_every``-th call.
+        update_every: of the calls of :meth:`update`, one in each training step, every ``update_every``-th acts.
         device: where to keep the copy; ``None`` means beside the student.
-        copy: a second model to use as the copy, for a student that ``deepcopy`` cannot copy, such as
-            ``copy=build_model()``; its parameters and persistent buffers are set to the student's.
+        copy: a second model to use as the copy, such as ``copy=build_model()``, where ``deepcopy`` cannot make one. It
+            takes the student's parameters and persistent buffers.
 
     Attributes:
         module: the copy.
-        masters: its float32 twin that does the averaging for a low-precision student, else ``None``.
+        masters: for a low-precision student, the float32 twin of the copy, which is averaged; else ``None``.
         step: how many times :meth:`update` was called.
         updates: how many times it acted.
 
     Raises:
-        TypeError: ``student`` or ``copy`` is no module, ``update_every`` no int, ``decay`` neither a number nor
-            callable, or the student cannot be copied.
-        ValueError: ``decay`` is outside ``[0, 1]``, ``update_every`` is below 1, a parameter holds no values (empty,
-            lazy, or on the meta device), the copy would share data with the student, or ``copy`` does not fit.
+        TypeError: an argument has the wrong type, or ``student`` cannot be copied.
+        ValueError: ``decay`` is outside ``[0, 1]``, ``update_every`` is below 1, a parameter has no values (it is
+            empty, lazy, or on the meta device), the copy would share data with the student, or ``copy`` does not fit.
 
     Example:
         >>> import torch
@@ -75,6 +68,11 @@ class EMATeacher(nn.Module):
         >>> teacher.update(student)  # 0.75 * 1 + 0.25 * 5
         >>> teacher(torch.ones(1, 1))
         tensor([[2.]])
+        >>> with teacher.swapped_into(student):
+        ...     student(torch.ones(1, 1)).item()
+        2.0
+        >>> student.weight.item()
+        5.0
 
     Reference: Oh et al., 2024, :arxiv:`2311.01723`, the teacher of its self-distillation.
     """
@@ -101,10 +99,10 @@ class EMATeacher(nn.Module):
         self.step = 0
         self.updates = 0
         self._swapped = False
-        self._not_finite: set[str] | None = None  # names of parameters; None: not looked for yet
         with torch.inference_mode(False), torch.no_grad():  # no update could write into inference tensors
-            module = copied(_wrapped(student)[-1]) if copy is None else _filled(copy, student)
+            module = copied(_inner(student)) if copy is None else filled(copy, student)
             module.requires_grad_(False).eval()
+            self._not_finite = {name for name, tensor in tensors(module)[0].items() if not tensor.sum().isfinite()}
             if device is not None:
                 module.to(device)
             self.register_module("module", module)
@@ -121,16 +119,15 @@ class EMATeacher(nn.Module):
         """Counts a training step and, on every ``update_every``-th, moves the copy towards ``student``.
 
         Args:
-            student: the model in training; by now it may be wrapped, or have wrapped parts: what
-                ``DistributedDataParallel``, ``torch.compile`` and activation checkpointing add to names is ignored.
+            student: the model in training. What ``DistributedDataParallel``, ``torch.compile`` and activation
+                checkpointing add to its names is ignored.
 
         Raises:
-            ValueError: the names or shapes of parameters and persistent buffers are not those of the copy, a tensor
-                holds no values, only one of the two models is sharded, or the schedule gives a decay outside
-                ``[0, 1]``. The copy and the counters are then as before.
+            ValueError: names or shapes are not those of the copy, a tensor has no values, only one of the two models
+                is sharded, or the schedule gives a decay outside ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
-        if torch.compiler.is_compiling():  # which takes integers of a module for constants, and compiles every step
+        if torch.compiler.is_compiling():  # else it takes the counters for constants and compiles every step
             with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
                 self._update(student)
         else:
@@ -139,53 +136,35 @@ class EMATeacher(nn.Module):
     def _update(self, student: nn.Module) -> None:
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
-        average = self.module if self.masters is None else self.masters
         acts = (self.step + 1) % self.update_every == 0
         if acts:
             decay = self.decay(self.updates) if callable(self.decay) else self.decay
             check_fraction(closed=True, decay=decay)
-        if acts or self.step == 0:  # a wrong student is told at the first step, not at the first that acts
-            pairs = paired(average, student)
+        if acts or self.step == 0:  # the first step checks the student, also if it does not act
+            pairs = paired(self.module if self.masters is None else self.masters, student)
             if self.step == 0:
                 _share_first_rank(pairs, student)
-        if acts:
-            if not torch.compiler.is_compiling() and (
-                self._not_finite is None or self.updates % _UPDATES_BETWEEN_SCANS == 0
-            ):
-                self._not_finite = {p.name for p in pairs if p.averaged and not p.ours.sum().isfinite()}
-            _average_(pairs, 1 - float(decay), self._not_finite)
-            self.updates += 1
-        if self.masters is not None and (acts or self.step == 0):
-            for _, value, master, _ in paired(self.module, self.masters):
-                copy_(value, master)
+            if acts:
+                _average_(pairs, 1 - float(decay), self._not_finite)
+                self.updates += 1
+            if self.masters is not None:
+                for pair in paired(self.module, self.masters):
+                    copy_(pair.ours, pair.theirs)
         self.step += 1
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student, to evaluate them inside it; its own come back at the end.
 
-        The values change in place, so wrappers and optimisers stay valid; they are restored bit for bit, also after an
-        exception. Train and eval modes are left alone. Takes the memory of one more copy while it lasts.
+        The values change in place, so wrappers and optimisers stay valid. They come back bit for bit, also after an
+        exception. Train and eval modes stay as they are. The block takes the memory of one more copy.
 
         Args:
             student: as in :meth:`update`.
 
         Raises:
             ValueError: as in :meth:`update`.
-            RuntimeError: nested use.
-
-        Example:
-            >>> import torch
-            >>> from calrobust import EMATeacher
-            >>> student = torch.nn.Linear(1, 1, bias=False)
-            >>> _ = torch.nn.init.constant_(student.weight, 1.0)
-            >>> teacher = EMATeacher(student)
-            >>> _ = torch.nn.init.constant_(student.weight, 5.0)
-            >>> with teacher.swapped_into(student):
-            ...     print(student.weight.item())
-            1.0
-            >>> print(student.weight.item())
-            5.0
+            RuntimeError: a block is active already.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -219,14 +198,12 @@ class EMATeacher(nn.Module):
         """Submodules that were added to the teacher, without the copy."""
         return ((name, child) for name, child in super().named_children() if name not in ("module", "masters"))
 
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """The teacher and what was added to it, without the copy."""
         memo = set() if memo is None else memo
-        hidden = {module for module in (self.module, self.masters) if module is not None} - memo
+        hidden = {self.module, self.masters} - memo
         memo |= hidden
-        yield from super().named_modules(memo, prefix, remove_duplicate)
+        yield from super().named_modules(memo, *args, **kwargs)
         memo -= hidden
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
@@ -234,18 +211,18 @@ class EMATeacher(nn.Module):
         self.module._apply(fn, recurse)
         if self.masters is None:
             self.register_module("masters", _float32_masters(self.module))
-        else:
-
-            def keep_dtype(tensor: Tensor) -> Tensor:
-                moved = fn(tensor)
-                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-            self.masters._apply(keep_dtype, recurse)
+        else:  # they move, but keep their dtypes
+            self.masters._apply(lambda own: moved if (moved := fn(own)).dtype == own.dtype else own.to(moved.device))
         return self
 
+    def _replicate_for_data_parallel(self) -> EMATeacher:
+        raise TypeError(
+            "DataParallel must wrap a model without a teacher in it, got an EMATeacher; keep the teacher outside, and "
+            "run torch.nn.DataParallel(teacher.module) under torch.no_grad()"
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
-        held = self.__dict__.get("_modules", {})
-        if name in ("module", "masters") and name in held and value is not held[name]:
+        if name in ("module", "masters") and value is not self._modules.get(name, value):
             raise AttributeError(
                 f"teacher.{name} must stay the module it is, got {type(value).__name__}, which would change the names "
                 f"in checkpoints; to compile it, call teacher.{name}.compile()"
@@ -258,39 +235,27 @@ class EMATeacher(nn.Module):
             destination[prefix + counter] = torch.tensor(getattr(self, counter))
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *errors: list[str],
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *errors: Any
     ) -> None:
         state = dict(state_dict)
-        self._not_finite = None
         for counter in ("step", "updates"):
             if (value := state.pop(prefix + counter, None)) is None:
-                missing_keys.append(prefix + counter)
+                missing.append(prefix + counter)
             else:
                 setattr(self, counter, int(value))
-        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, *errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *errors)
 
 
-def _wrapped(module: nn.Module) -> list[nn.Module]:
-    """The module, and one within the other what DDP, ``DataParallel`` or ``torch.compile`` wrap in it."""
-    found = [module]
-    while True:
-        module = found[-1]
-        wraps = isinstance(module, (DistributedDataParallel, nn.DataParallel))
-        inner = getattr(module, "module" if wraps else "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return found
-        found.append(inner)
+def _inner(module: nn.Module) -> nn.Module:
+    """What DDP, ``DataParallel`` or ``torch.compile`` wrap."""
+    while isinstance(module, (DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
+        module = module.get_submodule("_orig_mod" if "_orig_mod" in module._modules else "module")
+    return module
 
 
 def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
-    """Gives every rank the teacher of the first, if the student is wrapped by DDP, which did so for the student."""
-    for module in _wrapped(student):
+    """Gives every rank the teacher of the first, if the student is in DDP, which has done so with the student."""
+    for module in student.modules():
         if isinstance(module, DistributedDataParallel):
             for pair in pairs:
                 value = pair.ours.to(pair.theirs.device).contiguous()
@@ -298,48 +263,36 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
                 copy_(pair.ours, value)
 
 
-def _average_(pairs: list[Pair], weight: float, not_finite: set[str] | None) -> None:
+def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
     """Moves the first of each pair towards the second, by ``weight`` if it is averaged, else all the way."""
-    groups = defaultdict(lambda: ([], []))  # type: ignore[var-annotated] # torch.compile traces no subscripted call
+    teachers: list[Tensor] = []
+    students: list[Tensor] = []
     for name, ours, theirs, averaged in pairs:
         if not averaged or weight == 1:
             copy_(ours, theirs)
         elif weight == 0:
-            continue  # stays bit for bit, also beside a student that has diverged: 0 * inf would be NaN
-        elif not_finite is None or name in not_finite or not isinstance(ours, nn.Parameter):
+            continue  # 0 * inf of a student that has diverged would be NaN
+        elif name in not_finite or not isinstance(ours, nn.Parameter):
             theirs = theirs.to(ours)
             finite = ours.isfinite() & theirs.isfinite()
             ours.copy_(torch.where(finite, torch.lerp(ours, theirs, weight), theirs))
         elif ours.device != theirs.device or ours.dtype != theirs.dtype:
             ours.lerp_(theirs.to(ours), weight)  # one at a time, so that one converted tensor is all it needs
         else:
-            for tensors_, tensor in zip(groups[ours.device, ours.dtype], (ours, theirs), strict=True):
-                tensors_.append(tensor)
-    for teachers, students in groups.values():
+            teachers.append(ours)
+            students.append(theirs)
+    if teachers:
         torch._foreach_lerp_(teachers, students, weight)
 
 
 def _float32_masters(module: nn.Module) -> nn.Module | None:
-    """A copy with every low-precision floating tensor in float32, or ``None`` if the module has none."""
-    if not any(_is_low_precision(tensor) for tensor in tensors(module)[0].values()):
+    """A copy with float32 in place of every lower precision, or ``None`` if the module has none."""
+    state = tensors(module)[0]
+    low = {name for name, one in state.items() if one.is_floating_point() and torch.finfo(one.dtype).bits < 32}
+    if not low:
         return None
     masters = deepcopy(module)
-    for tensor in tensors(masters)[0].values():
-        if _is_low_precision(tensor):
+    for name, tensor in tensors(masters)[0].items():
+        if name in low:
             tensor.data = tensor.data.float()
     return masters
-
-
-def _is_low_precision(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
-
-
-def _filled(copy: nn.Module, student: nn.Module) -> nn.Module:
-    """The caller's second model with the student's state."""
-    check_module(copy=copy)
-    pairs = paired(copy, student)
-    if any(pair.ours is pair.theirs for pair in pairs):
-        raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
-    for pair in pairs:
-        copy_(pair.ours, pair.theirs)
-    return copy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_floating, check_fraction, check_same_state, check_tensor
+from calrobust._checks import check_fraction, check_same_state, check_tensor
 from calrobust._state import tensors, unwrapped
 
 StateDict = dict[str, Tensor]
@@ -21,20 +21,19 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    Heads are interpolated as they are: scale both alike, or the shorter one acts as a hidden temperature.
+    The ends of the line are exact, bit for bit. Give both heads one scale first, else the longer one dominates.
 
     Args:
         zero_shot: :math:`\theta_0`, a state dict or a module; not changed.
         fine_tuned: :math:`\theta_1`, of the same names and shapes; not changed.
-        alpha: in [0, 1]; the ends are exact, bit for bit.
+        alpha: in [0, 1].
 
     Returns:
-        A new state dict for ``load_state_dict``, of the names, dtypes and devices of ``zero_shot``. Integers, other
-        buffers, and what is not finite on either side are those of ``fine_tuned``, as for :func:`average`.
+        A new state dict, as :func:`average` gives it for ``[zero_shot, fine_tuned]``.
 
     Raises:
         ValueError: names or shapes differ, or ``alpha`` is outside [0, 1].
-        TypeError: an argument is neither a module nor a state dict of tensors, or it is quantised.
+        TypeError: a model is neither a module nor a state dict of tensors, or it is quantised.
 
     Example:
         >>> import torch
@@ -46,8 +45,9 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
     """
     check_fraction(closed=True, alpha=alpha)
     models, weight = {"zero_shot": zero_shot, "fine_tuned": fine_tuned}, float(alpha)
-    if weight in (0, 1):  # an end is exact, whatever the other model holds
-        return _combine(models, lambda tensors: tensors[int(weight)], finite=False)
+    if weight in (0, 1):
+        end = int(weight)
+        return _combine(models, lambda tensors: tensors[end], fallback=end)
     return _combine(models, lambda tensors: tensors[0].lerp(tensors[1], weight))
 
 
@@ -56,20 +56,20 @@ def average(models: Iterable[Weights]) -> StateDict:
 
     .. math:: \theta = \tfrac{1}{K} \sum_{k=1}^{K} \theta_k
 
-    Parameters and the running statistics of torch's normalisation layers are averaged in float32 or better; other
-    buffers, and values that are not finite in some model, are the last model's. A plain state dict does not tell
-    parameters from buffers: unless some model is given as a module, all its floating entries are averaged, except the
-    vectors of ``spectral_norm``. Prefixes that wrappers such as DDP add to names are ignored.
+    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
+    other buffers, and values that are not finite in some model, are those of the last model. A plain state dict does
+    not say which entries are buffers: unless one of the models is a module, every floating entry is averaged, except
+    the vectors of ``spectral_norm``. Prefixes that wrappers such as DDP add to names are ignored.
 
     Args:
         models: K ≥ 1 state dicts or modules of the same names and shapes, in a list or another iterable; not changed.
 
     Returns:
-        A new state dict, of the names, dtypes and devices of the first model.
+        A new state dict for ``load_state_dict``, with the names, dtypes and devices of the first model.
 
     Raises:
         ValueError: there is no model, or names or shapes differ.
-        TypeError: ``models`` is no iterable, or one of them neither a module nor a state dict of tensors, or quantised.
+        TypeError: ``models`` is not an iterable, or one of them is not a module or a state dict, or it is quantised.
 
     Example:
         >>> import torch
@@ -88,17 +88,16 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
-    for each parameter tensor on its own, with :math:`\bar\theta` the mean of the K models and :math:`\varphi` the angle
-    between two of their differences from the pre-trained :math:`\theta_0`, its cosine averaged over all pairs. A
-    negative average cosine counts as 0; a tensor that a model did not change has cosine 0 with all others.
+    for each tensor on its own. Here :math:`\bar\theta` is the mean of the K models, and :math:`\cos\varphi` the mean
+    cosine between any two of their differences from the pre-trained :math:`\theta_0`. A negative mean counts as 0. A
+    tensor that a model did not change has cosine 0 with all others.
 
     Args:
         pretrained: :math:`\theta_0`, a state dict or a module; not changed.
-        models: K ≥ 2 fine-tuned state dicts or modules of the same names and shapes; not changed.
+        models: K ≥ 2 fine-tuned state dicts or modules, as for :func:`average`.
 
     Returns:
-        A new state dict, of the names, dtypes and devices of ``pretrained``. Integers, other buffers, and what is not
-        finite somewhere are those of the last model, as for :func:`average`.
+        A new state dict, as :func:`average` gives it for ``[pretrained, *models]``.
 
     Raises:
         ValueError: there are fewer than two models, or names or shapes differ.
@@ -142,20 +141,18 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 
 @torch.no_grad()
 def _combine(
-    models: Mapping[str, Weights], combination: Callable[[list[Tensor]], Tensor], *, finite: bool = True
+    models: Mapping[str, Weights], combination: Callable[[list[Tensor]], Tensor], *, fallback: int = -1
 ) -> StateDict:
-    """Applies ``combination`` to the tensors of each name that are averaged; others come from the last model."""
-    own, states = {}, {}
-    for model, weights in models.items():
-        state = _checked(model, weights)
-        own[model] = unwrapped(state, model)
-        states[model] = {name: state[key] for name, key in own[model].items()}
-    (first, reference), *others = states.items()
-    for model, state in others:
-        check_same_state(**{first: reference, model: state})
-    copied = _copied(models.values(), reference.keys())
+    """Applies ``combination`` to the tensors of each name; what is not averaged is that of the ``fallback`` model."""
+    given = {model: _checked(model, weights) for model, weights in models.items()}
+    keys = {model: unwrapped(state, model) for model, state in given.items()}
+    states = {model: {name: given[model][key] for name, key in keys[model].items()} for model in given}
+    first, *others = states
+    for model in others:
+        check_same_state(**{first: states[first], model: states[model]})
+    copied = _copied(models.values(), states[first].keys())
     combined: dict[str, Any] = {}
-    for name, key in own[first].items():
+    for name, key in keys[first].items():
         entries = [state[name] for state in states.values()]
         if not isinstance(entries[0], Tensor):  # what a module's get_extra_state gave
             combined[key] = copy.deepcopy(entries[-1])
@@ -163,24 +160,26 @@ def _combine(
         device, dtype = entries[0].device, entries[0].dtype
         if dtype.is_floating_point or dtype.is_complex:
             values = [entry.to(device, torch.promote_types(dtype, torch.float32)) for entry in entries]
-            if not finite:
-                result = combination(values)
-            elif name in copied:
-                result = values[-1]
-            else:
-                all_finite = torch.stack([value.isfinite() for value in values]).all(0)
-                result = combination([value.where(all_finite, 0) for value in values]).where(all_finite, values[-1])
+            result = values[fallback]
+            if name not in copied:
+                finite = torch.stack([value.isfinite() for value in values]).all(0)
+                result = combination([value.where(finite, 0) for value in values]).where(finite, result)
         else:
             result = entries[-1].to(device)
             packed = result.ndim > 1 or (dtype.itemsize == 1 and result.numel() > 1)
-            differ = (entry.to(device) != result for entry in entries)
-            if packed and dtype not in (torch.bool, torch.int64) and any(one.any() for one in differ):
+            packed = packed and dtype not in (torch.bool, torch.int64)
+            if packed and any((entry.to(device) != result).any() for entry in entries):
                 _refuse_quantised(f"{first}[{key!r}]", f"{dtype} values that differ between the models")
         combined[key] = result.detach().to(dtype, copy=True)
     return combined
 
 
+_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
+
+
 def _checked(name: str, model: Weights) -> Mapping[str, Any]:
+    """The state dict of a model, each entry of which is a plain tensor."""
     if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
     state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
@@ -191,17 +190,11 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
             continue
         entry = f"{name}[{key!r}]"
         check_tensor(**{entry: value})
-        if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not hasattr(value, "full_tensor"):
-            _refuse_quantised(entry, type(value).__name__)
-        if value.is_floating_point():
-            check_floating(**{entry: value})
-        elif not value.is_complex() and value.dtype not in _INTEGERS:
-            _refuse_quantised(entry, str(value.dtype))
+        plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or hasattr(value, "full_tensor")
+        floating = value.is_complex() or (value.is_floating_point() and value.dtype.itemsize > 1)
+        if not plain or not (floating or value.dtype in _INTEGERS):
+            _refuse_quantised(entry, f"{type(value).__name__} of {value.dtype}")
     return state
-
-
-_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
 
 
 def _refuse_quantised(entry: str, kind: str) -> None:
@@ -212,8 +205,8 @@ def _refuse_quantised(entry: str, kind: str) -> None:
 
 
 def _copied(models: Iterable[Weights], names: Collection[str]) -> set[str]:
-    """The names that are not averaged: other buffers, where a module tells, and the vectors of ``spectral_norm``."""
-    told = [tensors(model) for model in models if isinstance(model, nn.Module)]
+    """The names that are not averaged: buffers, which only a module tells, and the vectors of ``spectral_norm``."""
     vectors = {name for name in names if name.endswith(("._u", "._v")) and "parametrizations." in name}
     vectors |= {name for name in names if name.endswith(("_u", "_v")) and f"{name[:-2]}_orig" in names}
+    told = [tensors(model) for model in models if isinstance(model, nn.Module)]
     return vectors.union(*(state.keys() - averaged for state, averaged in told))

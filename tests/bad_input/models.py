@@ -116,8 +116,8 @@ TABLE: Table = [
             Wrong(
                 {"student": nn.ModuleDict({"module": nn.ModuleDict({"a": nn.Linear(3, 2)}), "a": nn.Linear(3, 2)})},
                 ValueError,
-                "two tensors of the ModuleDict are named 'a.weight' once the wrappers' words, such as 'module' and "
-                "'_orig_mod', are stripped from their paths; rename the submodule that is called 'module'",
+                "names in the ModuleDict must differ without the words of wrappers, such as 'module' and '_orig_mod', "
+                "got 2 that do not; rename the submodule that is called 'module'",
             ),
             Wrong(
                 {
@@ -199,8 +199,8 @@ TABLE: Table = [
             Wrong(
                 {"fine_tuned": weights(w=torch.ones(2, 3).to(torch.float8_e4m3fn))},
                 TypeError,
-                "fine_tuned['w'] must be floating point of at least 16 bits, got torch.float8_e4m3fn; "
-                "convert it with .float()",
+                "fine_tuned['w'] must not be quantised, because integers cannot be averaged apart from their scales, "
+                "got Tensor of torch.float8_e4m3fn; combine the models before they are quantised, or dequantise them",
             ),
             Wrong(
                 {"fine_tuned": weights(w=torch.ones(2, 3).to_sparse())},

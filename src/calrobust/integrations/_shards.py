@@ -1,9 +1,11 @@
-"""A teacher in a checkpoint: saved with whole tensors, loaded onto the shards of each rank if there are any."""
+"""A teacher on many ranks: saved whole, loaded onto the shards of each rank if there are any, alike at the start."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from calrobust import EMATeacher
@@ -22,3 +24,12 @@ def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
         if isinstance(own, DTensor) and name in state:
             state[name] = distribute_tensor(state[name].to(own.device), own.device_mesh, own.placements)
     teacher.load_state_dict(state)
+
+
+def share_first_rank(teacher: EMATeacher) -> None:
+    """Gives every rank the new teacher of the first, because trainers give every rank the student of the first."""
+    if teacher.step == 0 and dist.is_available() and dist.is_initialized():
+        whole = whole_state(teacher).items()
+        states = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole}]
+        dist.broadcast_object_list(states)
+        load_whole_state(teacher, states[0])

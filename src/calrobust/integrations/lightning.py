@@ -9,7 +9,7 @@ from torch import nn
 
 from calrobust import EMATeacher
 from calrobust._checks import check_instance, check_module
-from calrobust.integrations._shards import load_whole_state, whole_state
+from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -89,8 +89,9 @@ class EMATeacherCallback(Callback):
         self.teacher.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts steps from where training resumes."""
+        """Counts steps from where training resumes, with one teacher on all ranks."""
         self._check_restored(trainer)
+        share_first_rank(self.teacher)
         self._optimizer_steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:

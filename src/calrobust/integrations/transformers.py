@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calrobust import EMATeacher
 from calrobust._checks import check_attributes, check_instance, check_module
-from calrobust.integrations._shards import load_whole_state, whole_state
+from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -59,8 +59,9 @@ class EMATeacherCallback(TrainerCallback):
         self.student = student
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Moves the teacher to the trainer's device, and loads it if training resumes."""
+        """Moves the teacher to the trainer's device, the same on all ranks, and loads it if training resumes."""
         self.teacher.to(args.device)
+        share_first_rank(self.teacher)
         if state.global_step > 0:
             self._load(_checkpoint(args, state), "copy the checkpoint that is resumed into output_dir, all its files")
 

@@ -92,14 +92,6 @@ def check_n_bins(n_bins: Any) -> None:
     check_integer(1, 10**6, n_bins=n_bins)
 
 
-def check_positive_integer(**numbers: Any) -> None:
-    check_integer(1, **numbers)
-
-
-def check_count(limit: int, **numbers: Any) -> None:
-    check_integer(1, limit, **numbers)
-
-
 def check_fraction(*, closed: bool, **numbers: Any) -> None:
     """Raises for a number outside [0, 1], or outside [0, 1) unless ``closed``."""
     check_number(**numbers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from calrobust import _checks
+from calrobust._checks import check_fraction, check_integer, check_positive
 
 __all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
 
@@ -21,7 +21,7 @@ __all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
 class _Schedule:
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
-        _checks.check_nonnegative_integer(n=n)
+        check_integer(0, n=n)
         return float(self._decay(n))
 
     def _decay(self, n: int) -> float:
@@ -44,7 +44,7 @@ class constant(_Schedule):
     decay: float
 
     def __post_init__(self) -> None:
-        _checks.check_fraction(closed=True, decay=self.decay)
+        check_fraction(closed=True, decay=self.decay)
 
     def _decay(self, n: int) -> float:
         return self.decay
@@ -82,8 +82,8 @@ class linear_warmup(_Schedule):
     updates: int
 
     def __post_init__(self) -> None:
-        _checks.check_fraction(closed=True, start=self.start, end=self.end)
-        _checks.check_positive_integer(updates=self.updates)
+        check_fraction(closed=True, start=self.start, end=self.end)
+        check_integer(1, updates=self.updates)
 
     def _decay(self, n: int) -> float:
         if n >= self.updates:
@@ -121,8 +121,8 @@ class power(_Schedule):
     end: float = 0.9999
 
     def __post_init__(self) -> None:
-        _checks.check_positive(exponent=self.exponent, scale=self.scale)
-        _checks.check_fraction(closed=True, start=self.start, end=self.end)
+        check_positive(exponent=self.exponent, scale=self.scale)
+        check_fraction(closed=True, start=self.start, end=self.end)
         if self.start > self.end:
             raise ValueError(f"start <= end must hold, got {self.start!r}, {self.end!r}; swap them")
 
@@ -185,8 +185,8 @@ class beta(_Schedule):
     _decays: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _checks.check_positive(a=self.a, b=self.b)
-        _checks.check_count(10**7, updates=self.updates)  # each has its weight computed here
+        check_positive(a=self.a, b=self.b)
+        check_integer(1, 10**7, updates=self.updates)  # each has its weight computed here
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
         # In logarithms: with large shapes the weights at either end underflow, but their ratios do not.
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)
@@ -218,9 +218,9 @@ class every(_Schedule):
     decay: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
-        _checks.check_positive_integer(steps=self.steps)
+        check_integer(1, steps=self.steps)
         if not callable(self.decay):
-            _checks.check_fraction(closed=True, decay=self.decay)
+            check_fraction(closed=True, decay=self.decay)
 
     def _decay(self, n: int) -> float:
         if n % self.steps != 0:

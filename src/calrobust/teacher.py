@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from calrobust._checks import check_fraction, check_module, check_positive_integer
+from calrobust._checks import check_fraction, check_integer, check_module
 from calrobust._copying import copied, filled
 from calrobust._state import Pair, copy_, paired, reshard, tensors
 
@@ -93,7 +93,7 @@ class EMATeacher(nn.Module):
         check_module(student=student)
         if not callable(decay):
             check_fraction(closed=True, decay=decay)
-        check_positive_integer(update_every=update_every)
+        check_integer(1, update_every=update_every)
         self.decay = decay
         self.update_every = update_every
         self.step = 0

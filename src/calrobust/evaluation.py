@@ -68,8 +68,7 @@ def collect_logits(
     found: list[tuple[Tensor, Tensor]] = []
     with _evaluating(model), torch.no_grad():
         for batch in _with_bar(loader) if progress else loader:
-            moved = batch if device is None else _to(batch, device)
-            found.append(_checked(forward(model, moved) if forward else _call(model, moved)))
+            found.append(_rows(model, batch if device is None else _to(batch, device), forward))
             before, now = found[0][0].shape[1], found[-1][0].shape[1]
             if before != now:
                 raise ValueError(
@@ -82,20 +81,19 @@ def collect_logits(
     return torch.cat(logits), torch.cat(target)
 
 
-def _call(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"loader must yield (inputs, target), got {_kind(batch)}; pass {_FORWARD}")
-    logits = model(batch[0])
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"model must return a tensor of logits, got {_kind(logits)}; pass {_FORWARD}")
-    return logits, batch[1]
-
-
-def _checked(pair: Any) -> tuple[Tensor, Tensor]:
-    """``[M, C]`` and ``[M]`` on the CPU."""
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        raise TypeError(f"forward must return (logits, target), got {_kind(pair)}")
-    logits, target = pair
+def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor]:
+    """Logits ``[M, C]`` and labels ``[M]`` of a batch, on the CPU."""
+    if forward:
+        pair = forward(model, batch)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"forward must return (logits, target), got {_kind(pair)}")
+        logits, target = pair
+    else:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"loader must yield (inputs, target), got {_kind(batch)}; pass {_FORWARD}")
+        logits, target = model(batch[0]), batch[1]
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"model must return a tensor of logits, got {_kind(logits)}; pass {_FORWARD}")
     if not isinstance(target, Tensor) and hasattr(target, "__array__"):
         target = torch.tensor(target)  # a NumPy array
     if isinstance(logits, Tensor) and isinstance(target, Tensor):

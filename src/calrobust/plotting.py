@@ -25,16 +25,15 @@ COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # in
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
 MARKERS = "osD^v<>"  # one more than there are colours, so that a pair of both repeats only after 42 methods
-FONT = 7.5  # points
-COLUMN = 3.3  # inches, the width of a column in most journals
+FONT, COLUMN = 7.5, 3.3  # points; inches, the width of a column in most journals
 BARS: dict[str, dict[str, Any]] = {
     "accuracy": {"facecolor": BLUE},
     "overconfident by": {"facecolor": "#F6CDB4", "edgecolor": VERMILION, "linewidth": 0.6, "hatch": "//////"},
     "underconfident by": {"facecolor": "#C4DFF0", "edgecolor": BLUE, "linewidth": 0.6, "hatch": "......"},
 }
-FAINTEST = 0.15  # opacity of a bin with hardly a sample
+FAINTEST = 0.15  # opacity of the bars of a nearly empty bin
 STRIP = 0.2  # height of the histogram under a reliability diagram, in units of its accuracy axis
-ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}  # of legends
+ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}  # legends
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:

@@ -11,7 +11,7 @@ from torch import Tensor
 from calrobust._checks import check_confidences, check_fraction, check_n_bins, check_positive
 from calrobust.functional.calibration import bin_index, valid_confidences
 
-BISECTIONS = 36  # of an interval of t that is some 10 to 1,000 wide
+BISECTIONS = 36  # enough for an interval of t that is 10 to 1,000 wide
 
 
 class CalibrationInterval(NamedTuple):
@@ -176,7 +176,9 @@ def _noise(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean accuracy of data sets ``[..., D]``, and its interval: distances to Wilson's ends are added in squares.
+    """Mean accuracy of data sets ``[..., D]``, and the ends of its interval.
+
+    The distance to an end is the root of the sum of squares of the distances to the ends of Wilson's intervals.
 
     Reference: Wilson, 1927 (a data set); Zou and Donner, 2008, *Construction of confidence limits about effect
     measures* (several).

@@ -86,6 +86,17 @@ def another_attribute(layer: Any) -> None:
     layer.scale = lambda x: x * layer.weight.mean()
 
 
+def closure_in_a_list(layer: Any) -> None:
+    """Deepcopy copies the list, but not the function in it."""
+    layer.steps = [{"first": lambda x: layer(x)}]
+
+
+def closure_with_a_holder(layer: Any) -> None:
+    """A dict that the closure keeps holds the layer."""
+    held = {"layers": (layer,)}
+    layer.step = lambda x: held["layers"][0](x)
+
+
 def captured_dict(layer: nn.Module) -> None:
     """A dict that the copy would fill as well."""
     seen: dict[str, Tensor] = {}
@@ -119,6 +130,8 @@ def captured_global(layer: nn.Module) -> None:
         closure_in_a_closure,
         compiled_forward,
         another_attribute,
+        closure_in_a_list,
+        closure_with_a_holder,
         captured_dict,
         captured_list_before,
         captured_recorder,
@@ -152,9 +165,13 @@ def partial_forward(layer: nn.Module) -> None:
 
 
 def harmless_closure(layer: Any) -> None:
-    """A number is no state."""
-    factor = 2.0
-    layer.act = lambda x: factor * x
+    """Numbers and settings are no state, and a recursive function holds itself."""
+    factor, options = 2.0, {"depth": 1}
+
+    def act(x: Tensor, depth: int = 0) -> Any:
+        return act(x, depth + 1) if depth < options["depth"] else factor * x
+
+    layer.act, layer.steps = act, [act]
     layer.register_forward_hook(lambda module, inputs, output: factor * output)
 
 

@@ -39,10 +39,10 @@ class EMATeacher(nn.Module):
     the copy, call ``teacher.module.compile()``.
 
     Args:
-        student: the model to copy. Inside ``DistributedDataParallel`` or ``torch.compile``, it is the inner model.
+        student: the model to copy. Of a ``DistributedDataParallel`` or compiled module, the model inside is copied.
         decay: :math:`\alpha` in ``[0, 1]``, or a callable that gives it for the index ``n = 0, 1, ...`` of the update
             that acts; see :mod:`calrobust.schedules`.
-        update_every: of the calls of :meth:`update`, one in each training step, every ``update_every``-th acts.
+        update_every: call :meth:`update` once a training step; every ``update_every``-th call moves the copy.
         device: where to keep the copy; ``None`` means beside the student.
         copy: a second model to use as the copy, such as ``copy=build_model()``, where ``deepcopy`` cannot make one. It
             takes the student's parameters and persistent buffers.
@@ -102,11 +102,12 @@ class EMATeacher(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # no update could write into inference tensors
             module = copied(_inner(student)) if copy is None else filled(copy, student)
             module.requires_grad_(False).eval()
-            self._not_finite = {name for name, tensor in tensors(module)[0].items() if not tensor.sum().isfinite()}
-            if device is not None:
-                module.to(device)
             self.register_module("module", module)
             self.register_module("masters", _float32_masters(module))
+            state = tensors(module if self.masters is None else self.masters)[0]
+            self._not_finite = {name for name, tensor in state.items() if not tensor.sum().isfinite()}
+            if device is not None:
+                self.to(device)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +141,7 @@ class EMATeacher(nn.Module):
         if acts:
             decay = self.decay(self.updates) if callable(self.decay) else self.decay
             check_fraction(closed=True, decay=decay)
-        if acts or self.step == 0:  # the first step checks the student, also if it does not act
+        if acts or self.step == 0:  # the first step checks the student even if it does not act
             pairs = paired(self.module if self.masters is None else self.masters, student)
             if self.step == 0:
                 _share_first_rank(pairs, student)
@@ -154,10 +155,10 @@ class EMATeacher(nn.Module):
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
-        """Lends the averaged weights to the student, to evaluate them inside it; its own come back at the end.
+        """Lends the averaged weights to the student, to evaluate them inside it, and gives its own back at the end.
 
         The values change in place, so wrappers and optimisers stay valid. They come back bit for bit, also after an
-        exception. Train and eval modes stay as they are. The block takes the memory of one more copy.
+        exception. Train and eval modes stay as they are. Meanwhile the student's weights take memory for one more copy.
 
         Args:
             student: as in :meth:`update`.
@@ -191,8 +192,8 @@ class EMATeacher(nn.Module):
         """The decay and how often it acts."""
         return f"decay={self.decay!r}, update_every={self.update_every}"
 
-    # The copy and its masters are submodules, which `state_dict` finds by itself. The three methods below hide them
-    # from everything else that walks through a parent, and `_apply` reaches them all the same.
+    # The copy and its masters are submodules, so `state_dict` finds them. The next methods hide them from all else that
+    # walks through a parent, except `_apply`.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Submodules that were added to the teacher, without the copy."""
@@ -254,7 +255,7 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
-    """Gives every rank the teacher of the first, if the student is in DDP, which has done so with the student."""
+    """Gives every rank the first rank's teacher, if the student is in DDP, which gave it the first rank's student."""
     for module in student.modules():
         if isinstance(module, DistributedDataParallel):
             for pair in pairs:

@@ -21,7 +21,7 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    The ends of the line are exact, bit for bit. Give both heads one scale first, else the longer one dominates.
+    The ends are exact, bit for bit. Give both heads the same scale first: a shorter one acts as a hidden temperature.
 
     Args:
         zero_shot: :math:`\theta_0`, a state dict or a module; not changed.

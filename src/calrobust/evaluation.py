@@ -29,8 +29,7 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Runs a model over a data set, in eval mode and without gradient, and collects its logits and the labels.
 
-    Afterwards every submodule is in the mode it was in before, also after an exception. The result is what
-    :meth:`TemperatureScaler.fit <calrobust.TemperatureScaler.fit>`, the metrics and the reports take.
+    Afterwards every submodule is in the mode it was in before, also after an exception.
 
     Args:
         model: gives logits ``[B, C]`` for a batch of inputs; it stays on its device.

@@ -98,8 +98,7 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
 
     Args:
         output: has ``image_embeds`` and ``text_embeds``, each ``[N, D]`` and of unit norm.
-        model: the one that gave the output; it may be inside ``DistributedDataParallel`` or an
-            :class:`~calrobust.EMATeacher`.
+        model: the one that gave the output, or a ``DistributedDataParallel`` or EMA teacher that holds it.
 
     Returns:
         ``image_features``, ``text_features``, the exponentiated ``logit_scale`` as a scalar, and the ``logit_bias`` of

@@ -95,8 +95,8 @@ class AdaptiveCalibrationError(PredictionMetric):
     """Calibration error over bins of equally many samples.
 
     Formula and ties are those of :func:`~calrobust.functional.adaptive_calibration_error`. Where such bins begin
-    depends on all samples, so this metric alone keeps them: nine bytes for each. The arguments are those of
-    :class:`CalibrationError`.
+    depends on all samples, so this metric alone keeps them, in eight bytes each. The arguments are those of
+    :class:`CalibrationError` without ``debiased``.
 
     Example:
         >>> import torch
@@ -111,8 +111,7 @@ class AdaptiveCalibrationError(PredictionMetric):
     """
 
     plot_upper_bound = 1.0
-    confidences: list[Tensor]
-    correct: list[Tensor]
+    samples: list[Tensor]  # the confidences of each batch, with a minus sign where the prediction is wrong
 
     def __init__(
         self,
@@ -128,28 +127,17 @@ class AdaptiveCalibrationError(PredictionMetric):
         check_n_bins(n_bins)
         check_norm(norm)
         self.n_bins, self.norm = n_bins, norm
-        self.add_state("confidences", [], dist_reduce_fx="cat")
-        self.add_state("correct", [], dist_reduce_fx="cat")
+        self.add_state("samples", [], dist_reduce_fx="cat")
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         confidences, correct = top_labels(blocks)
-        return {"confidences": confidences.double(), "correct": correct}
-
-    def _samples(self) -> tuple[Tensor, Tensor]:
-        """All so far, each in one piece."""
-        states = self._as_states(self.metric_state)
-        nothing = torch.empty(0, dtype=torch.float64, device=self.device)
-        return torch.cat([nothing, *states["confidences"]]), torch.cat([nothing.bool(), *states["correct"]])
-
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # Ranks must send the same dtype; torchmetrics sends floating point for a rank that saw no sample.
-        confidences, correct = self._samples()
-        self.confidences, self.correct = [confidences], [correct]
-        super()._sync_dist(*args, **kwargs)
+        return {"samples": confidences.where(correct, -confidences).double()}
 
     def compute(self) -> Tensor:
         """The error over all batches and ranks."""
-        return binned_error(equal_mass_bins(*self._samples(), n_bins=self.n_bins), norm=self.norm)
+        nothing = torch.empty(0, dtype=torch.float64, device=self.device)
+        samples = torch.cat([nothing, *self._as_states(self.metric_state)["samples"]])
+        return binned_error(equal_mass_bins(samples.abs(), ~samples.signbit(), n_bins=self.n_bins), norm=self.norm)
 
 
 class ClasswiseCalibrationError(BinnedMetric):

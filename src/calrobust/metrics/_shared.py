@@ -80,14 +80,14 @@ class PredictionMetric(Metric):
         validate, ignored = self.validate_args, self.ignore_index
         summands = self._summands(probability_blocks(preds, target, self.from_logits, ignored, validate))
         # A row without a softmax has left NaN in a sum, so that good batches need no search for one.
-        if validate and any(bool(summand.isnan().any()) for summand in summands.values()):
+        if validate and bool(torch.cat([summand.flatten() for summand in summands.values()]).isnan().any()):
             kept = slice(None) if ignored is None else target != ignored
             check_softmax_exists(target[kept], preds=preds[kept])
         return summands
 
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds a batch and returns the value of this batch alone. A batch that fails leaves the state as it was."""
+        """Adds a batch and returns the value of this batch alone."""
         before = {**self.__dict__, **self._copy_state_dict()}  # torchmetrics empties the state before it checks
         try:
             return super().forward(*args, **kwargs)
@@ -107,9 +107,9 @@ class PredictionMetric(Metric):
         """
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
-        # torchmetrics' own would go on giving the value computed before.
         seen = metric.update_count if metric else _any_samples(incoming)
         states = {name: own[name] + state for name, state in incoming.items()}
+        # torchmetrics would go on giving the value that was computed before, for lack of `_computed=None`.
         self.__dict__.update(states, _computed=None, _update_count=self._update_count + seen)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
@@ -131,11 +131,12 @@ class PredictionMetric(Metric):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}
         for name, state in states.items():
-            if isinstance(self._defaults.get(name), list) and isinstance(state, Tensor):
-                state = [state]  # synchronised samples are one tensor
-            for tensor in state if isinstance(state, list) else [state]:
-                check_tensor(**{name: tensor})
-            kept[name] = state if isinstance(state, list) else state.to(self.device, torch.float64)
+            pieces = state if isinstance(state, list) else [state]
+            for piece in pieces:
+                check_tensor(**{name: piece})
+            pieces = [piece.to(self.device, torch.float64) for piece in pieces]
+            sampled = isinstance(self._defaults.get(name), list)  # synchronised samples are one tensor
+            kept[name] = pieces if sampled or isinstance(state, list) else pieces[0]
         expected, got = (
             {name: "list" if isinstance(state, list) else list(state.shape) for name, state in each.items()}
             for each in (self._defaults, kept)
@@ -147,7 +148,7 @@ class PredictionMetric(Metric):
         return kept
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "PredictionMetric":
-        """Raises ``ValueError`` for another dtype than float64, in which alone counts and small terms are exact."""
+        """Raises ``ValueError`` for another dtype than float64, since counts and small terms would be lost."""
         if dst_type != torch.float64:
             raise ValueError(
                 f"dst_type must be torch.float64, the dtype of the metric's sums, got {dst_type}; "

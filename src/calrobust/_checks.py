@@ -103,7 +103,7 @@ def check_fraction(*, closed: bool, **numbers: Any) -> None:
 
 
 def check_flag(**flags: Any) -> None:
-    """Raises ``TypeError`` for what is only as good as true or false, such as the string ``"False"``."""
+    """Raises ``TypeError`` for an argument that is not a bool, such as the string ``"False"``."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")

@@ -41,10 +41,6 @@ class _Data(NamedTuple):
     own: Tensor  # [N] the label's logit - top
     huge: bool  # whether some logits lie HUGE below the top
 
-    def rows(self, step: int) -> _Data:
-        """Every ``step``-th row."""
-        return _Data(self.logits[::step], self.top[::step], self.own[::step], self.huge)
-
 
 def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     r"""The temperature T > 0 that minimises the negative log-likelihood of ``logits / T``.
@@ -111,14 +107,14 @@ def _fit(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
     limit = _mask_distance(data, means)
     # Newton's method sums over all classes, so that a T it finds is right whether or not some are masked. Only where it
     # starts, and the T of degenerate data, depend on what is taken for a mask.
-    temperature, causes = _solve(data, _visible_means(data, limit) if limit < math.inf else means)
+    temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
     if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
-        return _solve(data, means)
+        return _solve(data, _visible_means(data, math.inf))
     return temperature, causes
 
 
 def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
-    """The data, and ``[N]``: the mean of logit - top over the classes of each row that are not ``-inf``."""
+    """The data, and ``[N]``: the mean of logit - top over the classes of each row."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     top, own, means = logits.new_empty(3, len(logits), dtype=dtype)
     step = block_rows(logits, dtype)
@@ -132,16 +128,14 @@ def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
         differences = torch.sub(scores, top[rows, None], out=buffer[: len(scores)])
         own[rows] = differences.gather(1, target[rows, None])[:, 0]
         torch.mean(differences, 1, out=means[rows])
-    data = _Data(logits, top, own, huge=bool(means.amin() < -HUGE))
-    if not data.huge:
-        return data, means
-    if own.isneginf().any():
+    huge = bool(means.amin() < -HUGE)
+    if huge and own.isneginf().any():
         row = int(own.isneginf().nonzero()[0])
         raise ValueError(
             f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
             "unmask the class or drop the sample"
         )
-    return data, _visible_means(data, math.inf)
+    return _Data(logits, top, own, huge), means
 
 
 def _visible_means(data: _Data, limit: float) -> Tensor:
@@ -170,7 +164,7 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
 
 
 def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
-    """T, and why the data do not determine it; ``means`` are those of :func:`_scan`."""
+    """T, and why the data do not determine it; ``means`` are over the classes that are not masked."""
     spread = -float(means.mean(dtype=torch.float64))
     if spread == 0:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
@@ -182,7 +176,8 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
     beta = 1 / spread
     step = len(means) // SUBSET_ROWS
     if step >= 4:
-        beta, _ = _newton(data.rows(step), beta, max_steps=8)
+        subset = data._replace(logits=data.logits[::step], top=data.top[::step], own=data.own[::step])
+        beta, _ = _newton(subset, beta, max_steps=8)
         beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
     beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
     return 1 / beta, [] if converged else [f"Newton's method did not converge in {MAX_STEPS} steps"]
@@ -200,10 +195,9 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
         new = beta * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
         if not low < new < high:
             new = math.sqrt(low * high)
-        converged = abs(new / beta - 1) <= SMALL_STEP
+        if abs(new / beta - 1) <= SMALL_STEP:
+            return new, True
         beta = new
-        if converged:
-            return beta, True
     return beta, False
 
 

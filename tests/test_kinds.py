@@ -66,6 +66,7 @@ def test_probabilities_of_any_precision_are_probabilities_and_no_logits(
         (10, 0.3),
         (10, 4.0),
         (100, 4.0),
+        (1000, 3.0),
         (1000, 4.0),
     ):
         probs = rounded(classifier(n, n_classes, 0, spread=spread).logits)

@@ -163,6 +163,16 @@ def test_separable_data_give_a_small_temperature_and_say_so() -> None:
         assert fit_temperature(1000 * logits, target).item() == 1
 
 
+def test_a_near_tie_does_not_make_masks_of_all_other_logits() -> None:
+    """Masks are far from the distances that are usual, not from the smallest one."""
+    logits, target = separable()
+    top, second = logits[7].topk(2).indices
+    logits[7, second] = logits[7, top] - 1e-5
+    spread = (logits.amax(1, keepdim=True) - logits).mean().item()
+    with pytest.warns(UserWarning, match="separable"):
+        assert fit_temperature(logits, target).item() == pytest.approx(spread / 100, rel=1e-6)
+
+
 def test_one_wrong_label_among_separable_data_has_an_optimum() -> None:
     """Nearly degenerate is not degenerate."""
     logits, target = separable()

@@ -200,6 +200,14 @@ def test_logits_where_probabilities_are_due_are_refused() -> None:
             metric.update(logits, torch.zeros(4, dtype=torch.int64))
 
 
+def test_cosines_are_taken_for_logits() -> None:
+    """In [0, 1] as they are, in one batch or in four (trap 20)."""
+    p = Predictions(torch.rand(40, 5, dtype=torch.float64), torch.arange(40) % 5)
+    expected = updated(CalibrationError(), Predictions(p.logits + 100, p.target)).compute()
+    for size in (40, 10):
+        assert_close(updated(CalibrationError(), *pieces(p, size)).compute(), expected)
+
+
 def test_validation_can_be_switched_off() -> None:
     """Then NaN goes through to the value, still never a finite wrong one (trap 21)."""
     metric = CalibrationError(validate_args=False)

@@ -1,4 +1,4 @@
-"""The only place that raises on bad input: each check names the argument, the rule, what came and the likely fix."""
+"""What several rooms check: each error names the argument, the rule, what came and the likely fix."""
 
 from __future__ import annotations
 
@@ -163,10 +163,6 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
         )
 
 
-def check_nonnegative_integer(**numbers: Any) -> None:
-    check_integer(0, **numbers)
-
-
 def check_predictions(target: Any, **preds: Any) -> None:
     """Raises unless the argument is floating ``[N, C, ...]``, C ≥ 2, and ``target`` has int64 labels ``[N, ...]``."""
     check_floating(**preds)
@@ -316,11 +312,3 @@ def check_instance(kind: type, fix: str, **objects: Any) -> None:
     for name, value in objects.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}; {fix}")
-
-
-def check_attributes(names: Sequence[str], fix: str, **objects: Any) -> None:
-    """Raises ``TypeError`` for an argument that lacks one of the attributes, or has ``None`` there."""
-    for name, value in objects.items():
-        missing = [attribute for attribute in names if getattr(value, attribute, None) is None]
-        if missing:
-            raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")

@@ -13,8 +13,8 @@ from calrobust._checks import (
     check_choice,
     check_flag,
     check_floating,
+    check_integer,
     check_labels,
-    check_nonnegative_integer,
     check_one_device,
     check_positive,
 )
@@ -63,7 +63,7 @@ class Options:
         check_choice(REDUCTIONS, reduction=self.reduction)
         check_flag(gather=self.gather)
         check_choice(IMPLS, impl=self.impl)
-        check_nonnegative_integer(memory_budget=self.memory_budget)
+        check_integer(0, memory_budget=self.memory_budget)
 
     @classmethod
     def of(cls, options: PairOptions) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calrobust import EMATeacher
-from calrobust._checks import check_attributes, check_instance, check_module
+from calrobust._checks import check_instance, check_module
 from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
 
 try:
@@ -118,9 +119,16 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
         1.0
     """
     fix = "call the model with input_ids, pixel_values and return_dict=True"
-    check_attributes(("image_embeds", "text_embeds"), fix, output=output)
+    _check_attributes(("image_embeds", "text_embeds"), fix, output=output)
     inner: Any = getattr(model, "module", model)
-    check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)
+    _check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)
     bias = getattr(inner, "logit_bias", None)
     scalars = [inner.logit_scale.exp(), *([] if bias is None else [bias])]
     return output.image_embeds, output.text_embeds, *(scalar.reshape(()) for scalar in scalars)
+
+
+def _check_attributes(names: Sequence[str], fix: str, **objects: Any) -> None:
+    for name, value in objects.items():
+        missing = [attribute for attribute in names if getattr(value, attribute, None) is None]
+        if missing:
+            raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")

@@ -61,8 +61,8 @@ def top_label(
 
     Raises:
         TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or there is a single class; on the CPU, where a look at values waits
-            for nothing, also: a label is out of range, or rows are probabilities where logits are due or the reverse.
+        ValueError: shapes or devices do not fit, or there is a single class. Values are looked at on the CPU only,
+            where this waits for nothing: labels out of range, and probabilities where logits are due or the reverse.
 
     Example:
         >>> import torch
@@ -78,7 +78,7 @@ def top_label(
 
 
 def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
-    """:func:`top_label` of rows in blocks."""
+    """What :func:`top_label` gives, of rows in blocks."""
     confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
     return torch.cat(confidences), torch.cat(correct)
 
@@ -129,11 +129,10 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
 
 
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
-    """Sums over bins that hold equally many samples, as far as equal confidences, which are never split, allow.
+    """Sums over bins that hold equally many samples, as far as this is possible without splitting equal confidences.
 
     Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
-    ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples. The rest is as for
-    :func:`~calrobust.functional.bin_confidences`.
+    ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples.
     """
     check_confidences(confidences, correct)
     check_n_bins(n_bins)
@@ -144,7 +143,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
 
 
 def valid_confidences(confidences: Tensor) -> Tensor:
-    """In float64, NaN for what is no probability: a finite wrong value would be worse."""
+    """float64, with NaN in the place of a number that is no probability: a finite wrong value would be worse."""
     confidences = confidences.detach().double()
     return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
 
@@ -209,7 +208,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
-    """Raises for a norm that :func:`binned_error` would not take."""
+    """Raises for a norm, or a ``debiased``, that :func:`binned_error` does not take."""
     check_choice(NORMS, norm=norm)
     check_flag(debiased=debiased)
     if debiased and norm != "l2":
@@ -247,7 +246,7 @@ def calibration_error(
         A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError, ValueError: as for :func:`~calrobust.functional.top_label`.
+        TypeError, ValueError: as for :func:`~calrobust.functional.top_label`; an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -303,9 +302,9 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All probabilities are put into the first bin of their class, and the high ones moved on to their own: at most
-        # 2 * n_bins of a row, so that with many classes almost none is searched for its bin. Half of a bin's width is
-        # taken as high, to keep away from rounding at the edge.
+        # All probabilities are put into the first bin of their class, and the high ones are then moved to their own.
+        # A row has at most 2 * n_bins high ones, so that with many classes almost no bin is searched. High begins at
+        # half a bin's width, to keep away from rounding at the edge.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
@@ -321,7 +320,7 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
 
 
 def classwise_error(bins: Bins, norm: Norm) -> Tensor:
-    """:func:`binned_error` over the bins of all classes at once: each has N samples, so all classes weigh the same."""
+    """One :func:`binned_error` over the bins of all classes; each class has N samples, so that all weigh the same."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm=norm)
 
 

@@ -34,18 +34,10 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
     .. math:: \frac{1}{N} \sum_i \sum_c (p_{ic} - \mathbb{1}[y_i = c])^2
 
     The sum is over all classes, as Brier defined it. With two classes this is twice the binary score of one class.
-
-    Args:
-        preds: logits or probabilities ``[N, C, ...]``, as for :func:`~calrobust.functional.top_label`.
-        target: labels ``[N, ...]``.
-        from_logits: whether ``preds`` are logits.
-        ignore_index: label of samples to leave out.
+    Arguments and errors are those of :func:`~calrobust.functional.top_label`.
 
     Returns:
         A float64 scalar in [0, 2]; NaN without samples or with NaN in ``preds``.
-
-    Raises:
-        TypeError, ValueError: as for :func:`~calrobust.functional.top_label`.
 
     Example:
         >>> import torch
@@ -67,8 +59,11 @@ def negative_log_likelihood(
     .. math:: -\frac{1}{N} \sum_i \log p_{i y_i} = \frac{1}{N} \sum_i \Bigl(\log \sum_c e^{z_{ic}} - z_{i y_i}\Bigr)
 
     From logits nothing underflows, however far the label's logit lies below the others. A label of probability 0 makes
-    the value inf, and so does a label on a masked class, whose logit is ``-inf``. Arguments, NaN and errors are as for
-    :func:`~calrobust.functional.brier_score`.
+    the value inf, and so does a label on a masked class, whose logit is ``-inf``. Arguments and errors are those of
+    :func:`~calrobust.functional.top_label`.
+
+    Returns:
+        A float64 scalar ≥ 0, in nats; NaN without samples or with NaN in ``preds``.
 
     Example:
         >>> import torch

@@ -2,12 +2,8 @@
 
 ``update(preds, target)`` takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``compute()``
 gives float64 scalars, and NaN with torchmetrics' warning before the first ``update``. All arguments are keyword-only,
-and an invalid one is an error. The formulas are in :mod:`calrobust.functional`. All metrics take
-
-- ``from_logits``: whether ``preds`` are logits, the default, or probabilities; which of the two is never guessed,
-- ``ignore_index``: samples with this label are left out,
-- ``validate_args``: whether the values of each batch are checked, which reads them back from the device,
-- what :class:`torchmetrics.Metric` takes.
+and an invalid one is an error. Those that all metrics take are described at :class:`CalibrationError`, and the formulas
+at the functions of the same names in :mod:`calrobust.functional`.
 """
 
 # No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
@@ -53,7 +49,10 @@ class CalibrationError(BinnedMetric):
         n_bins: number of bins of equal width.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``: subtract the bias that noise adds, see :func:`~calrobust.functional.binned_error`.
-        from_logits, ignore_index, validate_args, **kwargs: as for all of :mod:`calrobust.metrics`.
+        from_logits: whether ``preds`` are logits or probabilities; never guessed.
+        ignore_index: samples with this label are left out.
+        validate_args: check the values of each batch, which reads them back from the device.
+        **kwargs: of :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -148,7 +147,8 @@ class ClasswiseCalibrationError(BinnedMetric):
 
     Args:
         num_classes: number C ≥ 2 of classes.
-        n_bins, norm, from_logits, ignore_index, validate_args, **kwargs: as for :class:`CalibrationError`.
+        n_bins, norm, from_logits, ignore_index, validate_args: as for :class:`CalibrationError`.
+        **kwargs: of :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -197,8 +197,8 @@ class ClasswiseCalibrationError(BinnedMetric):
 class BrierScore(PredictionMetric):
     """Mean squared distance of the probabilities from the label's indicator, in [0, 2], streaming.
 
-    The formula is that of :func:`~calrobust.functional.brier_score`, the arguments are those of all of
-    :mod:`calrobust.metrics`.
+    The formula is that of :func:`~calrobust.functional.brier_score`. The arguments are those of
+    :class:`CalibrationError` that are not about bins.
 
     Example:
         >>> import torch
@@ -227,8 +227,8 @@ class BrierScore(PredictionMetric):
 class NegativeLogLikelihood(PredictionMetric):
     """Mean negative log-likelihood of the labels in nats, streaming.
 
-    The formula is that of :func:`~calrobust.functional.negative_log_likelihood`, the arguments are those of all of
-    :mod:`calrobust.metrics`. Probabilities give inf where that of a label is 0.
+    The formula is that of :func:`~calrobust.functional.negative_log_likelihood`. The arguments are those of
+    :class:`CalibrationError` that are not about bins. A label whose probability is given as 0 makes the value inf.
 
     Example:
         >>> import torch

@@ -155,7 +155,7 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
     """The mean ECE of D data sets, from moments ``[4, D, n_bins]``; its ends are NaN for more than one data set.
 
     Noise averages out over data sets, but the error made by assuming how gaps spread over bins does not. With one t
-    for all of four data sets, 95 % intervals contained the true mean in 79 to 99 % of simulations.
+    for all of four data sets, 95 % intervals contained the true mean in as few as 79 % of simulations.
     """
     n_sets = moments.shape[1]
     if n_sets == 1:

@@ -1,4 +1,4 @@
-"""The teacher's copy of a student, which shares nothing with it, or an error that says what stands in the way."""
+"""The teacher's copy of a student. They share nothing; where that cannot be, an error says what stands in the way."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from calrobust._state import check_values, copy_, paired, tensors
 
 _SECOND_MODEL = "pass a second model: EMATeacher(student, copy=build_model())"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_NOT_RUN = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # torch's own; no teacher runs the rest
+_TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no function in these runs in a teacher
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
 def copied(student: nn.Module) -> nn.Module:
-    """The deep copy."""
+    """A deep copy of the student."""
     check_values(student=tensors(student)[0])
     _check_functions(student)
     try:
@@ -46,9 +46,9 @@ def _obstacle(student: nn.Module) -> str:
     """The first attribute that cannot be copied, by its path."""
     for path, owner in student.named_modules():
         own = {**vars(owner), **owner._parameters, **owner._buffers}
-        for name in own.keys() - {"_modules", "_parameters", "_buffers"}:
+        for name, value in own.items():
             try:
-                deepcopy(own[name])
+                deepcopy(None if name in ("_modules", "_parameters", "_buffers") else value)
             except Exception:
                 return f"the attribute {'.'.join(filter(None, (path, name)))!r} of a {type(owner).__name__}"
     return f"a {type(student).__name__}"
@@ -58,7 +58,7 @@ def _check_functions(student: nn.Module) -> None:
     """Raises ``ValueError`` for a function through which the copy would run, or write to, what is the student's."""
     parts = {id(part) for part in (*student.modules(), *student.parameters(), *student.buffers())}
     for path, owner in student.named_modules():
-        skipped = vars(owner) if "_orig_mod" in owner._modules else _NOT_RUN  # torch.compile makes its own anew
+        skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS  # torch.compile makes its own anew
         for name in vars(owner).keys() - skipped:
             for value in _captured(vars(owner)[name], seen=set()):
                 if id(value) in parts or (name in _HOOKS and _may_be_written_to(value)):

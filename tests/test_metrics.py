@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Tensor, Tensor, str]] = {
 def test_a_refused_batch_is_named_and_leaves_the_state_alone(
     make: Make, preds: Tensor, target: Tensor, message: str
 ) -> None:
-    """By update and by forward, which torchmetrics begins by emptying the state (traps 20, 21)."""
+    """This holds for update, and for forward, in which torchmetrics empties the state first (traps 20, 21)."""
     metric = updated(make(), classifier(20, 5, 0))
     before, expected = copy.deepcopy(metric.metric_state), metric.compute()
     for call in (metric.update, metric.forward):
@@ -201,7 +201,7 @@ def test_logits_where_probabilities_are_due_are_refused() -> None:
 
 
 def test_cosines_are_taken_for_logits() -> None:
-    """In [0, 1] as they are, in one batch or in four (trap 20)."""
+    """They lie in [0, 1], and their softmax is taken all the same, in one batch or in four (trap 20)."""
     p = Predictions(torch.rand(40, 5, dtype=torch.float64), torch.arange(40) % 5)
     expected = updated(CalibrationError(), Predictions(p.logits + 100, p.target)).compute()
     for size in (40, 10):
@@ -218,7 +218,7 @@ def test_validation_can_be_switched_off() -> None:
 
 
 def test_ignored_rows_are_not_validated() -> None:
-    """They may hold anything."""
+    """Their rows may hold anything."""
     metric = CalibrationError(ignore_index=-1)
     logits, target = classifier(20, 3, 0)
     metric.update(torch.cat([logits, torch.full((1, 3), torch.nan)]), torch.cat([target, torch.tensor([-1])]))
@@ -227,7 +227,7 @@ def test_ignored_rows_are_not_validated() -> None:
 
 @every_maker
 def test_forward_gives_the_batch_and_keeps_the_whole(make: Make) -> None:
-    """As every torchmetrics metric."""
+    """Any metric of torchmetrics does so."""
     first, second = classifier(20, 5, 0), classifier(30, 5, 1)
     metric = make()
     assert_close(metric(*first), updated(make(), first).compute())
@@ -429,6 +429,8 @@ def test_is_a_torchmetrics_metric_in_all_else(make: Make) -> None:
     assert metric.set_dtype(torch.float64) is metric
     assert hash(updated(metric, p)) != hash(updated(make(), p))
     assert metric.state_dict() == {}
+    metric.load_state_dict({})
+    assert metric.update_count == 1
     metric.persistent(True)
     assert set(metric.state_dict()) == set(metric.metric_state)
     value = make()(p.logits.clone().requires_grad_(), p.target)
@@ -441,7 +443,7 @@ def test_is_a_torchmetrics_metric_in_all_else(make: Make) -> None:
 
 
 def test_ranks_give_the_value_of_all_samples(tmp_path: Path) -> None:
-    """Two gloo processes, for every metric: uneven shares and none, reads on the way, synced steps, a collection."""
+    """Every metric in two gloo processes: with uneven shares and none, read on the way, synced, and in a collection."""
     script = Path(__file__).with_name("metrics_on_a_rank.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -475,7 +477,7 @@ def test_ranks_give_the_value_of_all_samples(tmp_path: Path) -> None:
 
 @every_maker
 def test_plot_draws_the_value(make: Make) -> None:
-    """As torchmetrics users expect it: into the axes given, or new ones; one value or a list."""
+    """It draws one value or a list, into the axes that are given or into new ones."""
     mpl.use("Agg")
     metric = updated(make(), classifier(20, 5, 0))
     figure, axes = metric.plot()
@@ -489,7 +491,7 @@ def test_plot_draws_the_value(make: Make) -> None:
 
 
 def test_an_empty_batch_adds_nothing() -> None:
-    """Last batches may be empty."""
+    """The last batch of a loader may be empty."""
     empty = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

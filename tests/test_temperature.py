@@ -17,7 +17,7 @@ from calrobust.temperature import TemperatureScaler
 
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
-    """Overconfident logits."""
+    """Overconfident logits, and their labels."""
     return classifier(300, 5, 0, sharpness=0.5)
 
 
@@ -91,13 +91,13 @@ def test_state_dict_keeps_temperature_and_fitted_flag_bit_for_bit(scaler: Temper
 
 
 def test_an_unfitted_state_loads_as_unfitted(scaler: TemperatureScaler) -> None:
-    """The flag goes both ways (trap 31)."""
+    """The flag is loaded where it is False as well (trap 31)."""
     scaler.load_state_dict(TemperatureScaler().state_dict())
     assert not scaler.is_fitted
 
 
 def test_a_state_without_the_flag_is_refused() -> None:
-    """As any missing key, unless strict=False."""
+    """It is told as any missing key, unless strict=False."""
     state = {"temperature": torch.tensor(2.0, dtype=torch.float64)}
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "is_fitted"'):
         TemperatureScaler().load_state_dict(state)
@@ -124,8 +124,8 @@ def test_a_state_of_something_else_is_refused(
 
 
 def test_the_temperature_is_where_its_scaler_is(data: tuple[Tensor, Tensor], scaler: TemperatureScaler) -> None:
-    """Moved with a cast, and fitted on logits from elsewhere; a state dict can hold the buffer itself."""
-    assert scaler.state_dict(keep_vars=True)["temperature"] is scaler.temperature
+    """It stays there through a move with a cast, and through a fit on logits from another device."""
+    assert scaler.state_dict(keep_vars=True)["temperature"] is scaler.to("cpu").temperature
     scaler.to("meta", torch.float16)
     assert (scaler.temperature.device.type, scaler.temperature.dtype) == ("meta", torch.float64)
     assert scaler.fit(*data).temperature.device.type == "meta"
@@ -177,7 +177,7 @@ def test_a_temperature_fitted_in_inference_mode_passes_gradients_outside(data: t
 
 
 def test_repr_shows_the_temperature() -> None:
-    """Or that there is none yet."""
+    """Without a fit it says that there is none."""
     scaler = TemperatureScaler()
     assert repr(scaler) == "TemperatureScaler(not fitted)"
     scaler.fit(torch.tensor([[8.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1]))

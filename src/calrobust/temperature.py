@@ -90,8 +90,8 @@ class TemperatureScaler(nn.Module):
         name = prefix + "is_fitted"
         is_fitted = state_dict.pop(name, None)  # nn.Module has no such buffer and would refuse the key
         super()._load_from_state_dict(state_dict, prefix, *args)
-        _, strict, missing_keys, *_ = args
         if is_fitted is not None:
             self.is_fitted = bool(is_fitted)
-        elif strict:
+        else:
+            _, _, missing_keys, *_ = args
             missing_keys.append(name)

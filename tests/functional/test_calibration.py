@@ -129,7 +129,7 @@ def test_a_confidence_that_is_no_probability_gives_nan(wrong: float, bins_of: Ca
 
 
 def test_a_label_out_of_range_is_not_counted_as_wrong() -> None:
-    """By the functional form either, which reads values where that costs nothing, on the CPU (trap 21)."""
+    """On the CPU the functional form reads the labels too, since that costs nothing there (trap 21)."""
     for label in (3, -1):
         with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got"):
             top_label(torch.zeros(2, 3), torch.tensor([0, label]))
@@ -137,7 +137,7 @@ def test_a_label_out_of_range_is_not_counted_as_wrong() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_edge_opens_its_bin(dtype: torch.dtype) -> None:
-    """k/B and its neighbours lie where float64 comparison with k * (1 / B) puts them, B = 1 ... 50 (trap 18)."""
+    """Comparison with k * (1 / B) in float64 decides for k/B and its neighbours, for B = 1 ... 50 (trap 18)."""
     for n_bins in range(1, 51):
         edges = torch.tensor([k / n_bins for k in range(n_bins + 1)], dtype=dtype)
         around = [torch.nextafter(edges, torch.tensor(limit, dtype=dtype)).clamp(0, 1) for limit in (0.0, 1.0)]
@@ -207,14 +207,14 @@ def test_refining_bins_never_lowers_l1(samples: Samples, n_bins: int, factor: in
 
 @given(predictions(), seeds(), st.sampled_from(NORMS))
 def test_order_of_samples_does_not_matter(p: Predictions, seed: int, norm: Norm) -> None:
-    """For all three errors."""
+    """This holds for all three errors."""
     order = torch.randperm(len(p.target), generator=torch.Generator().manual_seed(seed))
     for error in ERRORS:
         assert_close(error(p.logits[order], p.target[order], norm=norm), error(*p, norm=norm), rtol=0, atol=1e-12)
 
 
 def test_an_empty_bin_weighs_nothing_and_no_samples_give_nan() -> None:
-    """Neither 0 nor an exception."""
+    """The value is neither 0 nor an exception."""
     one = bin_confidences(torch.tensor([0.9]), torch.tensor([False]), n_bins=1000)
     none = bin_confidences(torch.empty(0), torch.empty(0, dtype=torch.bool), n_bins=3)
     for norm in NORMS:
@@ -317,14 +317,14 @@ def equal_mass_oracle(confidences: Tensor, correct: Tensor, n_bins: int, norm: N
 
 @given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
 def test_equal_mass_bins_go_by_rank(samples: Samples, n_bins: int, norm: Norm) -> None:
-    """As counted sample by sample."""
+    """The bins are those of counting sample by sample."""
     value = binned_error(equal_mass_bins(*samples, n_bins=n_bins), norm=norm)
     assert value.item() == pytest.approx(equal_mass_oracle(*samples, n_bins, norm), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 14, 15, 16, 1000])
 def test_equal_mass_bins_differ_by_at_most_one_sample_without_ties(n: int) -> None:
-    """N / B each."""
+    """Each holds N / B samples."""
     confidences = torch.rand(n, dtype=torch.float64)
     counts = equal_mass_bins(confidences, confidences > 0.5, n_bins=15).counts
     assert counts.sum() == n
@@ -344,7 +344,7 @@ def test_ties_are_never_split_and_order_does_not_matter() -> None:
 
 
 def class_bins(logits: Tensor, target: Tensor, n_bins: int) -> Bins:
-    """As the function and the metric make them."""
+    """The sums that the function and the metric take."""
     return bin_classes(probability_blocks(logits, target, True, None), n_bins)
 
 
@@ -379,7 +379,7 @@ def test_sums_over_classes_are_those_of_all_blocks() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_over_classes_are_float64_whatever_the_logits(dtype: torch.dtype) -> None:
-    """Those of low precision have the sums of their float32 copies, to the bit (trap 19)."""
+    """Logits of low precision have the sums of their float32 copies, to the bit (trap 19)."""
     logits, target = classifier(900, 100, 0, dtype=dtype)
     low, full = (class_bins(scores, target, n_bins=15) for scores in (logits, logits.float()))
     assert_close(low, full, rtol=0, atol=0)
@@ -405,7 +405,7 @@ def test_an_error_is_that_of_its_bins(norm: Norm) -> None:
 
 
 def test_classwise_error_sees_what_the_top_label_hides() -> None:
-    """Second classes mixed up: calibrated at the top, not below."""
+    """A model that mixes up its second classes is calibrated at the top and not below."""
     probs = torch.tensor([[0.5, 0.4, 0.1]]).expand(10, 3)
     target = torch.tensor([0] * 5 + [2] * 4 + [1])
     assert calibration_error(probs, target, from_logits=False) == pytest.approx(0, abs=1e-7)
@@ -414,7 +414,7 @@ def test_classwise_error_sees_what_the_top_label_hides() -> None:
 
 @given(predictions(), st.sampled_from(ERRORS))
 def test_ignored_samples_are_as_good_as_absent(p: Predictions, error: Callable[..., Tensor]) -> None:
-    """Whatever their rows hold, NaN included."""
+    """Their rows may hold anything, NaN included."""
     logits = torch.cat([p.logits, torch.full((2, p.logits.shape[1]), torch.nan, dtype=p.logits.dtype)])
     target = torch.cat([p.target, torch.tensor([-100, -100])])
     assert_close(error(logits, target, ignore_index=-100), error(*p), rtol=0, atol=1e-7)

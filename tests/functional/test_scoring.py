@@ -13,13 +13,13 @@ from calrobust.functional.scoring import brier_score, log_losses, negative_log_l
 
 
 def tolerance(p: Predictions) -> float:
-    """Of one row's arithmetic."""
+    """The rounding of one row's arithmetic."""
     return 1e-6 if p.logits.dtype == torch.float32 else 1e-13
 
 
 @given(predictions())
 def test_likelihood_is_torchs_cross_entropy(p: Predictions) -> None:
-    """In nats, of all sizes and sharpnesses."""
+    """The value is in nats, for batches of all sizes and sharpnesses."""
     value = negative_log_likelihood(*p)
     assert value.dtype == torch.float64
     assert_close(value, oracles.negative_log_likelihood(*p), rtol=tolerance(p), atol=tolerance(p))
@@ -83,7 +83,7 @@ def test_likelihood_from_logits_does_not_underflow() -> None:
 
 
 def test_a_label_on_a_masked_class_is_infinitely_unlikely() -> None:
-    """While the Brier score stays finite."""
+    """The likelihood is 0 there, while the Brier score stays finite."""
     logits, target = torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([2])
     assert negative_log_likelihood(logits, target) == torch.inf
     assert brier_score(logits, target).item() == pytest.approx(1.5)
@@ -91,7 +91,7 @@ def test_a_label_on_a_masked_class_is_infinitely_unlikely() -> None:
 
 @given(predictions())
 def test_probabilities_and_their_logits_agree(p: Predictions) -> None:
-    """Up to the rounding of the probabilities."""
+    """They differ by the rounding of the probabilities alone."""
     logits, target = p.logits.double().clamp(-20, 20), p.target
     for function in (brier_score, negative_log_likelihood):
         assert_close(function(logits.softmax(1), target, from_logits=False), function(logits, target))
@@ -99,7 +99,7 @@ def test_probabilities_and_their_logits_agree(p: Predictions) -> None:
 
 @given(predictions())
 def test_ignored_samples_are_as_good_as_absent(p: Predictions) -> None:
-    """Whatever their rows hold, NaN included."""
+    """Their rows may hold anything, NaN included."""
     logits = torch.cat([torch.full((1, p.logits.shape[1]), torch.nan, dtype=p.logits.dtype), p.logits])
     target = torch.cat([torch.tensor([-1]), p.target])
     for function in (brier_score, negative_log_likelihood):
@@ -115,7 +115,7 @@ def test_half_precision_logits_get_float32_arithmetic(dtype: torch.dtype) -> Non
 
 
 def test_no_samples_and_nan_rows_give_nan() -> None:
-    """Never 0 (trap 21)."""
+    """The value is never 0 then (trap 21)."""
     for function in (brier_score, negative_log_likelihood):
         assert function(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)).isnan()
         assert function(torch.tensor([[0.0, torch.nan], [0.0, 1.0]]), torch.tensor([0, 0])).isnan()

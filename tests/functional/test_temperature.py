@@ -80,7 +80,7 @@ def test_a_shift_of_a_row_changes_nothing(seed: int) -> None:
 
 @given(predictions(min_samples=2, min_classes=2), seeds())
 def test_order_of_samples_and_of_classes_does_not_matter(p: Predictions, seed: int) -> None:
-    """For data that have an optimum."""
+    """This holds for data that have an optimum."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(size, generator=generator) for size in p.logits.shape)
     with warnings.catch_warnings(record=True) as caught:
@@ -197,7 +197,7 @@ def test_labels_that_logits_say_nothing_of_give_a_large_temperature() -> None:
 
 
 def test_random_labels_give_a_positive_temperature() -> None:
-    """With or without an optimum at a positive T (trap 29)."""
+    """This holds whether or not there is an optimum at a positive T (trap 29)."""
     for seed in range(20):
         logits, target = classifier(200, 4, seed, sharpness=0.0)
         temperature = quietly(logits, target)
@@ -230,7 +230,7 @@ def test_labels_of_one_class_are_fitted_with_a_warning() -> None:
     ("row", "expected"), [([0.0, 2.0, -9.0], None), ([3.0, 1.0, 0.0], 5 / 3 / 100), ([0.0, 1.0, 5.0], 300)]
 )
 def test_a_single_sample_is_fitted_with_a_warning(row: list[float], expected: float | None) -> None:
-    """Whether it has an optimum, is right or is wrong."""
+    """One row has an optimum, one is right and one is wrong."""
     logits, target = torch.tensor([row]), torch.tensor([0])
     with pytest.warns(UserWarning, match="there is a single sample"):
         temperature = fit_temperature(logits, target).item()
@@ -260,7 +260,7 @@ def test_masked_classes_do_not_change_what_degenerate_data_give() -> None:
 
 
 def test_no_graph_and_no_change_of_the_inputs() -> None:
-    """Logits that need a gradient are only read."""
+    """Logits that need a gradient are read, and nothing else."""
     logits, target = classifier(30, 3, 0, sharpness=0.5)
     before = logits.clone()
     assert not fit_temperature(logits.requires_grad_(), target).requires_grad
@@ -285,7 +285,7 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def test_a_finite_mask_gives_the_temperature_of_minus_infinity(
     hide: Callable[[Tensor, Tensor, float], Tensor], dtype: torch.dtype, n: int, n_classes: int
 ) -> None:
-    """Of any value, to the least of the dtype, without a warning (trap 41)."""
+    """This holds for every value down to the least number of the dtype, and there is no warning (trap 41)."""
     logits, target = classifier(n, n_classes, 0, sharpness=0.5, spread=3.0, dtype=dtype)
     expected = fit_temperature(hide(logits, target, -math.inf), target).item()
     least = torch.finfo(dtype).min
@@ -298,7 +298,7 @@ def test_a_finite_mask_gives_the_temperature_of_minus_infinity(
 
 @pytest.mark.parametrize("value", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min])
 def test_a_finite_mask_does_not_change_what_degenerate_data_give(value: float) -> None:
-    """As ``-inf`` does not."""
+    """The documented T of degenerate data is that of the classes that are left, as with ``-inf``."""
     logits = classifier(200, 5, 0).logits
     for target, cause in ((logits.argmin(1), "negatively correlated"), (logits.argmax(1), "separable")):
         with pytest.warns(UserWarning, match=cause):
@@ -315,7 +315,7 @@ def test_a_far_logit_is_no_mask_where_its_probability_counts() -> None:
 
 
 def test_a_label_far_below_all_others_counts_as_it_is() -> None:
-    """It is finite, so it has a likelihood; a label on the least number is told as what it looks like."""
+    """It is finite, so it has a likelihood. One on the least number of the dtype makes data look anti-correlated."""
     logits, target = classifier(3000, 4, 0, sharpness=0.5, dtype=torch.float64)
     logits[3, target[3]] = -1e3
     assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
@@ -325,7 +325,7 @@ def test_a_label_far_below_all_others_counts_as_it_is() -> None:
 
 
 def test_a_cap_that_is_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never a wrong T in silence."""
+    """A T that Newton's method has not settled on comes with a warning."""
     monkeypatch.setattr(module, "MAX_STEPS", 1)
     with pytest.warns(UserWarning, match="Newton's method did not converge in 1 steps; T = "):
         fit_temperature(*classifier(300, 10, 0, sharpness=0.3))

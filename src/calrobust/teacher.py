@@ -96,8 +96,7 @@ class EMATeacher(nn.Module):
         check_integer(1, update_every=update_every)
         self.decay = decay
         self.update_every = update_every
-        self.step = 0
-        self.updates = 0
+        self.step = self.updates = 0
         self._swapped = False
         with torch.inference_mode(False), torch.no_grad():  # no update could write into inference tensors
             module = copied(_inner(student)) if copy is None else filled(copy, student)
@@ -159,13 +158,7 @@ class EMATeacher(nn.Module):
 
         The values change in place, so wrappers and optimisers stay valid. They come back bit for bit, also after an
         exception. Train and eval modes stay as they are. Meanwhile the student's weights take memory for one more copy.
-
-        Args:
-            student: as in :meth:`update`.
-
-        Raises:
-            ValueError: as in :meth:`update`.
-            RuntimeError: a block is active already.
+        The argument and the errors are those of :meth:`update`; a block within a block raises ``RuntimeError``.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")

@@ -194,20 +194,6 @@ def check_ignore_index(ignore_index: Any) -> None:
         raise ValueError(f"ignore_index must be a label, which has 64 bits, got {ignore_index!r}")
 
 
-def check_confidences(confidences: Any, correct: Any) -> None:
-    """Raises unless the two are a floating and a bool tensor of one shape ``[N]`` on one device."""
-    check_floating(confidences=confidences)
-    check_tensor(correct=correct)
-    if correct.dtype != torch.bool:
-        raise TypeError(f"correct must have dtype torch.bool, got {correct.dtype}; convert it with .bool()")
-    if confidences.ndim != 1 or confidences.shape != correct.shape:
-        raise ValueError(
-            f"confidences and correct must have the same shape [N], "
-            f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
-        )
-    check_one_device(confidences=confidences, correct=correct)
-
-
 def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
     """Raises ``ValueError`` for a label outside [0, C) that is not ``ignore_index``. Reads values."""
     outside = (target < 0) | (target >= n_classes)

@@ -8,7 +8,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_bins, check_choice, check_confidences, check_flag, check_n_bins
+from calrobust._checks import (
+    check_bins,
+    check_choice,
+    check_flag,
+    check_floating,
+    check_n_bins,
+    check_one_device,
+    check_tensor,
+)
 from calrobust.functional._rows import Block, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
@@ -122,9 +130,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
          tensor([0.2500, 1.5000], dtype=torch.float64),
          tensor([1., 1.], dtype=torch.float64))
     """
-    check_confidences(confidences, correct)
-    check_n_bins(n_bins)
-    confidences = valid_confidences(confidences)
+    confidences = valid_confidences(confidences, correct, n_bins)
     return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
 
 
@@ -134,16 +140,25 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
     Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
     ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples.
     """
-    check_confidences(confidences, correct)
-    check_n_bins(n_bins)
-    confidences, order = valid_confidences(confidences).sort()
+    confidences, order = valid_confidences(confidences, correct, n_bins).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
     index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
     return _sum_by_bin(index, confidences, correct[order], n_bins)
 
 
-def valid_confidences(confidences: Tensor) -> Tensor:
-    """float64, with NaN in the place of a number that is no probability: a finite wrong value would be worse."""
+def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
+    """Checks the arguments; gives float64, with NaN for what is no probability: a finite wrong value would be worse."""
+    check_floating(confidences=confidences)
+    check_tensor(correct=correct)
+    if correct.dtype != torch.bool:
+        raise TypeError(f"correct must have dtype torch.bool, got {correct.dtype}; convert it with .bool()")
+    if confidences.ndim != 1 or confidences.shape != correct.shape:
+        raise ValueError(
+            f"confidences and correct must have the same shape [N], "
+            f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
+        )
+    check_one_device(confidences=confidences, correct=correct)
+    check_n_bins(n_bins)
     confidences = confidences.detach().double()
     return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
 

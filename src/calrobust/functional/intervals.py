@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_confidences, check_fraction, check_n_bins, check_positive
+from calrobust._checks import check_fraction, check_positive
 from calrobust.functional.calibration import bin_index, valid_confidences
 
 BISECTIONS = 36  # enough for an interval of t that is 10 to 1,000 wide
@@ -87,8 +87,6 @@ def calibration_interval(
     Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams* (the noise of calibrated
     forecasts); Leone, Nelson and Nottingham, 1961, *The Folded Normal Distribution*.
     """
-    check_confidences(confidences, correct)
-    check_n_bins(n_bins)
     check_positive(level=level)
     check_fraction(closed=False, level=level)
     return ece_interval(bin_moments(confidences, correct, n_bins), level)
@@ -99,7 +97,7 @@ def bin_moments(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
 
     Bins and arguments are those of :func:`~calrobust.functional.bin_confidences`. Moments of two batches add up.
     """
-    confidences = valid_confidences(confidences)
+    confidences = valid_confidences(confidences, correct, n_bins)
     variances = (confidences * (1 - confidences)).clamp(min=0)  # of calibrated models
     values = torch.stack((torch.ones_like(confidences), confidences, correct.to(confidences.dtype), variances))
     return values.new_zeros(4, n_bins).index_add(1, bin_index(confidences, n_bins), values)

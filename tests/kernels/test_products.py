@@ -43,10 +43,10 @@ def test_tiles_of_any_size_give_the_gradients_of_the_factors(
     signs = torch.randint(0, 2, (n, m), generator=generator) * 2 - 1
     gradient = size * signs * 1e-6 ** torch.rand(n, m, generator=generator, dtype=torch.float64)
     bound = torch.full((n,), size, dtype=x.dtype)
-    found = products.FeatureGradients(Factors(x, y, scale), needs, [bound], dtype)
+    found = products.FeatureGradients(Factors(x, y, scale), [bound], needs, dtype)
     for start in range(0, n, rows):
         tile = slice(start, min(start + rows, n))
-        found.add(tile, (gradient[tile].to(x.dtype) * found.unit).to(dtype))
+        found.add(tile, (gradient[tile].to(x.dtype) * found.gain).to(dtype))
     x, y = x.double(), y.double()
     expected = 30 * gradient @ y, 30 * gradient.T @ x, (gradient * (x @ y.T)).sum()
     terms = (
@@ -102,11 +102,11 @@ def test_gradients_are_multiplied_in_float16_where_that_is_fast(
 
 
 @pytest.mark.parametrize("bound", [1e-30, 1e-6, 0.5, 1 - 2**-24, 1.0, 1 + 2**-23, 3.7, 1e6])
-def test_a_slab_fills_the_range_of_float16_and_never_leaves_it(bound: float) -> None:
-    """In its unit the largest entry lies in the last octave but one, and the unit is a power of two."""
-    unit = products._unit(torch.tensor(bound))
-    assert 2**14 <= bound * unit.item() < 2**15
-    assert unit.frexp().mantissa == 0.5
+def test_a_tile_fills_the_range_of_float16_and_never_leaves_it(bound: float) -> None:
+    """Times its gain the largest entry lies in the last octave but one, and the gain is a power of two."""
+    gain = products._gain(torch.tensor(bound))
+    assert 2**14 <= bound * gain.item() < 2**15
+    assert gain.frexp().mantissa == 0.5
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -87,15 +87,14 @@ def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_operators_pass_opcheck(teacher: bool, keep: bool) -> None:
     """Schema, fake tensors and tracing, as torch.library checks them."""
-    student, *frozen = (list(model) for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher))
-    models = student, frozen[0] if frozen else []
+    each = [factor for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher) for factor in model]
     checks = ("test_schema", "test_faketensor")  # the derivative is that of an autograd function around them
-    inputs = (*models, partners(7, 5), "tiled", keep, torch.float64)
+    inputs = (each, partners(7, 5), "tiled", keep, torch.float64)
     torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
     found = torch.ops.calrobust.softmax_statistics(*inputs)
     upstream = [torch.ones_like(found[k]) for k in (0, 1, 4, 5)]
     for needs in ([True, True, True], [True, False, True], [False, True, True], [False, False, True]):
-        more: Any = (upstream, *models, partners(7, 5), found, needs, "tiled", torch.float64)
+        more: Any = (each, needs, upstream, found, partners(7, 5), "tiled", torch.float64)
         torch.library.opcheck(torch.ops.calrobust.softmax_statistics_backward.default, more, test_utils=checks)
 
 

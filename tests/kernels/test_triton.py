@@ -30,7 +30,7 @@ from calrobust.functional import carot_loss, multimodal_contrastive_loss, multim
 from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import merge
-from calrobust.kernels.tiled import Softmaxes, Weights
+from calrobust.kernels.tiled import Softmaxes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -54,7 +54,7 @@ def _on_the_device() -> Any:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16, one block of rows a slab, several programs for its columns: every seam in small matrices."""
+    """Blocks of 16, one block of rows a tile, several programs for its columns: every seam in small matrices."""
     triton = importlib.import_module("calrobust.kernels.triton")
     for size in triton.BLOCKS:
         monkeypatch.setitem(triton.BLOCKS, size, triton.Blocks(16, 16, 16, 4, 2))
@@ -321,8 +321,8 @@ def test_tuning_keeps_the_fastest_blocks_that_fit(monkeypatch: pytest.MonkeyPatc
 def test_the_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
     for teacher in (False, True):
-        student, *frozen = (list(model) for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)))
-        inputs = student, frozen[0] if frozen else [], partners(7, 5), "triton", True, torch.float64
+        each = [factor for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)) for factor in model]
+        inputs = each, partners(7, 5), "triton", True, torch.float64
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
 
@@ -480,11 +480,11 @@ def test_the_kernels_compile_and_fit_into_shared_memory(
     with torch.device("cpu"):
         models = factors(130, 200, 768, 0, scale=20.0, teacher=teacher)
         inputs = [Factors(*(tensor.to(operands).to(total) for tensor in model)) for model in models]
-        student, frozen = inputs[0], inputs[1] if teacher else None
-        strip = triton.forward(student, frozen, partners(130, 200), operands)
-        weights = Weights(*(torch.ones(n, dtype=total) for n in (130, 200, 130, 200)))
-        softmaxes = [Softmaxes(strip.rows[k], strip.columns[k], strip.rows.lse[:0]) for k in range(len(inputs))]
-        triton.backward(weights, student, frozen, partners(130, 200), softmaxes, operands, [True, True, True])
+        strip = triton.forward(inputs, partners(130, 200), operands)
+        weights = [torch.ones(n, dtype=total) for n in (130, 200)]
+        none = strip.rows.lse[:0]
+        softmaxes = [Softmaxes(strip.rows[k], strip.columns[k], *weights, none) for k in range(len(inputs))]
+        triton.backward(inputs, softmaxes, partners(130, 200), operands, [True, True, True])
     assert len(compiled) == 2
     for kernel in compiled:
         assert kernel.asm["cubin"]

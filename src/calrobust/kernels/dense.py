@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from calrobust.kernels.parts import Part, Strip, divergence_terms, exclude
+from calrobust.kernels.parts import EXCLUDED, Part, Strip, divergence_terms
 
 
 class Factors(NamedTuple):
@@ -18,7 +19,7 @@ class Factors(NamedTuple):
 
 
 def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor) -> Strip:
-    """Log-sum-exp of rows and columns without own entries, and the divergences from a teacher's softmaxes there."""
+    """Of rows and of columns, without the own entry of row i in column ``partner[i]``; a partner of -1 is none."""
     s = _logits(student, partner)
     t = None if teacher is None else _logits(teacher, partner)
     return Strip(along(1, s, t), along(0, s, t))
@@ -33,4 +34,5 @@ def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
 
 
 def _logits(factors: Factors, partner: Tensor) -> Tensor:
-    return exclude(factors.scale * factors.x @ factors.y.T, partner)
+    own = torch.arange(factors.y.shape[0], device=partner.device) == partner[:, None]
+    return (factors.scale * factors.x @ factors.y.T).masked_fill(own, EXCLUDED)

@@ -1,6 +1,6 @@
-"""The forms that hold no pair matrix, as one pair of torch operators under an autograd function.
+"""The forms that hold no pair matrix, as a pair of torch operators under an autograd function.
 
-A form is a module with two functions, ``forward`` and ``backward``, of which `tiled` is the one to read.
+A form is a module with two functions, ``forward`` and ``backward``: `tiled`, which is the one to read, or `triton`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import Part, Strip
 from calrobust.kernels.products import CAPABILITY
-from calrobust.kernels.tiled import Softmaxes, Weights
+from calrobust.kernels.tiled import Softmaxes
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 
@@ -29,19 +29,19 @@ def softmax_statistics(
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
 ) -> Strip:
-    """As `dense.softmax_statistics`, by a form.
+    """What `dense.softmax_statistics` gives, from a form that holds no pair matrix.
 
-    ``"auto"`` is Triton where it runs, but for float64; else it is tiled, and keeps the logits for a backward to come
-    if they fit into ``memory_budget`` bytes. ``operands`` is the dtype in which the features came: nothing is lost if
-    they are multiplied in it.
+    ``"auto"`` is Triton where it runs, except for float64. Elsewhere it is tiled, and keeps the logits for backward if
+    they fit into ``memory_budget`` bytes. ``operands`` is the dtype in which the features came: nothing is lost if they
+    are multiplied in it.
     """
     x, y, _ = student
+    factors = [*student, *(teacher or ())]
     keep = impl == "auto" and torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
     if keep and not torch.compiler.is_exporting():  # an export leaves the sizes open
-        keep = (1 if teacher is None else 2) * x.shape[0] * y.shape[0] * x.element_size() <= memory_budget
+        keep = len(factors) // 3 * x.shape[0] * y.shape[0] * x.element_size() <= memory_budget
     function = _Compiled if torch.compiler.is_compiling() else _Eager
-    frozen: Any = (None, None, None) if teacher is None else teacher
-    found = function.apply(*student, *frozen, partner, impl, keep, operands or x.dtype)
+    found = function.apply(impl, keep, operands or x.dtype, partner, *factors)
     return Strip(Part(*found[0:6:2]), Part(*found[1:6:2]))
 
 
@@ -66,30 +66,28 @@ def _takes_triton(impl: str, x: Tensor) -> bool:
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(
-    student: list[Tensor], teacher: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype
-) -> list[Tensor]:
-    """Row and column lse, the teacher's, the divergences, then the logits that are kept of both; empty if absent."""
-    models = Factors(*student), Factors(*teacher) if teacher else None
-    if _takes_triton(impl, student[0]):
+def _forward(factors: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype) -> list[Tensor]:
+    """Row and column lse, the teacher's, the divergences, then the logits that are kept of both; empty if absent.
+
+    ``factors`` are x, y and scale of the student, then of the teacher if there is one.
+    """
+    x, y, *_ = factors
+    kept: list[Tensor] = []
+    if _takes_triton(impl, x):
         from calrobust.kernels import triton
 
-        strip = triton.forward(*models, partner, operands)
-        kept: list[Tensor] = []
+        strip = triton.forward(_models(factors), partner, operands)
     else:
-        strip, kept = tiled.forward(*models, partner, operands, keep=keep)
-    x, y, _ = student
+        strip, kept = tiled.forward(_models(factors), partner, operands, keep=keep)
     vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]
-    kept = [*kept, *(x.new_empty(0, y.shape[0]) for _ in range(2 - len(kept)))]
-    return [*vectors, *kept]
+    return [*vectors, *kept, *(x.new_empty(0, len(y)) for _ in range(2 - len(kept)))]
 
 
 @_forward.register_fake
-def _(
-    student: list[Tensor], teacher: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype
-) -> list[Tensor]:
-    x, y, _ = student
+def _(factors: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype) -> list[Tensor]:
+    x, y, *_ = factors
     n, m = x.shape[0], y.shape[0]
+    teacher = len(factors) == 6
     kept = (n if keep and not _takes_triton(impl, x) else 0, m)
     shapes = [(n,), (m,), *([(n,), (m,)] * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
     return [x.new_empty(shape) for shape in shapes]
@@ -97,47 +95,39 @@ def _(
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
 def _backward(
-    gradients: list[Tensor],
-    student: list[Tensor],
-    teacher: list[Tensor],
-    partner: Tensor,
-    found: list[Tensor],
+    factors: list[Tensor],
     needs: list[bool],
+    gradients: list[Tensor],
+    found: list[Tensor],
+    partner: Tensor,
     impl: str,
     operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the student's x, y and scale from the upstream gradients a, b, c, d of the four statistics."""
+    """The gradients of the student's x, y and scale from the upstream gradients a, b, c, d, named as in `tiled`."""
     a, b, c, d = gradients
-    models = Factors(*student), Factors(*teacher) if teacher else None
-    weights = Weights(a + c, b + d, c, d) if teacher else Weights(a, b, c, d)
     row_lse, column_lse, teacher_row_lse, teacher_column_lse, _, _, logits, teacher_logits = found
-    softmaxes = [Softmaxes(row_lse, column_lse, logits)]
-    if teacher:
-        softmaxes.append(Softmaxes(teacher_row_lse, teacher_column_lse, teacher_logits))
+    softmaxes = [Softmaxes(row_lse, column_lse, a, b, logits)]
+    if len(factors) == 6:
+        softmaxes = [
+            Softmaxes(row_lse, column_lse, a + c, b + d, logits),
+            Softmaxes(teacher_row_lse, teacher_column_lse, -c, -d, teacher_logits),
+        ]
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
         if _takes_triton(impl, a):
             from calrobust.kernels import triton
 
-            return triton.backward(weights, *models, partner, softmaxes, operands, needs)
-        return tiled.backward(weights, *models, partner, softmaxes, operands, needs)
+            return triton.backward(_models(factors), softmaxes, partner, operands, needs)
+        return tiled.backward(_models(factors), softmaxes, partner, operands, needs)
 
 
 @_backward.register_fake
-def _(
-    gradients: list[Tensor],
-    student: list[Tensor],
-    teacher: list[Tensor],
-    partner: Tensor,
-    found: list[Tensor],
-    needs: list[bool],
-    impl: str,
-    operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, y, scale = (
-        torch.empty_like(factor) if needed else factor.new_empty(0)
-        for factor, needed in zip(student, needs, strict=True)
-    )
+def _(factors: list[Tensor], needs: list[bool], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, scale = (f.new_empty(f.shape if needed else 0) for f, needed in zip(factors, needs, strict=False))
     return x, y, scale
+
+
+def _models(factors: list[Tensor]) -> list[Factors]:
+    return [Factors(*factors[k : k + 3]) for k in range(0, len(factors), 3)]
 
 
 def _refuse(ctx: Any, *_: Any) -> Any:
@@ -148,49 +138,51 @@ def _refuse(ctx: Any, *_: Any) -> Any:
 
 
 class _Compiled(torch.autograd.Function):
-    """The operators with their derivative, as torch.compile and torch.export trace it."""
+    """The operators with their derivative, as torch.compile and torch.export trace it.
+
+    Autograd sees tensors that are arguments, but not those inside of a list. So lists are passed entry by entry.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
+    def forward(impl: str, keep: bool, operands: torch.dtype, partner: Tensor, *factors: Tensor) -> Any:
         """The outputs of the forward operator; lse and divergences of the student have a gradient."""
-        *factors, partner, impl, keep, operands = inputs
-        teacher = factors[3:] if factors[3] is not None else []
-        return tuple(_forward(factors[:3], teacher, partner, impl, keep, operands))
+        return tuple(_forward(list(factors), partner, impl, keep, operands))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves all that backward needs."""
-        *tensors, ctx.impl, _, ctx.operands = inputs
+        ctx.impl, _, ctx.operands, *tensors = inputs
         ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
         ctx.mark_non_differentiable(*output[2:4], *output[6:])
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the student's factors."""
         saved = list(ctx.saved_tensors)  # read once: hooks of checkpointing unpack them at each reading
-        found = saved[7:]
         upstream = [
             torch.zeros_like(output) if gradient is None else gradient.contiguous()
-            for gradient, output in ((gradients[k], found[k]) for k in (0, 1, 4, 5))
+            for gradient, output in ((gradients[k], saved[k]) for k in (0, 1, 4, 5))
         ]
-        needs = list(ctx.needs_input_grad[:3])
+        needs = list(ctx.needs_input_grad[4:7])
         run = _differentiated if torch.compiler.is_compiling() else _Derivative.apply
-        student = run(*upstream, *saved, needs, ctx.impl, ctx.operands)
-        return *(gradient if needed else None for gradient, needed in zip(student, needs, strict=True)), *[None] * 7
+        student = run(ctx.impl, ctx.operands, needs, *upstream, *saved)
+        wanted = (gradient if needed else None for gradient, needed in zip(student, needs, strict=True))
+        return *[None] * 4, *wanted, *[None] * (len(ctx.needs_input_grad) - 7)
 
 
 class _Eager(_Compiled):
-    """The same outside of a compiler, which would take no function that refuses derivatives."""
+    """The same with a refusal of other derivatives, which the compiler does not accept in a function."""
 
     jvp = vmap = staticmethod(_refuse)
 
 
-def _differentiated(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward operator, of tensors one by one as an autograd function must take them."""
-    gradients, student, teacher, (partner, *found) = inputs[:4], inputs[4:7], inputs[7:10], inputs[10:19]
-    frozen = [] if teacher[0] is None else list(teacher)
-    x, y, scale = _backward(list(gradients), list(student), frozen, partner, found, *inputs[19:])
+def _differentiated(
+    impl: str, operands: torch.dtype, needs: list[bool], *tensors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward operator; the tensors are the upstream gradients and what `_Compiled` has saved."""
+    gradients, found, (partner, *factors) = list(tensors[:4]), list(tensors[4:12]), tensors[12:]
+    x, y, scale = _backward(factors, needs, gradients, found, partner, impl, operands)
     return x, y, scale
 
 

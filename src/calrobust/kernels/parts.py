@@ -1,7 +1,7 @@
 r"""Softmax statistics of disjoint sets of candidates, and how they merge into those of the union.
 
-The log-sum-exp of a union is that of the parts' own. The divergence follows the chain rule of relative entropy: with
-:math:`\tilde w_k, w_k` the shares of part k in the teacher's and in the student's softmax,
+The log-sum-exp of a union is the log-sum-exp of those of the parts. The divergence follows the chain rule of relative
+entropy: with :math:`\tilde w_k, w_k` the shares of part k in the teacher's and in the student's softmax,
 
 .. math:: \mathrm{KL} = \sum_k \tilde w_k \mathrm{KL}_k + \mathrm{KL}(\tilde w \,\|\, w)
 
@@ -24,10 +24,10 @@ EXCLUDED = -1e38  # the logit of an entry that does not count; finite, so that t
 
 
 class Part(NamedTuple):
-    """Statistics of some anchors over a set of candidates, each of shape ``[length]``; empty if there is no teacher."""
+    """Statistics of some anchors over a set of candidates, each of shape ``[length]``."""
 
     lse: Tensor
-    teacher_lse: Tensor
+    teacher_lse: Tensor  # [0] if there is no teacher, like the next
     divergence: Tensor  # from the teacher's softmax over these candidates to the student's, in nats
 
     @classmethod
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """The rows and the columns of the pair matrix, or of some of its rows, without each row's own entry."""
+    """Statistics of some rows of the pair matrix and, over these rows, of its columns; own entries are left out."""
 
     rows: Part
     columns: Part
@@ -69,10 +69,3 @@ def merge(several: Sequence[Part]) -> Part:
     log_target = teacher_lse - teacher_total
     terms = log_target.exp() * divergence + divergence_terms(log_target, lse - total)
     return Part(total, teacher_total, terms.sum(0))
-
-
-def exclude(logits: Tensor, partner: Tensor) -> Tensor:
-    """``logits`` with `EXCLUDED` in column ``partner[i]`` of row i; a partner of -1 excludes nothing."""
-    column = partner.clamp(min=0)[:, None]
-    own = torch.where(partner[:, None] < 0, logits.gather(1, column), EXCLUDED)
-    return logits.scatter(1, column, own)

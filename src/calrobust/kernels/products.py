@@ -2,8 +2,8 @@
 
 **Logits** of low-precision features are their products as they are, summed in float32, which loses nothing.
 
-**Gradients.** The gradient in S is rounded to float16, a tile at a time, after a scaling by a power of two to the upper
-end of float16's range. That is eight times as exact as bfloat16, which would be too coarse.
+**Gradients.** The gradient in S is rounded to float16, a tile at a time, after its *gain*: a power of two that takes it
+to the upper end of float16's range. That is eight times as exact as bfloat16, which would be too coarse.
 """
 
 from __future__ import annotations
@@ -32,45 +32,45 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class FeatureGradients:
     """Sums up the gradients of x, y and scale from tiles of the gradient in S: one matrix product each for x and y."""
 
-    def __init__(self, factors: Factors, needs: list[bool], weights: list[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, factors: Factors, weights: list[Tensor], needs: list[bool], dtype: torch.dtype) -> None:
         """``needs`` says which gradients are wanted, and ``dtype`` in which the tiles are multiplied.
 
         Each entry of the gradient in S is a sum of softmaxes times ``weights``, which bound it.
         """
         self.x, self.y, self.scale = factors
-        self.needs_x, self.needs_y, self.needs_scale = needs
-        self.scale_by_y = self.needs_y and not self.needs_x  # the gradient of scale takes either product
+        _, self.needs_y, self.needs_scale = needs
+        self.takes_rows = needs[0] or (self.needs_scale and not needs[1])  # scale needs either of the two products
         self.is_rounded = dtype != self.x.dtype
-        self.unit, self.factors = torch.ones_like(self.scale), [self.x, self.y]
+        self.gain, self.operands = torch.ones_like(self.scale), [self.x, self.y]
         if self.is_rounded:
             bound = torch.stack([weight.abs().amax() for weight in weights]).sum()
-            self.unit, *self.units = (_unit(top) for top in (bound, *(t.abs().amax() for t in self.factors)))
-            self.factors = [(unit * t).to(dtype) for unit, t in zip(self.units, self.factors, strict=True)]
+            self.gain, *self.gains = (_gain(top) for top in (bound, *(t.abs().amax() for t in self.operands)))
+            self.operands = [(gain * t).to(dtype) for gain, t in zip(self.gains, self.operands, strict=True)]
         self.x_gradient, self.y_gradient, self.scale_gradient = (
             torch.zeros_like(factor) if needed else factor.new_empty(0)
             for factor, needed in zip(factors, needs, strict=True)
         )
 
     def add(self, tile: slice, gradient: Tensor) -> None:
-        """Adds the rows ``tile`` of the gradient in S, times ``unit`` and in the dtype of the products."""
-        x, y = self.factors
+        """Adds the rows ``tile`` of the gradient in S, times ``gain`` and in the dtype of the products."""
+        x, y = self.operands
         if self.needs_y:
             _add_product(self.y_gradient, gradient.T, x[tile])
-        if not (self.needs_x or (self.needs_scale and not self.scale_by_y)):
+        if not self.takes_rows:
             return
-        result = self.x_gradient[tile] if self.needs_x else torch.zeros_like(self.x[tile])
-        _add_product(result, gradient, y)
+        rows = self.x_gradient[tile] if len(self.x_gradient) else torch.zeros_like(self.x[tile])
+        _add_product(rows, gradient, y)
         if self.is_rounded:
-            result.div_(self.unit).div_(self.units[1])
+            rows.div_(self.gain).div_(self.gains[1])
         if self.needs_scale:
-            self.scale_gradient += torch.linalg.vecdot(result, self.x[tile]).sum()
-        result *= self.scale
+            self.scale_gradient += torch.linalg.vecdot(rows, self.x[tile]).sum()
+        rows *= self.scale
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients after the last tile; one that is not needed is empty."""
         if self.is_rounded and self.needs_y:
-            self.y_gradient.div_(self.unit).div_(self.units[0])
-        if self.needs_scale and self.scale_by_y:
+            self.y_gradient.div_(self.gain).div_(self.gains[0])
+        if self.needs_scale and not self.takes_rows:
             self.scale_gradient += torch.linalg.vecdot(self.y_gradient, self.y).sum()
         self.y_gradient *= self.scale
         return self.x_gradient, self.y_gradient, self.scale_gradient
@@ -83,6 +83,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += product(a, b, total.dtype)
 
 
-def _unit(bound: Tensor) -> Tensor:
+def _gain(bound: Tensor) -> Tensor:
     """The power of two that scales what is at most ``bound`` to the upper end of float16's range."""
     return torch.ldexp(torch.ones_like(bound), 15 - torch.frexp(bound.clamp_min(1e-30)).exponent)

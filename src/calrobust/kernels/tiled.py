@@ -1,23 +1,24 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact with gradient.
 
 Only one *tile* exists at a time: some rows of S against all columns. A matrix product of a tile costs R·M·D
-multiply-adds; over all tiles that is one *unit*. Forward takes 1 unit for S and 1 for T. Backward takes both again
-(none where logits were kept), 1 for the gradient of x and 1 for that of y. That makes 4 units in all and 6 with a
-teacher; 3 and 4 with kept logits; 1 less where a tower is frozen.
+multiply-adds; over all tiles that is one *unit*. A step takes 4 units: forward 1 for S; backward 1 for S
+again, 1 for the gradient of x and 1 for that of y. A teacher adds 2, for T. Kept logits save those of backward for S
+and T, and a frozen tower saves that of its gradient.
 
 **One exponential for rows and columns.** With the row softmax ``p_ij = exp(s_ij − u_i)``, u the log-sum-exp of the row,
-a column's sum of exponentials is ``exp(c) Σ_i w_i p_ij`` with ``w_i = exp(u_i − c)`` and c any of the u: a
+a column's sum of exponentials is ``exp(c) Σ_i w_i p_ij`` with ``w_i = exp(u_i − c)`` and a pivot c near the u: a
 matrix-vector product instead of a second exponential. If a column lies so far from c that its terms underflow, the sum
-itself shows it, and the columns of that tile are then taken from the logits.
+itself shows it, and that column is then taken from the logits.
 
 **Divergences.** `parts` says why the sum of ``p̃_ij f(r_ij)`` over j is the divergence of row i, where
-``f(r) = exp(r) − 1 − r`` and ``r_ij = log p_ij − log p̃_ij``. The column softmaxes q̃ of T and q of S satisfy
-``log q_ij − log q̃_ij = r_ij − d_i`` up to a constant for each column, with d the difference of the row lse of T and of
-S less a constant. With ``ρ_i = exp(−d_i) − 1`` and ``b_j = Σ_i q̃_ij (exp(r_ij − d_i) − 1)``, column j diverges by
+``f(r) = exp(r) − 1 − r`` and ``r_ij = log p_ij − log p̃_ij``. The column softmaxes q of S and q̃ of T satisfy
+``log q_ij − log q̃_ij = r_ij − d_i`` up to a constant for each column. Here d_i is the row lse of T minus that of S,
+less a constant for all rows. With ``ρ_i = exp(−d_i) − 1`` and ``b_j = Σ_i q̃_ij (exp(r_ij − d_i) − 1)``, the
+divergence of column j is
 
 .. math:: \sum_i \tilde q_{ij} \bigl( f(-d_i) + f(r_{ij}) + \rho_i (e^{r_{ij}} - 1) \bigr) + \log(1 + b_j) - b_j
 
-again in matrix-vector products. Where these sums would cancel, columns are taken from the logits.
+again in matrix-vector products. Columns whose sums would cancel are taken from the logits.
 
 **Gradient.** Let ``a, b, c, d`` be the upstream gradients of row lse, column lse, row divergence, column divergence,
 and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
@@ -43,39 +44,30 @@ from calrobust.kernels.products import FeatureGradients, are_narrow, product
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
 TILE_ROWS = 256  # at least: below, the matrix products slow down
+BAND_BYTES = 2**18  # of a band, the rows of a tile that are read several times: fits into the second cache
 FAR = 6.0  # nats by which rows or columns may shift before sums over columns cancel too much
-BLOCK_BYTES = 2**18
 
 
 class Softmaxes(NamedTuple):
-    """What backward needs of one matrix."""
+    """The row and column softmaxes of one matrix, with their weights in the gradient in S."""
 
     row_lse: Tensor  # [N]
     column_lse: Tensor  # [M]
-    logits: Tensor  # [N, M] where they are kept for backward, else [0, M]
-
-
-class Weights(NamedTuple):
-    """The factors of the softmaxes in the gradient in S."""
-
-    rows: Tensor  # [N], of p
-    columns: Tensor  # [M], of q
-    teacher_rows: Tensor  # [N], of -p̃
-    teacher_columns: Tensor  # [M], of -q̃
+    row_weights: Tensor  # [N]
+    column_weights: Tensor  # [M]
+    logits: Tensor  # [N, M] where they were kept for backward, else [0, M]
 
 
 class _Matrix:
-    """One matrix ``scale · x yᵀ`` without each row's own entry, a tile at a time."""
+    """One matrix ``scale · x yᵀ`` without own entries, a tile at a time."""
 
-    def __init__(self, factors: Factors, partner: Tensor, operands: torch.dtype, kept: Tensor) -> None:
+    def __init__(self, factors: Factors, partner: Tensor, operands: torch.dtype) -> None:
         x, y, self.scale = factors
         dtype = operands if are_narrow(x, operands) else x.dtype
-        self.x, self.y = x.to(dtype), y.to(dtype)
-        self.partner, self.kept = partner, kept
+        self.x, self.y, self.partner = x.to(dtype), y.to(dtype), partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
         """Over all tiles, one unit."""
-        out = self.kept[tile] if len(self.kept) else out[: tile.stop - tile.start]
         if self.x.dtype == out.dtype:
             torch.mm(self.scale * self.x[tile], self.y.T, out=out)
         else:
@@ -84,103 +76,89 @@ class _Matrix:
         own = out.gather(1, column).masked_fill_(self.partner[tile, None] >= 0, EXCLUDED)
         return out.scatter_(1, column, own)
 
-    def weighted_softmaxes(
-        self, softmaxes: Softmaxes, tile: slice, rows: Tensor, columns: Tensor, p: Tensor, out: Tensor
-    ) -> Tensor:
-        """``rows_i p_ij + columns_j q_ij`` in ``out``; ``p`` is scratch."""
-        s = softmaxes.logits[tile] if len(softmaxes.logits) else self.logits(tile, out)
-        p = torch.softmax(s, 1, out=p)
-        row_lse, row_factor = softmaxes.row_lse[tile], rows[tile, None]
-        pivot = softmaxes.column_lse.min()
+    def weighted_softmaxes(self, softmaxes: Softmaxes, tile: slice, scratch: Tensor, out: Tensor) -> Tensor:
+        """The row and column softmaxes, times their weights and added up."""
+        row_lse, row_weights = softmaxes.row_lse[tile], softmaxes.row_weights[tile, None]
+        _, column_lse, _, column_weights, kept = softmaxes
+        s = kept[tile] if len(kept) else self.logits(tile, out)
+        p = torch.softmax(s, 1, out=scratch)
+        pivot = column_lse.min()
         if _is_looked_at(s) and _representable((pivot - row_lse.max()).exp()):
-            column_factor = columns * (pivot - softmaxes.column_lse).exp()
-            return torch.addcmul(row_factor, (row_lse - pivot).exp()[:, None], column_factor, out=out).mul_(p)
-        return torch.sub(s, softmaxes.column_lse, out=out).exp_().mul_(columns).addcmul_(p, row_factor)
+            column_factor = column_weights * (pivot - column_lse).exp()
+            return torch.addcmul(row_weights, (row_lse - pivot).exp()[:, None], column_factor, out=out).mul_(p)
+        return torch.sub(s, column_lse, out=out).exp_().mul_(column_weights).addcmul_(p, row_weights)
 
 
-def forward(
-    student: Factors, teacher: Factors | None, partner: Tensor, operands: torch.dtype, *, keep: bool
-) -> tuple[Strip, list[Tensor]]:
-    """The statistics, and the logits of S and T where they are kept for backward, else of shape ``[0, M]``."""
-    x, y, _ = student
-    kept = [x.new_empty(x.shape[0] if keep else 0, y.shape[0]) for model in (student, teacher) if model]
-    matrices = [
-        _Matrix(factors, partner, operands, logits)
-        for factors, logits in zip((student, teacher), kept, strict=False)
-        if factors
-    ]
+def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, keep: bool) -> tuple[Strip, list[Tensor]]:
+    """The statistics of the student and of a teacher if there is one, and the logits ``[N, M]`` of each if kept."""
+    x, y, _ = models[0]
+    matrices = [_Matrix(factors, partner, operands) for factors in models]
+    tiles = _tiles(x, y)
+    buffers = [x.new_empty(len(x) if keep else tiles[0].stop, len(y)) for _ in models]
     rows: list[Part] = []
     columns: list[Part] = []
-    tiles = _tiles(x, y)
-    buffers = x.new_empty(len(matrices), 0 if keep else tiles[0].stop, y.shape[0])
     for tile in tiles:
-        logits = [matrix.logits(tile, out) for matrix, out in zip(matrices, buffers, strict=True)]
-        strip = _statistics(*logits)
+        place = tile if keep else slice(tile.stop - tile.start)
+        strip = _statistics(*(m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=True)))
         rows.append(strip.rows)
         columns = [merge([*columns, strip.columns])]
     joined = Part(*map(torch.cat, zip(*rows, strict=True)))
-    return Strip(joined.to(x.dtype), columns[0].to(x.dtype)), kept
+    return Strip(joined.to(x.dtype), columns[0].to(x.dtype)), buffers if keep else []
 
 
 def backward(
-    weights: Weights,
-    student: Factors,
-    teacher: Factors | None,
-    partner: Tensor,
-    softmaxes: list[Softmaxes],
-    operands: torch.dtype,
-    needs: list[bool],
+    models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the student's x, y and scale; ``needs`` says which."""
-    x, y, _ = student
-    none = x.new_empty(0, y.shape[0])
+    """The gradients of the student's x, y and scale; ``needs`` says which. One that is not needed is empty."""
+    x, y, _ = models[0]
+    matrices = [_Matrix(factors, partner, operands) for factors in models]
     tiles = _tiles(x, y)
-    buffers = x.new_empty(2 if teacher is None else 3, tiles[0].stop, y.shape[0])
+    buffers = x.new_empty(1 + len(models), tiles[0].stop, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
-    rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, y.shape[0], dtype=dtype)
-    gradients = FeatureGradients(student, needs, list(weights[: 2 if teacher is None else 4]), dtype)
-    matrices = [_Matrix(factors, partner, operands, none) for factors in (student, teacher) if factors]
+    rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, len(y), dtype=dtype)
+    gradients = FeatureGradients(models[0], [w for own in softmaxes for w in own[2:4]], needs, dtype)
     for tile in tiles:
-        p, gradient, *spare = buffers[:, : tile.stop - tile.start]
-        matrices[0].weighted_softmaxes(softmaxes[0], tile, weights.rows, weights.columns, p, out=gradient)
-        for matrix, own in zip(matrices[1:], softmaxes[1:], strict=True):
-            gradient -= matrix.weighted_softmaxes(
-                own, tile, weights.teacher_rows, weights.teacher_columns, p, out=spare[0]
-            )
+        scratch, *outs = buffers[:, : tile.stop - tile.start]
+        gradient, *others = (
+            matrix.weighted_softmaxes(own, tile, scratch, out)
+            for matrix, own, out in zip(matrices, softmaxes, outs, strict=True)
+        )
+        for other in others:
+            gradient += other
         if len(rounded):
-            gradient = torch.mul(gradient, gradients.unit, out=rounded[: gradient.shape[0]])
+            gradient = torch.mul(gradient, gradients.gain, out=rounded[: len(gradient)])
         gradients.add(tile, gradient)
     return gradients.results()
 
 
 def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
-    """Of the rows of a tile, and of its columns over the rows of the tile; a few rows at a time, in the cache."""
+    """Of the rows of a tile, and of its columns over these rows; a band of rows at a time, in the cache."""
     precise = wide(s.device)
     on_cpu = _is_looked_at(s)  # elsewhere columns are taken from the logits
-    height = max(1, BLOCK_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
+    height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
     lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
-    # Of columns: Σ w_i p_ij and, with p̃ and its w̃, Σ w̃_i p̃_ij, the first sum of the divergence, and that of b_j.
+    # Of columns: Σ w_i p_ij; and, up to the factor Σ w̃_i p̃_ij, the first sum of the divergence, and the b_j.
     sums, teacher_sums, first, second = s.new_zeros(4, s.shape[1])
-    pivot = teacher_pivot = lse.new_zeros(())  # mean lse of the first rows
+    pivot = teacher_pivot = lse.new_zeros(())  # then the mean lse of the first band
     buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
     for start in range(0, s.shape[0], height):
-        block = slice(start, min(start + height, s.shape[0]))
-        p, scratch, *spare = buffers[:, : block.stop - block.start]
-        lse[block] = _softmax(s[block], p)
-        pivot = lse[block].mean() if start == 0 else pivot
+        band = slice(start, min(start + height, s.shape[0]))
+        p, scratch, *spare = buffers[:, : band.stop - band.start]
+        lse[band] = _softmax(s[band], p)
+        pivot = lse[band].mean() if start == 0 else pivot
         if on_cpu:
-            sums += (lse[block] - pivot).exp().to(s.dtype) @ p
+            sums += (lse[band] - pivot).exp().to(s.dtype) @ p
         if t is None:
             continue
         teacher_p, ratio, excess = spare
-        teacher_lse[block] = _softmax(t[block], teacher_p)
-        teacher_pivot = teacher_lse[block].mean() if start == 0 else teacher_pivot
-        shift = teacher_lse[block] - lse[block]
-        torch.sub(s[block], t[block], out=ratio).add_(shift.to(s.dtype)[:, None])
+        teacher_lse[band] = _softmax(t[band], teacher_p)
+        teacher_pivot = teacher_lse[band].mean() if start == 0 else teacher_pivot
+        shift = teacher_lse[band] - lse[band]
+        torch.sub(s[band], t[band], out=ratio).add_(shift.to(s.dtype)[:, None])
         terms = _divergence_terms(ratio, p, teacher_p, excess, scratch)
-        torch.sum(terms, 1, dtype=precise, out=divergence[block])
+        torch.sum(terms, 1, dtype=precise, out=divergence[band])
         if on_cpu:
-            weights = (teacher_lse[block] - teacher_pivot).exp()
+            weights = (teacher_lse[band] - teacher_pivot).exp()
             distance = (teacher_pivot - pivot) - shift
             growth = torch.expm1(distance)
             mixed = torch.stack([weights, weights * (growth - distance), weights * growth, weights + weights * growth])

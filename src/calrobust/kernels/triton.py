@@ -2,9 +2,9 @@ r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` a
 
 **Forward.** A program takes a block of rows and visits blocks of columns. It merges each block into the statistics of
 its rows, and writes the statistics of the block's columns. What P programs find of a row or of a column are *parts*
-``[K, P, length]``: K = 1 is the lse of S; K = 3 is that, the lse of T and the divergence between the two softmaxes over
-the part. `parts` has the formulas. There are no atomics, so all sums run in one order. No product is fused into the sum
-after it, which would round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
+``[K, P, length]``: with K = 1 the lse of S; with K = 3 also the lse of T and the divergence over the part. `parts` has
+the formulas. There are no atomics, so all sums run in one order. No product is fused into the sum after it, which would
+round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
 
 **Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a tile at a time, as
 `products` takes it on to x and y.
@@ -23,7 +23,7 @@ from calrobust.kernels import parts
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import Part, Strip, merge, wide
 from calrobust.kernels.products import FeatureGradients
-from calrobust.kernels.tiled import Softmaxes, Weights
+from calrobust.kernels.tiled import Softmaxes
 
 PARTS_BYTES = 128 * 2**20  # of columns, before they are merged
 TILE_BYTES = 256 * 2**20
@@ -56,21 +56,11 @@ EXCLUDED = tl.constexpr(parts.EXCLUDED)  # also a logit outside the matrix
 
 @triton.jit
 def _logits(
-    features: tl.tuple,
-    partner: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    matrix: tl.tuple, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor, DEPTH: tl.constexpr
 ) -> tl.tensor:
     """A block of ``scale · x yᵀ`` without own entries."""
-    x, y, scale, width = features
-    total = tl.zeros((ROWS, COLUMNS), TOTAL)
+    x, y, scale, width, partner = matrix
+    total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
     x_row = x + row.to(tl.int64)[:, None] * width
     y_row = y + column.to(tl.int64)[None, :] * width
     for start in range(0, width, DEPTH):
@@ -79,8 +69,10 @@ def _logits(
         b = tl.load(y_row + depth[:, None], mask=(column < m)[None, :] & (depth < width)[:, None], other=0.0)
         if a.dtype == tl.float64:  # tl.dot takes it from Triton 3.5 on
             total += tl.sum(a[:, :, None] * b[None, :, :], 1)
+        elif a.dtype == tl.float32:
+            total = tl.dot(a, b, total, input_precision="tf32x3")
         else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            total = tl.dot(a, b, total)
     own = tl.load(partner + row, mask=row < n, other=-1)
     other = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != own[:, None])
     return tl.where(other, total * tl.load(scale), EXCLUDED)
@@ -99,21 +91,9 @@ def _divergence_terms(log_target: tl.tensor, log_probability: tl.tensor) -> tl.t
 
 
 @triton.jit
-def _merge_two(
-    lse: tl.tensor,
-    t_lse: tl.tensor,
-    divergence: tl.tensor,
-    lse_2: tl.tensor,
-    t_lse_2: tl.tensor,
-    divergence_2: tl.tensor,
-) -> tl.tuple:
-    """As `parts.merge`."""
-    top, t_top = tl.maximum(lse, lse_2), tl.maximum(t_lse, t_lse_2)
-    total = top + tl.log(tl.exp(lse - top) + tl.exp(lse_2 - top))
-    t_total = t_top + tl.log(tl.exp(t_lse - t_top) + tl.exp(t_lse_2 - t_top))
-    merged = tl.exp(t_lse - t_total) * divergence + _divergence_terms(t_lse - t_total, lse - total)
-    merged += tl.exp(t_lse_2 - t_total) * divergence_2 + _divergence_terms(t_lse_2 - t_total, lse_2 - total)
-    return total, t_total, merged
+def _log_add_exp(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    top = tl.maximum(a, b)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
 
 
 @triton.jit
@@ -126,15 +106,12 @@ def _log_sum_exp(logits: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
 def _forward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
-    partner: tl.tensor,
     row_parts: tl.tensor,
     column_parts: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
     span: tl.tensor,  # columns of a program
     TEACHER: tl.constexpr,
-    TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -142,31 +119,33 @@ def _forward_kernel(
     """The parts of a block of rows in a span of columns."""
     block, part = tl.program_id(0), tl.program_id(1)
     row = block * ROWS + tl.arange(0, ROWS)
+    row_part = row_parts + part.to(tl.int64) * n + row
     row_stride, column_stride = tl.num_programs(1).to(tl.int64) * n, tl.num_programs(0).to(tl.int64) * m
-    lse = tl.full((ROWS,), EXCLUDED, TOTAL)
-    t_lse = tl.full((ROWS,), EXCLUDED, TOTAL)
-    divergence = tl.zeros((ROWS,), TOTAL)
+    lse = tl.full((ROWS,), EXCLUDED, row_parts.dtype.element_ty)
+    t_lse = lse
+    divergence = tl.zeros_like(lse)
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         column_part = column_parts + block.to(tl.int64) * m + column
-        s = _logits(student, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
-        of_rows = _log_sum_exp(s, 1)
-        of_columns = _log_sum_exp(s, 0)
+        s = _logits(student, row, column, n, m, DEPTH)
+        of_rows, of_columns = _log_sum_exp(s, 1), _log_sum_exp(s, 0)
         tl.store(column_part, of_columns, mask=column < m)
+        total = _log_add_exp(lse, of_rows)
         if TEACHER:
-            t = _logits(teacher, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
-            t_of_rows = _log_sum_exp(t, 1)
-            t_of_columns = _log_sum_exp(t, 0)
+            t = _logits(teacher, row, column, n, m, DEPTH)
+            t_of_rows, t_of_columns = _log_sum_exp(t, 1), _log_sum_exp(t, 0)
             terms = _divergence_terms(t - t_of_columns[None, :], s - of_columns[None, :])
             tl.store(column_part + column_stride, t_of_columns, mask=column < m)
             tl.store(column_part + 2 * column_stride, tl.sum(terms, 0), mask=column < m)
-            terms = _divergence_terms(t - t_of_rows[:, None], s - of_rows[:, None])
-            lse, t_lse, divergence = _merge_two(lse, t_lse, divergence, of_rows, t_of_rows, tl.sum(terms, 1))
-        else:
-            top = tl.maximum(lse, of_rows)
-            lse = top + tl.log(tl.exp(lse - top) + tl.exp(of_rows - top))
+            here = tl.sum(_divergence_terms(t - t_of_rows[:, None], s - of_rows[:, None]), 1)
+            t_total = _log_add_exp(t_lse, t_of_rows)
+            # `parts.merge` of what came before and of this block
+            before, now = t_lse - t_total, t_of_rows - t_total
+            divergence = tl.exp(before) * divergence + _divergence_terms(before, lse - total)
+            divergence += tl.exp(now) * here + _divergence_terms(now, of_rows - total)
+            t_lse = t_total
+        lse = total
 
-    row_part = row_parts + part.to(tl.int64) * n + row
     tl.store(row_part, lse, mask=row < n)
     if TEACHER:
         tl.store(row_part + row_stride, t_lse, mask=row < n)
@@ -175,43 +154,28 @@ def _forward_kernel(
 
 @triton.jit
 def _weighted_softmaxes(
-    features: tl.tuple,
-    softmaxes: tl.tuple,
-    partner: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    softmaxes: tl.tuple, s: tl.tensor, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor
 ) -> tl.tensor:
-    """``rows_i p_ij + columns_j q_ij``."""
-    row_lse, column_lse, rows, columns = softmaxes
-    s = _logits(features, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH)
+    """A block of the row and column softmaxes of S, times their weights and added up."""
+    row_lse, column_lse, row_weights, column_weights = softmaxes
     p = tl.exp(s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None])
     q = tl.exp(s - tl.load(column_lse + column, mask=column < m, other=0.0)[None, :])
-    rows = tl.load(rows + row, mask=row < n, other=0.0)
-    columns = tl.load(columns + column, mask=column < m, other=0.0)
-    return rows[:, None] * p + columns[None, :] * q
+    of_rows = tl.load(row_weights + row, mask=row < n, other=0.0)
+    of_columns = tl.load(column_weights + column, mask=column < m, other=0.0)
+    return of_rows[:, None] * p + of_columns[None, :] * q
 
 
 @triton.jit
 def _backward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
-    partner: tl.tensor,
-    student_softmaxes: tl.tuple,
+    softmaxes: tl.tuple,
     teacher_softmaxes: tl.tuple,
-    unit: tl.tensor,
+    gain: tl.tensor,
     tile: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
     TEACHER: tl.constexpr,
-    TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -219,16 +183,13 @@ def _backward_kernel(
     """A block of the gradient in S, which is 0 at own entries."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    gradient = _weighted_softmaxes(
-        student, student_softmaxes, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
-    )
+    gradient = _weighted_softmaxes(softmaxes, _logits(student, row, column, n, m, DEPTH), row, column, n, m)
     if TEACHER:
-        gradient -= _weighted_softmaxes(
-            teacher, teacher_softmaxes, partner, row, column, n, m, TOTAL, PRECISION, ROWS, COLUMNS, DEPTH
-        )
+        t = _logits(teacher, row, column, n, m, DEPTH)
+        gradient += _weighted_softmaxes(teacher_softmaxes, t, row, column, n, m)
     entries = tile + row.to(tl.int64)[:, None] * m + column[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
-    tl.store(entries, (gradient * tl.load(unit)).to(tile.dtype.element_ty), mask=inside)
+    tl.store(entries, (gradient * tl.load(gain)).to(tile.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
@@ -241,7 +202,6 @@ class _Launcher:
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
         self.partner = partner
-        self.total = models[0].x.dtype
         self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
         widest = max(x.shape[1] for x, *_ in models)
         blocks = BLOCKS[operands.itemsize]
@@ -249,19 +209,10 @@ class _Launcher:
 
     def __call__(self, kernel: Any, grid: tuple[int, int], tile: slice, *arguments: Any) -> None:
         """On a tile of the student's matrix and of the teacher's, or twice the student's."""
-        features = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
-        with torch.cuda.device_of(self.matrices[0][0]):
-            kernel[grid](
-                features[0],
-                features[-1],
-                self.partner[tile],
-                *arguments,
-                TEACHER=len(features) == 2,
-                TOTAL=tl.float64 if self.total == torch.float64 else tl.float32,
-                PRECISION="tf32x3" if self.matrices[0][0].dtype == torch.float32 else "ieee",
-                enable_fp_fusion=False,
-                **self.blocks._asdict(),
-            )
+        matrices = [(x[tile], y, scale, x.shape[1], self.partner[tile]) for x, y, scale in self.matrices]
+        options = {"TEACHER": len(matrices) == 2, "enable_fp_fusion": False, **self.blocks._asdict()}
+        with torch.cuda.device_of(self.partner):
+            kernel[grid](matrices[0], matrices[-1], *arguments, **options)
 
     def tiles(self, n: int, block_bytes: int, limit: int) -> list[slice]:
         """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
@@ -269,12 +220,12 @@ class _Launcher:
         return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def forward(student: Factors, teacher: Factors | None, partner: Tensor, operands: torch.dtype) -> Strip:
+def forward(models: list[Factors], partner: Tensor, operands: torch.dtype) -> Strip:
     """The statistics, as `tiled.forward` gives them."""
-    x, y, _ = student
+    x, y, _ = models[0]
     n, m = len(x), len(y)
-    launch = _Launcher([student] if teacher is None else [student, teacher], partner, operands)
-    kinds = 1 if teacher is None else 3
+    launch = _Launcher(models, partner, operands)
+    kinds = 1 if len(models) == 1 else 3
     rows, columns = [], []
     for tile in launch.tiles(n, kinds * m * x.element_size(), PARTS_BYTES):
         length = tile.stop - tile.start
@@ -290,31 +241,23 @@ def forward(student: Factors, teacher: Factors | None, partner: Tensor, operands
 
 
 def backward(
-    weights: Weights,
-    student: Factors,
-    teacher: Factors | None,
-    partner: Tensor,
-    softmaxes: list[Softmaxes],
-    operands: torch.dtype,
-    needs: list[bool],
+    models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
-    x, y, _ = student
+    x, y, _ = models[0]
     n, m = len(x), len(y)
-    launch = _Launcher([student] if teacher is None else [student, teacher], partner, operands)
+    launch = _Launcher(models, partner, operands)
     dtype = torch.float16 if operands.itemsize == 2 else x.dtype
     tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, TILE_BYTES)
     buffer = x.new_empty(tiles[0].stop, m, dtype=dtype)
-    gradients = FeatureGradients(student, needs, list(weights[: 2 if teacher is None else 4]), dtype)
-    factors = [weights[:2], weights[2:]]
+    gradients = FeatureGradients(models[0], [w for own in softmaxes for w in own[2:4]], needs, dtype)
     for tile in tiles:
         length = tile.stop - tile.start
         grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
         arguments = [
-            (own.row_lse[tile], own.column_lse, rows[tile], columns)
-            for own, (rows, columns) in zip(softmaxes, factors, strict=False)
+            (own.row_lse[tile], own.column_lse, own.row_weights[tile], own.column_weights) for own in softmaxes
         ]
-        launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.unit, buffer, length, m)
+        launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, buffer, length, m)
         gradients.add(tile, buffer[:length])
     return gradients.results()
 

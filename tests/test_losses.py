@@ -221,7 +221,10 @@ def test_losses_listen_to_their_attributes() -> None:
         contrastive(*STUDENT)
     with pytest.raises(AttributeError, match=r"^label_smoothing belongs to a term of the sum; set criterion.losses"):
         by_hand.label_smoothing = 0.5
-    by_hand.losses[0].reduction = "sum"
+    by_hand.weights[1] = float("nan")
+    with pytest.raises(ValueError, match=r"^weight must be finite, got nan"):
+        by_hand(*STUDENT, *TEACHER)
+    by_hand.weights[1], by_hand.losses[0].reduction = 1.5, "sum"
     with pytest.raises(ValueError, match=r"^losses that add must agree"):
         by_hand(*STUDENT, *TEACHER)
 

@@ -1,4 +1,4 @@
-"""A batch that the ranks of a process group share out: collectives with gradient over its rows."""
+"""A batch that is divided among the ranks of a process group: collectives over its rows, with gradient."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["REDUCTIONS", "REFUSED", "ProcessGroup", "Ranks", "Reduction", "agree
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-REFUSED = -1  # in the place of a number of rows: this rank has found its batch wrong
+REFUSED = -1  # told instead of a number of rows by a rank that has found its batch wrong
 
 
 class Ranks:
-    """The ranks that share out a batch, and how many rows each holds; of one rank, nothing here communicates.
+    """The ranks that hold a batch, and the number of rows of each.
 
-    Every method is collective: all ranks of the group call it, in the same order.
+    Every method is collective: all ranks of the group call it, in the same order. One rank alone communicates nothing.
     """
 
     def __init__(self, sizes: list[int], rank: int = 0, group: ProcessGroup | None = None) -> None:
@@ -33,31 +33,31 @@ class Ranks:
         self.group = group
         self.total = sum(sizes)
         start = sum(sizes[:rank])
-        self.own = slice(start, start + sizes[rank])  # this rank's rows among all
+        self.here = slice(start, start + sizes[rank])  # this rank's rows among all
 
     def gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[n, ...]`` here -> ``[total, ...]`` in ``dtype``, in which the gradient is summed over ranks."""
+        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, in which the gradient is summed over ranks."""
         if len(self.sizes) == 1:
             return rows.to(dtype)
         gathered: Tensor = _Gather.apply(rows, self, dtype)
         return gathered
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
-        """``[total, ...]`` here -> this rank's ``[n, ...]`` of the sum over ranks."""
+        """``[total, ...]`` of each rank -> their sum, of which a rank gets its own rows ``[n, ...]``."""
         if len(self.sizes) == 1:
             return rows
         own: Tensor = _ScatterSum.apply(rows, self)
         return own
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over ranks, on each of them; its gradient here is such that averaging gradients over ranks is exact."""
+        """The sum over ranks, on each of them. Its gradient is exact once gradients are averaged over ranks."""
         if len(self.sizes) == 1:
             return value
         total: Tensor = _Sum.apply(value, self)
         return total
 
     def reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
-        """The mean or the sum over the rows of all ranks, or the values of this one's."""
+        """The mean or the sum of values ``[n]`` over the rows of all ranks, or the values as they are."""
         if reduction == "none":
             return values
         total = self.sum(values.sum())
@@ -65,7 +65,7 @@ class Ranks:
 
     @torch.no_grad()
     def maximum(self, values: Tensor) -> Tensor:
-        """Elementwise over ranks, without gradient."""
+        """The largest over ranks, entry by entry, without gradient."""
         values = values.detach().clone()
         if len(self.sizes) > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
@@ -112,12 +112,15 @@ def agree(n: int, group: ProcessGroup | None, facts: dict[str, object], device: 
 
 
 class _Gather(torch.autograd.Function):
-    """Its adjoint is `_ScatterSum`, so that each can be differentiated by the other, any number of times."""
+    """Its adjoint is `_ScatterSum`: the backward of each is the other, so both have derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
         ctx.ranks, ctx.dtype = ranks, rows.dtype
-        return _gather(rows, ranks).to(dtype)
+        padded = _pad(rows, max(ranks.sizes))
+        received = [torch.empty_like(padded) for _ in ranks.sizes]
+        dist.all_gather(received, padded, ranks.group)
+        return torch.cat([part[:size] for part, size in zip(received, ranks.sizes, strict=True)]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -129,7 +132,10 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        return _scatter_sum(rows, ranks)
+        parts = [_pad(part, max(ranks.sizes)) for part in rows.split(ranks.sizes)]
+        received = torch.empty_like(parts[0])
+        dist.reduce_scatter(received, parts, group=ranks.group)
+        return received[: ranks.sizes[ranks.rank]]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -149,24 +155,8 @@ class _Sum(torch.autograd.Function):
         return gradient * ctx.world_size, None  # by which DDP and FSDP divide when they average
 
 
-def _gather(rows: Tensor, ranks: Ranks) -> Tensor:
-    longest = max(ranks.sizes)
-    padded = _pad(rows, longest)
-    received = [torch.empty_like(padded) for _ in ranks.sizes]
-    dist.all_gather(received, padded, ranks.group)
-    return torch.cat([part[:size] for part, size in zip(received, ranks.sizes, strict=True)])
-
-
-def _scatter_sum(rows: Tensor, ranks: Ranks) -> Tensor:
-    longest = max(ranks.sizes)
-    parts = [_pad(part, longest) for part in rows.split(ranks.sizes)]
-    received = torch.empty_like(parts[0])
-    dist.reduce_scatter(received, parts, group=ranks.group)
-    return received[: ranks.sizes[ranks.rank]]
-
-
 def _pad(rows: Tensor, length: int) -> Tensor:
-    """Collectives want the same number of rows from every rank."""
+    """Rows with zeros after them, since collectives take equally many rows from every rank."""
     if rows.shape[0] == length:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, NoReturn, Unpack, cast
+from typing import Any, NoReturn, Unpack, cast
 
 from torch import Tensor, nn
 
@@ -24,11 +24,8 @@ __all__ = [
 ]
 
 
-class _Seen(NamedTuple):
-    """What a model returned for a batch."""
-
-    features: Features
-    logit_bias: Tensor | float | None
+_STUDENT = ("image_features", "text_features", "logit_scale", "logit_bias")
+_TEACHER = tuple(f"teacher_{name}" for name in _STUDENT)
 
 
 class PairLoss(nn.Module, ABC):
@@ -94,7 +91,7 @@ class PairLoss(nn.Module, ABC):
         labels: Tensor | None = None,
         **named: Tensor | float | None,
     ) -> dict[str, Tensor]:
-        """The weighted terms by name, for logging: arguments are those of ``forward``, whose value is their sum.
+        """The weighted terms by name, for logging: ``forward`` has the arguments and errors, and gives their sum.
 
         Names are ``contrastive`` and ``distillation``; a second term of a kind is ``distillation_2``.
         """
@@ -103,14 +100,14 @@ class PairLoss(nn.Module, ABC):
 
         def request() -> Request:
             nonlocal bias
-            student, teacher = self._seen((image_features, text_features, logit_scale, *others), named)
-            bias = student.logit_bias
+            found = self._by_name((image_features, text_features, logit_scale, *others), named)
             if labels is not None and not any(isinstance(loss, MultimodalContrastiveLoss) for _, loss in weighted):
-                raise TypeError(
-                    f"labels are the positives of a contrastive term, and {self!r} has none; leave them out"
-                )
+                raise TypeError(f"labels must go to a contrastive term, and {self!r} has none; leave them out")
+            bias = found.get("logit_bias")
+            student, teacher = (cast(Features, tuple(map(found.get, names[:3]))) for names in (_STUDENT, _TEACHER))
+            has_teacher = found.get("teacher_image_features") is not None
             terms = [(weight, loss.term()) for weight, loss in weighted]
-            return Request(terms, student.features, None if teacher is None else teacher.features, labels)
+            return Request(terms, student, teacher if has_teacher else None, labels)
 
         values = weighted_terms(request, weighted[0][1].options())
         terms: dict[str, Tensor] = {}
@@ -122,41 +119,33 @@ class PairLoss(nn.Module, ABC):
             terms[f"{name}_{count + 1}" if count else name] = value
         return terms
 
-    def _seen(
+    def _by_name(
         self, given: tuple[Tensor | float | None, ...], named: dict[str, Tensor | float | None]
-    ) -> tuple[_Seen, _Seen | None]:
-        """What the student and the teacher returned, from all arguments but ``labels``."""
-        models = []
-        for prefix in ("", "teacher_"):
-            names = [prefix + name for name in ("image_features", "text_features", "logit_scale", "logit_bias")]
-            # A bias is a scalar, and so no features of a teacher, which may come in its place.
-            count = 4 if len(given) > 3 and getattr(given[3], "ndim", 0) < 2 else 3
-            own = dict(zip(names, given[:count], strict=False))
-            given = given[count:]
-            for name in names:
-                if name in named and own.setdefault(name, named[name]) is not named[name]:
-                    raise TypeError(f"{name} must be given once, got it by position and by name")
-            models.append([own.get(name) for name in names])
-        unknown = [name for name in named if name not in (*_OPTIONAL, "teacher_image_features")]
-        if given or unknown:
+    ) -> dict[str, Tensor | float | None]:
+        """All arguments but ``labels`` by their names; those of a teacher are there if and only if a term distils."""
+        has_bias = len(given) > 3 and getattr(given[3], "ndim", 0) < 2  # it is a scalar, unlike a teacher's features
+        names = [*_STUDENT[: 4 if has_bias else 3], *_TEACHER]
+        found = dict(zip(names, given, strict=False))
+        if twice := [name for name in named if name in found]:
+            raise TypeError(f"{twice[0]} must be given once, got it by position and by name")
+        found |= named
+        unknown = [repr(name) for name in named if name not in (*_STUDENT, *_TEACHER)]
+        if unknown or len(given) > len(names):
             raise TypeError(
                 f"{self!r} must be called with image_features, text_features, logit_scale and maybe logit_bias of the "
-                "student, then of the teacher, and labels=, got "
-                + (f"{unknown[0]!r}" if unknown else f"{len(given)} arguments too many")
-                + "; write criterion(*student(images, texts), *teacher(images, texts))"
+                f"student, then of the teacher, and labels=, got {(unknown or [f'{len(given)} arguments'])[0]}; "
+                "write criterion(*student(images, texts), *teacher(images, texts))"
             )
-        student, teacher = (_Seen(cast(Features, tuple(model[:3])), model[3]) for model in models)
-        missing = [name for name, value in zip(_TEACHER, teacher.features, strict=True) if value is None]
+        taught = [name for name in _TEACHER if found.get(name) is not None]
         if any(loss.kind.needs_teacher for _, loss in self.weighted()):
-            if missing:
+            if not {*_TEACHER[:3]} <= {*taught}:
                 raise TypeError(
                     f"{self!r} needs teacher_image_features, teacher_text_features and teacher_logit_scale; "
                     "call it as criterion(*student(images, texts), *teacher(images, texts))"
                 )
-            return student, teacher
-        if len(missing) < 3 or teacher.logit_bias is not None:
+        elif taught:
             raise TypeError(f"{self!r} has no distillation term; leave out the teacher's features and logit scale")
-        return student, None
+        return found
 
     def __add__(self, other: PairLoss) -> LossSum:
         return LossSum(*self.weighted(), *other.weighted()) if isinstance(other, PairLoss) else NotImplemented
@@ -171,16 +160,11 @@ class PairLoss(nn.Module, ABC):
     __rmul__ = __mul__
 
 
-_TEACHER = ("teacher_image_features", "teacher_text_features", "teacher_logit_scale")
-_OPTIONAL = ("logit_bias", "teacher_text_features", "teacher_logit_scale", "teacher_logit_bias")
-
-
 class _TermLoss(PairLoss):
     """A loss of one term. Its arguments are attributes, which are read and checked at every call."""
 
     kind: type[Term]
-    argument: str
-    default: float
+    argument: str  # the one that `kind` takes
 
     def __init__(self, argument: float, options: PairOptions) -> None:
         super().__init__()
@@ -203,7 +187,7 @@ class _TermLoss(PairLoss):
 
     def extra_repr(self) -> str:
         """The arguments that are not at their defaults."""
-        defaults = {self.argument: self.default, **vars(Options())}
+        defaults = {**vars(self.kind()), **vars(Options())}
         values = {name: getattr(self, name) for name in defaults}
         return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
 
@@ -229,8 +213,7 @@ class MultimodalContrastiveLoss(_TermLoss):
         tensor(0.3633)
     """
 
-    kind = Contrastive
-    argument, default = "label_smoothing", 0.0
+    kind, argument = Contrastive, "label_smoothing"
     label_smoothing: float
 
     def __init__(self, *, label_smoothing: float = 0.0, **options: Unpack[PairOptions]) -> None:
@@ -254,15 +237,12 @@ class MultimodalDistillationLoss(_TermLoss):
         >>> import torch
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
         >>> criterion = MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
-        >>> criterion
-        MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
         >>> image = text = torch.eye(2)
         >>> criterion.terms(image, text, 1.0, image, text, 1.0)
         {'contrastive': tensor(0.3133), 'distillation': tensor(0.)}
     """
 
-    kind = Distillation
-    argument, default = "temperature", 1.0
+    kind, argument = Distillation, "temperature"
     temperature: float
 
     def __init__(self, *, temperature: float = 1.0, **options: Unpack[PairOptions]) -> None:
@@ -272,9 +252,8 @@ class MultimodalDistillationLoss(_TermLoss):
 class LossSum(PairLoss):
     """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it.
 
-    Terms of one temperature read the same statistics, so that a sum costs one pass over the pair matrix. ``weights``
-    and ``losses`` are lists: to anneal a weight, write ``criterion.weights[1] = 0.5``; to anneal an argument, write
-    ``criterion.losses[0].label_smoothing = 0.1``.
+    Terms of one temperature share a pass over the pair matrix. ``weights`` and ``losses`` are lists, whose entries may
+    change while training: ``criterion.weights[1] = 0.5``, ``criterion.losses[0].label_smoothing = 0.1``.
 
     Args:
         weighted: pairs of a weight and a loss.
@@ -301,16 +280,16 @@ class LossSum(PairLoss):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
         self.losses = [loss for _, loss in weighted]
-        self.weights = [float(weight) for weight, _ in weighted]  # torch takes no int of any size
-        self.weighted()
+        self.weights = [float(weight) for weight, _ in weighted]  # a tensor times an int of more than 64 bits fails
+        self.weighted()  # checks that the options agree
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
-        """The terms with today's weights, whose options must agree."""
-        first, *others = self.losses
-        for other in others:
-            if other.options() != first.options():
+        """The terms with today's weights, which must be finite; the options of all losses must agree."""
+        for weight, loss in zip(self.weights, self.losses, strict=True):
+            check_number(weight=weight)
+            if loss.options() != self.losses[0].options():
                 raise ValueError(
-                    f"losses that add must agree in all options but their own, got {first!r} and {other!r}; "
+                    f"losses that add must agree in all options but their own, got {self.losses[0]!r} and {loss!r}; "
                     "pass the same keyword arguments to both"
                 )
         return list(zip(self.weights, self.losses, strict=True))
@@ -360,15 +339,11 @@ class CaRotLoss(LossSum):
     @property
     def label_smoothing(self) -> float:
         """ε of the contrastive term."""
-        return self._contrastive.label_smoothing
+        return cast(MultimodalContrastiveLoss, self.losses[0]).label_smoothing
 
     @label_smoothing.setter
     def label_smoothing(self, value: float) -> None:
-        self._contrastive.label_smoothing = value
-
-    @property
-    def _contrastive(self) -> MultimodalContrastiveLoss:
-        return cast(MultimodalContrastiveLoss, self.losses[0])
+        cast(MultimodalContrastiveLoss, self.losses[0]).label_smoothing = value
 
     @property
     def distillation_weight(self) -> float:

@@ -320,7 +320,7 @@ TABLE: Table = [
                 {"given": (ROWS, ROWS, 1.0, 0.0, ROWS, ROWS, 1.0, 0.0, 2.0)},
                 TypeError,
                 "MultimodalContrastiveLoss() must be called with image_features, text_features, logit_scale and maybe "
-                "logit_bias of the student, then of the teacher, and labels=, got 1 arguments too many; "
+                "logit_bias of the student, then of the teacher, and labels=, got 9 arguments; "
                 "write criterion(*student(images, texts), *teacher(images, texts))",
             ),
             Wrong(
@@ -353,8 +353,7 @@ TABLE: Table = [
             Wrong(
                 {"labels": torch.arange(4)},
                 TypeError,
-                "labels are the positives of a contrastive term, and 2 * MultimodalDistillationLoss() has"
-                " none; leave them out",
+                "labels must go to a contrastive term, and 2 * MultimodalDistillationLoss() has none; leave them out",
             )
         ],
     ),

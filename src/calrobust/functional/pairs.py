@@ -41,16 +41,17 @@ class PairOptions(TypedDict, total=False):
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
-    """``"dense"`` holds the whole pair matrix and can be differentiated twice. ``"tiled"`` needs O(N·D) memory.
-    ``"triton"`` does the same in kernels for CUDA devices. ``"auto"`` (default) takes Triton where it runs; elsewhere
-    it is tiled, and keeps the matrix for backward if it fits into ``memory_budget``."""
+    """``"dense"`` holds the whole pair matrix, and has derivatives of every order and mode. The others have first
+    derivatives in reverse mode: ``"tiled"`` needs O(N·D) memory; ``"triton"`` does the same in kernels for CUDA
+    devices; ``"auto"`` (default) takes Triton where it runs, and is tiled elsewhere, where it keeps the matrix for
+    backward if it fits into ``memory_budget``."""
     memory_budget: int
     """Bytes of logits that ``"auto"`` may hold from forward to backward; 256 MiB by default."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a loss, checked."""
+    """The options of a loss, checked; `PairOptions` says what they do."""
 
     reduction: Reduction = "mean"
     gather: bool = False
@@ -94,7 +95,7 @@ class Term(Protocol):
 
 
 class Request(NamedTuple):
-    """What is asked of a batch of pairs: a weighted sum of terms."""
+    """A weighted sum of terms, and the batch of pairs whose terms are asked for."""
 
     weighted: Sequence[tuple[float, Term]]
     student: Features
@@ -105,8 +106,8 @@ class Request(NamedTuple):
 def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
     """Each term times its weight, reduced over the pairs of all ranks; terms of one temperature share one pass.
 
-    With ``gather``, whatever is wrong with the batch of one rank raises on all of them, since none may wait for
-    another: so the request is a function, whose errors are told as well.
+    With ``gather``, an error on one rank must raise on all of them, or the others would wait for it forever. So the
+    request is a function: errors that it raises are told to the other ranks too.
     """
     if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(
@@ -158,7 +159,7 @@ def _facts(
     labels: Tensor | None,
     options: Options,
 ) -> dict[str, object]:
-    """What ranks must have in common, for their collectives to fit and for the loss to be one."""
+    """What must be the same on all ranks: otherwise their collectives do not fit, or their losses differ."""
     facts: dict[str, object] = {
         "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in weighted),
         "reduction": options.reduction,

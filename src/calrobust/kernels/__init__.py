@@ -1,18 +1,19 @@
 """The seam: all that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
 
-The words that every file here uses, for ``S = scale · x yᵀ`` with rows ``x [N, D]`` and columns ``y [M, D]``:
+The words of every file here, for the *factors* ``x [N, D]``, ``y [M, D]`` and ``scale`` of ``S = scale · x yᵀ [N, M]``:
 
-- *own*: the entry of a row and its ``partner``, the column of its pair. It is kept apart from all *other* entries of
-  its row and column, so that a loss near zero is not the small difference of two large numbers.
-- *lse*: the log-sum-exp of the other entries of a row or column. *divergence*: the Kullback-Leibler divergence from a
-  teacher's softmax over them to the student's.
-- *tile*: some rows of S against all columns, the most of S that is in memory at a time. *block*: the rectangle that a
-  program of a CUDA kernel holds on the chip.
-- *part*: statistics over some of the candidates, which `parts.merge` joins. *strip*: the rows of one rank.
-- *unit*: the cost of one matrix product of the size of S.
+- *anchor*: a row or a column of S, whose *candidates* are its entries. *partner*: the column of the pair of a row.
+- *own* entry: that of a row and its partner. It is kept apart from all *other* entries of its row and column, so that
+  a loss near zero is not the small difference of two large numbers.
+- *lse*: the log-sum-exp of some entries of a row or column. *divergence*: the Kullback-Leibler divergence from a
+  teacher's softmax over the same entries to the student's. *part*: these statistics of disjoint sets of entries, which
+  `parts.merge` joins.
+- *strip*: the rows of one rank against all columns. *tile*: some rows of a strip against all columns, the most of S
+  that is in memory at a time. *block*: the rectangle that a program of a CUDA kernel holds on the chip.
+- *operands*: the dtype in which the features came. *unit*: the cost of one matrix product of the size of S.
 
 The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.backward`; `products` takes it on to the
-features.
+factors.
 """
 
 from __future__ import annotations
@@ -53,15 +54,12 @@ class PairStatistics(NamedTuple):
 
 
 class PairBatch:
-    """A batch of pairs, seen by a student and maybe by a teacher, with the texts of all ranks."""
+    """A batch of pairs, seen by a student and maybe by a teacher: this rank's images and the texts of all ranks."""
 
     def __init__(self, student: Features, teacher: Features | None, labels: Tensor | None, ranks: Ranks) -> None:
         """Casts to the dtype of the softmaxes, at least float32, and gathers over the ranks."""
-        models = [student] if teacher is None else [student, teacher]
         images = student[0]
-        self.operands = images.dtype
-        for image_features, *_ in models:
-            self.operands = torch.promote_types(self.operands, image_features.dtype)
+        self.operands = torch.promote_types(images.dtype, (teacher or student)[0].dtype)
         self.dtype = torch.promote_types(self.operands, torch.float32)
         self.ranks = ranks
         with torch.autocast(images.device.type, enabled=False):
@@ -70,8 +68,7 @@ class PairBatch:
             if teacher is not None:
                 with torch.no_grad():
                     self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher)))
-            own = ranks.own
-            self.partner = torch.arange(own.start, own.stop, device=images.device)
+            self.partner = torch.arange(ranks.here.start, ranks.here.stop, device=images.device)
             self.classes = None if labels is None else _classes(ranks.gather(labels, labels.dtype))
 
     def _factors(self, features: Features) -> Factors:
@@ -89,8 +86,8 @@ def pair_statistics(
 ) -> PairStatistics:
     """The statistics of ``S = scale / temperature · x yᵀ`` along rows and columns, with divergences if a term distils.
 
-    What is linear in ``S`` is a product of feature sums, O(N·D), and has autograd's own gradient. The softmax part is
-    that of `dense`, `tiled` or `triton`. The statistics of columns are vectors that merge over the strips of ranks.
+    What is linear in ``S`` is a product of feature sums, costs O(N·D), and is differentiated by autograd. What is not
+    comes from `dense`, `tiled` or `triton`. Statistics of columns are vectors, which merge over the strips of ranks.
     """
     x, y, scale = student = batch.student._replace(scale=batch.student.scale / temperature)
     teacher = None
@@ -100,7 +97,7 @@ def pair_statistics(
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
-        own = scale * torch.linalg.vecdot(x, y[ranks.own])
+        own = scale * torch.linalg.vecdot(x, y[ranks.here])
         row_mean = scale * (x @ y.mean(0))
         column_mean = scale * (y @ (x.sum(0) / ranks.total))
         if batch.classes is None:
@@ -108,8 +105,8 @@ def pair_statistics(
             column_mean = ranks.scatter_sum(column_mean)
         else:
             classes, counts = batch.classes
-            of_images = classes[ranks.own]
-            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, of_images)) / counts[ranks.own]
+            of_images = classes[ranks.here]
+            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, of_images)) / counts[ranks.here]
             of_texts = scale * torch.linalg.vecdot(y, _class_sums(x, of_images, classes)) / counts
             column_mean, column_positive = ranks.scatter_sum(torch.stack([column_mean, of_texts], 1)).T
         if impl == "dense":
@@ -120,7 +117,7 @@ def pair_statistics(
             )
         own_part = Part.without_teacher(own.to(precise))
         if teacher is not None:
-            teacher_own = teacher.scale * torch.linalg.vecdot(teacher.x, teacher.y[ranks.own])
+            teacher_own = teacher.scale * torch.linalg.vecdot(teacher.x, teacher.y[ranks.here])
             own_part = Part(own_part.lse, teacher_own.to(precise), torch.zeros_like(own_part.lse))
         rows, columns = (
             Direction(
@@ -152,18 +149,18 @@ def _over_ranks(part: Part, ranks: Ranks) -> Part:
 
 def _total(parts: Tensor, ranks: Ranks) -> Tensor:
     top = ranks.maximum(parts)
-    return ranks.scatter_sum((parts - top).exp()).log() + top[ranks.own]
+    return ranks.scatter_sum((parts - top).exp()).log() + top[ranks.here]
 
 
 def _tracked(tensor: Tensor) -> Tensor:
-    """A tensor that autograd may keep for backward: a copy, if it was made in inference mode as by a frozen tower."""
-    if torch.compiler.is_compiling():  # is_inference() cannot be traced
+    """The tensor, or a copy of one that was made in inference mode, which autograd may not keep for backward."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # is_inference() cannot be traced
         return tensor
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Class indices from 0, and each row's class size; no shape depends on values, so nothing waits for a device."""
+    """The class of each row, from 0, and its size, ``[N]`` each. Shapes depend on no value: no device is waited for."""
     ordered, order = labels.sort()
     first = torch.ones_like(ordered)
     first[1:] = ordered[1:] != ordered[:-1]
@@ -173,6 +170,6 @@ def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor) -> Tensor:
-    """For each of the ``wanted`` classes the sum of its features, zero if there are none."""
+    """For each of the ``wanted`` classes ``[K]`` the sum ``[K, D]`` of its features, zero if there are none."""
     sums = features.new_zeros(max(classes.shape[0], wanted.shape[0]), features.shape[1])
     return sums.index_add(0, classes, features).index_select(0, wanted)  # its backward is cheaper than that of indexing

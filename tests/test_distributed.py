@@ -441,7 +441,7 @@ def on_rank(rank: int, world: int, store: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
-    """Losses, gradients under averaging, sub-groups, bytes and errors: the checks above (trap 7)."""
+    """Losses, gradients under averaging, sub-groups, bytes and errors: the checks above (traps 7 and 45)."""
     spawn(on_rank, (world, str(tmp_path / "store")), nprocs=world)
 
 

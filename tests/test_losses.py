@@ -203,7 +203,7 @@ def test_a_scale_repeated_for_each_replica_counts_once() -> None:
 
 
 def test_losses_listen_to_their_attributes() -> None:
-    """Whoever anneals an argument, a weight or an option is heard, checked, and sees it in the repr."""
+    """Whoever anneals an argument, a weight or an option is heard, checked, and sees it in the repr (trap 46)."""
     carot = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5)
     carot.label_smoothing, carot.distillation_weight = 0.3, 0.5
     by_hand: Any = MultimodalContrastiveLoss(label_smoothing=0.3) + 0.5 * MultimodalDistillationLoss()
@@ -245,7 +245,7 @@ def test_numbers_of_numpy_are_numbers(kind: Any) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("noise", [0.0, 1.0, 1.3, 1.5, 2.0, 4.0])
 def test_float32_losses_keep_their_digits_down_to_a_millionth(noise: float, seed: int, impl: Any) -> None:
-    """Within 2e-5 of float64 on the same features, and never negative, for a fine-tuned model's small losses too."""
+    """Within 2e-5 of float64 on the same features, and never negative, also for small losses (trap 43)."""
     images, noises = (unit_rows(200, 64, s + 10 * seed) for s in (0, 1))
     exact = [f.float().double() for f in (images, torch.nn.functional.normalize(images + noise * noises, dim=1))]
 

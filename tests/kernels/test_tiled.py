@@ -249,7 +249,7 @@ def dual(loss: Any, x: Tensor) -> Any:
     ids=["twice", "dual", "jvp", "jacfwd", "hessian", "vmap", "grad of grad"],
 )
 def test_what_the_tiled_form_cannot_differentiate_is_refused(derivative: Any, impl: Any) -> None:
-    """It says so instead of giving a wrong value, and names the form that can, which does."""
+    """It says so instead of giving a wrong value, and names the form that can, which does (trap 44)."""
     x, y = unit_rows(5, 3, 0), unit_rows(5, 3, 1)
     teacher = unit_rows(5, 3, 2), unit_rows(5, 3, 3), 2.0
 

@@ -481,9 +481,8 @@ def test_the_kernels_compile_and_fit_into_shared_memory(
         models = factors(130, 200, 768, 0, scale=20.0, teacher=teacher)
         inputs = [Factors(*(tensor.to(operands).to(total) for tensor in model)) for model in models]
         strip = triton.forward(inputs, partners(130, 200), operands)
-        weights = [torch.ones(n, dtype=total) for n in (130, 200)]
-        none = strip.rows.lse[:0]
-        softmaxes = [Softmaxes(strip.rows[k], strip.columns[k], *weights, none) for k in range(len(inputs))]
+        rows, columns, none = (torch.ones(n, dtype=total) for n in (130, 200, 0))
+        softmaxes = [Softmaxes(strip.rows[k], strip.columns[k], rows, columns, none) for k in range(len(inputs))]
         triton.backward(inputs, softmaxes, partners(130, 200), operands, [True, True, True])
     assert len(compiled) == 2
     for kernel in compiled:

@@ -28,8 +28,6 @@ class TemperatureScaler(nn.Module):
         >>> scaler = TemperatureScaler().fit(val_logits, val_target)
         >>> scaler(torch.tensor([[8.0, 0.0]])).softmax(1)  # three of four were of class 0
         tensor([[0.7500, 0.2500]])
-
-    Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2.
     """
 
     temperature: Tensor

@@ -62,8 +62,6 @@ class CalibrationError(BinnedMetric):
         >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([1, 1]))
         >>> metric.compute()  # right half of the time; each batch alone would be 0.25 or 0.75 off
         tensor(0.2500, dtype=torch.float64)
-
-    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
     """
 
     def __init__(
@@ -105,8 +103,6 @@ class AdaptiveCalibrationError(PredictionMetric):
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> metric.compute()  # bins {0.75, 0.75} and {1, 1}: (2 * 0.25 + 0) / 4
         tensor(0.1250, dtype=torch.float64)
-
-    Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`, adaptive binning.
     """
 
     plot_upper_bound = 1.0
@@ -157,8 +153,6 @@ class ClasswiseCalibrationError(BinnedMetric):
         >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
         >>> metric.compute()  # both classes happen half of the time
         tensor(0.2500, dtype=torch.float64)
-
-    Reference: Nixon et al., 2019, :arxiv:`1904.01685`, static calibration error.
     """
 
     def __init__(
@@ -207,8 +201,6 @@ class BrierScore(PredictionMetric):
         >>> metric.update(torch.tensor([[0.75, 0.25]]), torch.tensor([1]))
         >>> metric.compute()  # 0.75² + 0.75²
         tensor(1.1250, dtype=torch.float64)
-
-    Reference: Brier, 1950, *Verification of forecasts expressed in terms of probability*, equation 2.
     """
 
     plot_upper_bound = 2.0
@@ -237,8 +229,6 @@ class NegativeLogLikelihood(PredictionMetric):
         >>> metric.update(torch.tensor([[0.0, 500.0]]), torch.tensor([0]))
         >>> metric.compute()
         tensor(500., dtype=torch.float64)
-
-    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 6.
     """
 
     scalar_sums = ("nll_sum", "count")

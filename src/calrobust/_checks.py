@@ -222,7 +222,7 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
 
 
 def _may_be_probabilities(rows: Tensor) -> Tensor:
-    """``[N]``: whether numbers that round to these can lie in [0, 1] and sum to 1. True for NaN."""
+    """``[N]``: whether each row may be rounded from numbers in [0, 1] that sum to 1. True for NaN."""
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
     wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # 1/64: of a softmax taken in bfloat16
@@ -235,10 +235,10 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 
 
 def _cannot_be_logits(rows: Tensor) -> bool:
-    """Whether all rows may be probabilities, and are too many and too exact for logits that do so by chance.
+    """Whether all rows may be probabilities, while logits would hardly look like that by chance.
 
-    A row of C logits in [0, 1], such as cosines, sums to 1 within d with a chance of at most 100 * d / C. Logits whose
-    mean is 1/C are rare themselves where C is large.
+    A row of C logits in [0, 1], such as cosines, sums to 1 within d with a chance of at most 100 * d / C. With many
+    classes, logits whose mean is 1/C are rare in themselves, so that a larger chance is allowed.
     """
     n_classes = rows.shape[1]
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():

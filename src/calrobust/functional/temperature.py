@@ -6,7 +6,7 @@ With :math:`\beta = 1 / T` and :math:`d_{ic} = z_{ic} - \max_k z_{ik}`, the nega
     \beta \frac{\partial}{\partial \beta} = \sum_i \bigl(E_p[\beta d_i] - \beta d_{i y_i}\bigr), \qquad
     \beta^2 \frac{\partial^2}{\partial \beta^2} = \sum_i \mathrm{Var}_p[\beta d_i],
 
-expectations under the softmax of :math:`\beta d_i`. Both are free of the logits' scale, and so is the step.
+with expectations under the softmax of :math:`\beta d_i`. Neither depends on the scale of the logits, nor does the step.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step th
 MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
 LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
 EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
-HUGE = 1e20  # logits that lie so far below the top that products could overflow, -inf among them,
-FLOOR = -200.0  # are as good as this when scaled: exp(-200) is as good as 0
+HUGE = 1e20  # products of logits this far below the top, -inf among them, could overflow
+FLOOR = -200.0  # what they are replaced by once they are scaled: exp(-200) is as good as 0
 GAP = 32.0  # a mask is at least this many times as far below the highest logit as any logit that is none
 GAP_LOGITS = 4096  # looked at for such a gap
 NEGLIGIBLE = 5.0  # nats; masks that were found lie at least twice as far below the top, and exp(-10) is 5e-5

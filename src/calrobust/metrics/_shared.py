@@ -79,7 +79,7 @@ class PredictionMetric(Metric):
             )
         validate, ignored = self.validate_args, self.ignore_index
         summands = self._summands(probability_blocks(preds, target, self.from_logits, ignored, validate))
-        # A row without a softmax has left NaN in a sum, so that good batches need no search for one.
+        # A row without a softmax has left NaN in a sum, so that only batches with NaN are searched.
         if validate and bool(torch.cat([summand.flatten() for summand in summands.values()]).isnan().any()):
             kept = slice(None) if ignored is None else target != ignored
             check_softmax_exists(target[kept], preds=preds[kept])
@@ -109,7 +109,7 @@ class PredictionMetric(Metric):
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
         seen = metric.update_count if metric else _any_samples(incoming)
         states = {name: own[name] + state for name, state in incoming.items()}
-        # torchmetrics would go on giving the value that was computed before, for lack of `_computed=None`.
+        # torchmetrics' own merge_state keeps the value that was computed before, and compute would return it.
         self.__dict__.update(states, _computed=None, _update_count=self._update_count + seen)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:

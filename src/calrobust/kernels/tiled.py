@@ -116,12 +116,12 @@ def backward(
     buffers = x.new_empty(1 + len(models), tiles[0].stop, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
     rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, len(y), dtype=dtype)
-    gradients = FeatureGradients(models[0], [w for own in softmaxes for w in own[2:4]], needs, dtype)
+    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
     for tile in tiles:
         scratch, *outs = buffers[:, : tile.stop - tile.start]
         gradient, *others = (
-            matrix.weighted_softmaxes(own, tile, scratch, out)
-            for matrix, own, out in zip(matrices, softmaxes, outs, strict=True)
+            matrix.weighted_softmaxes(each, tile, scratch, out)
+            for matrix, each, out in zip(matrices, softmaxes, outs, strict=True)
         )
         for other in others:
             gradient += other

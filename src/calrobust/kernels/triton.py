@@ -73,8 +73,8 @@ def _logits(
             total = tl.dot(a, b, total, input_precision="tf32x3")
         else:
             total = tl.dot(a, b, total)
-    own = tl.load(partner + row, mask=row < n, other=-1)
-    other = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != own[:, None])
+    partners = tl.load(partner + row, mask=row < n, other=-1)
+    other = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != partners[:, None])
     return tl.where(other, total * tl.load(scale), EXCLUDED)
 
 
@@ -250,12 +250,12 @@ def backward(
     dtype = torch.float16 if operands.itemsize == 2 else x.dtype
     tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, TILE_BYTES)
     buffer = x.new_empty(tiles[0].stop, m, dtype=dtype)
-    gradients = FeatureGradients(models[0], [w for own in softmaxes for w in own[2:4]], needs, dtype)
+    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
     for tile in tiles:
         length = tile.stop - tile.start
         grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
         arguments = [
-            (own.row_lse[tile], own.column_lse, own.row_weights[tile], own.column_weights) for own in softmaxes
+            (each.row_lse[tile], each.column_lse, each.row_weights[tile], each.column_weights) for each in softmaxes
         ]
         launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, buffer, length, m)
         gradients.add(tile, buffer[:length])

@@ -49,6 +49,13 @@ def test_is_the_optimum_to_one_part_in_a_million(
     assert temperature.item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
 
 
+def test_few_samples_that_say_little_are_fitted_as_exactly() -> None:
+    """Probabilities near 1 / C make the likelihood flat, and float32 arithmetic was off by up to 9e-6 there."""
+    for seed in range(20):
+        logits, target = classifier(20, 5, seed, spread=0.1)
+        assert quietly(logits, target) == pytest.approx(quietly(logits.double(), target), rel=1e-7)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1e2, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_finds_the_optimum_at_every_scale_of_the_logits(scale: float, dtype: torch.dtype) -> None:

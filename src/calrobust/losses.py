@@ -112,7 +112,7 @@ class PairLoss(nn.Module, ABC):
         values = weighted_terms(request, weighted[0][1].options())
         terms: dict[str, Tensor] = {}
         for (_, loss), value in zip(weighted, values, strict=True):
-            name = loss.kind.name
+            name = loss._kind.name
             count = sum(known.split("_")[0] == name for known in terms)
             if isinstance(bias, Tensor):  # else DistributedDataParallel would wait for its gradient
                 value = value + 0 * bias.sum()
@@ -137,7 +137,7 @@ class PairLoss(nn.Module, ABC):
                 "write criterion(*student(images, texts), *teacher(images, texts))"
             )
         taught = [name for name in _TEACHER if found.get(name) is not None]
-        if any(loss.kind.needs_teacher for _, loss in self.weighted()):
+        if any(loss._kind.needs_teacher for _, loss in self.weighted()):
             if not {*_TEACHER[:3]} <= {*taught}:
                 raise TypeError(
                     f"{self!r} needs teacher_image_features, teacher_text_features and teacher_logit_scale; "
@@ -148,14 +148,13 @@ class PairLoss(nn.Module, ABC):
         return found
 
     def __add__(self, other: PairLoss) -> LossSum:
-        return LossSum(*self.weighted(), *other.weighted()) if isinstance(other, PairLoss) else NotImplemented
+        return LossSum((1.0, self), (1.0, other)) if isinstance(other, PairLoss) else NotImplemented
 
     def __radd__(self, other: object) -> PairLoss:
         return self if other == 0 else NotImplemented  # the built-in sum() starts from 0
 
     def __mul__(self, weight: float) -> LossSum:
-        check_number(weight=weight)
-        return LossSum(*((weight * own, term) for own, term in self.weighted()))
+        return LossSum((weight, self))
 
     __rmul__ = __mul__
 
@@ -163,19 +162,19 @@ class PairLoss(nn.Module, ABC):
 class _TermLoss(PairLoss):
     """A loss of one term. Its arguments are attributes, which are read and checked at every call."""
 
-    kind: type[Term]
-    argument: str  # the one that `kind` takes
+    _kind: type[Term]
+    _argument: str  # the one that `_kind` takes
 
     def __init__(self, argument: float, options: PairOptions) -> None:
         super().__init__()
-        setattr(self, self.argument, argument)
+        setattr(self, self._argument, argument)
         for name, value in vars(Options.of(options)).items():
             setattr(self, name, value)
         self.term()
 
     def term(self) -> Term:
         """The term with today's argument, checked."""
-        return self.kind(**{self.argument: getattr(self, self.argument)})
+        return self._kind(**{self._argument: getattr(self, self._argument)})
 
     def options(self) -> PairOptions:
         """Today's options, in which all terms of a sum agree."""
@@ -187,7 +186,7 @@ class _TermLoss(PairLoss):
 
     def extra_repr(self) -> str:
         """The arguments that are not at their defaults."""
-        defaults = {**vars(self.kind()), **vars(Options())}
+        defaults = {**vars(self._kind()), **vars(Options())}
         values = {name: getattr(self, name) for name in defaults}
         return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
 
@@ -213,7 +212,7 @@ class MultimodalContrastiveLoss(_TermLoss):
         tensor(0.3633)
     """
 
-    kind, argument = Contrastive, "label_smoothing"
+    _kind, _argument = Contrastive, "label_smoothing"
     label_smoothing: float
 
     def __init__(self, *, label_smoothing: float = 0.0, **options: Unpack[PairOptions]) -> None:
@@ -242,7 +241,7 @@ class MultimodalDistillationLoss(_TermLoss):
         {'contrastive': tensor(0.3133), 'distillation': tensor(0.)}
     """
 
-    kind, argument = Distillation, "temperature"
+    _kind, _argument = Distillation, "temperature"
     temperature: float
 
     def __init__(self, *, temperature: float = 1.0, **options: Unpack[PairOptions]) -> None:
@@ -271,16 +270,17 @@ class LossSum(PairLoss):
     weights: list[float]
     losses: list[_TermLoss]
 
-    def __init__(self, *weighted: tuple[float, _TermLoss]) -> None:
+    def __init__(self, *weighted: tuple[float, PairLoss]) -> None:
         super().__init__()
         if not weighted:
             raise TypeError("a sum must have at least one pair of a weight and a loss, got none")
         for pair in weighted:
-            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], _TermLoss)):
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], PairLoss)):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
-        self.losses = [loss for _, loss in weighted]
-        self.weights = [float(weight) for weight, _ in weighted]  # a tensor times an int of more than 64 bits fails
+        terms = [(float(weight) * own, term) for weight, loss in weighted for own, term in loss.weighted()]
+        self.losses = [term for _, term in terms]
+        self.weights = [weight for weight, _ in terms]
         self.weighted()  # checks that the options agree
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:

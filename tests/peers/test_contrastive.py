@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -80,3 +81,12 @@ def test_supervised_contrast_leaves_a_pair_out_where_both_labels_are_one_tensor(
     loss = SupConLoss(temperature=0.1)
     one, two = (loss(image, labels, ref_emb=text, ref_labels=given) for given in (labels, labels.clone()))
     assert abs(one - two) > 0.1
+
+
+def test_supervised_contrast_is_zero_for_one_class_where_ours_is_not() -> None:
+    """Without a negative pair it skips the batch; ours compares with a uniform target, and its least value is log N."""
+    features, labels = unit_rows(4, 8, 0), torch.zeros(4, dtype=torch.int64)
+    assert SupConLoss(temperature=0.1)(features, labels, ref_emb=features, ref_labels=labels.clone()) == 0
+    assert multimodal_contrastive_loss(features, features, 10.0, labels=labels) > math.log(4)
+    alike = features[:1].expand(4, -1)
+    assert multimodal_contrastive_loss(alike, alike, 10.0, labels=labels).item() == pytest.approx(math.log(4))

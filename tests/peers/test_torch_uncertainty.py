@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calrobust import functional as F
 from calrobust.functional.calibration import Norm
+from calrobust.metrics import BrierScore, CalibrationError
+from calrobust.plotting import reliability_diagram
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it depends on
@@ -39,6 +42,20 @@ def test_scores_are_ours(seed: int) -> None:
     ours = F.brier_score(logits, target).item(), F.negative_log_likelihood(logits, target).item()
     other = value(theirs.BrierScore(CLASSES), logits, target), value(theirs.CategoricalNLL(), logits, target)
     assert ours == pytest.approx(tuple(float(v) for v in other), rel=1e-5)
+
+
+def test_the_score_of_estimators_is_that_of_all_their_rows() -> None:
+    """Theirs takes [N, E, C]; ours refuses it with labels [N], because a third axis holds pixels."""
+    logits, target = classifier(60, CLASSES, 0)
+    estimators = logits.unflatten(0, (20, 3)).softmax(2)
+    target = target[:20]
+    metric = theirs.BrierScore(CLASSES)
+    metric.update(estimators, target)
+    ours = BrierScore(from_logits=False)
+    with pytest.raises(ValueError, match="one label for each row"):
+        ours.update(estimators, target)
+    ours.update(estimators.flatten(0, 1), target.repeat_interleave(3))
+    assert ours.compute().item() == pytest.approx(metric.compute().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "max"])
@@ -80,3 +97,16 @@ def test_temperature_is_ours() -> None:
     finally:
         logging.disable(logging.NOTSET)
     assert scaler.temperature[0].item() == pytest.approx(F.fit_temperature(logits, target).item(), rel=0.02)
+
+
+def test_plot_is_a_diagram_of_two_panels_where_ours_shows_the_value() -> None:
+    """The diagram of ours takes the metric's bins."""
+    logits, target = classifier(60, CLASSES, 0)
+    metric = theirs.CalibrationError("multiclass", num_classes=CLASSES)
+    metric.update(logits.softmax(1), target)
+    ours = CalibrationError()
+    ours.update(logits, target)
+    panels = [len(figure.axes) for figure in (metric.plot()[0], ours.plot()[0])]
+    assert panels == [2, 1]
+    assert reliability_diagram(ours.bins).get_xlim() == (0, 1)
+    plt.close("all")

@@ -81,3 +81,28 @@ def test_its_bootstrap_takes_quantiles_in_float64() -> None:
     wrapped.quantile = quantile.float()
     with pytest.raises(RuntimeError, match="same dtype"):
         wrapped.compute()
+
+
+def test_the_dtype_of_sums_stays_where_theirs_changes() -> None:
+    """Counts are exact in float64 alone."""
+    assert MulticlassCalibrationError(4).set_dtype(torch.float16).dtype == torch.float16
+    metric = CalibrationError()
+    with pytest.raises(ValueError, match="float64"):
+        metric.set_dtype(torch.float16)
+    assert metric.dtype == metric.counts.dtype == torch.float64
+
+
+def test_metrics_that_synchronise_each_step_merge_where_theirs_refuse() -> None:
+    """The sums are those of this rank; and what is no state is a TypeError, not a ValueError."""
+    with pytest.raises(RuntimeError, match="not supported"):
+        MulticlassCalibrationError(4, dist_sync_on_step=True).merge_state(MulticlassCalibrationError(4))
+    with pytest.raises(ValueError, match="incoming state"):
+        MulticlassCalibrationError(4).merge_state(2)  # type: ignore[arg-type]
+    logits, target = classifier(60, 4, 0)
+    ours = [CalibrationError(dist_sync_on_step=True) for _ in range(2)]
+    for metric, half in zip(ours, (slice(20), slice(20, 60)), strict=True):
+        metric.update(logits[half], target[half])
+    ours[0].merge_state(ours[1])
+    assert ours[0].compute().item() == pytest.approx(calibration_error(logits, target).item())
+    with pytest.raises(TypeError, match="incoming_state"):
+        ours[0].merge_state(2)  # type: ignore[arg-type]

@@ -110,3 +110,17 @@ def test_plot_is_a_diagram_of_two_panels_where_ours_shows_the_value() -> None:
     assert panels == [2, 1]
     assert reliability_diagram(ours.bins).get_xlim() == (0, 1)
     plt.close("all")
+
+
+def test_targets_are_labels_alone() -> None:
+    """Theirs also takes indicators and probabilities."""
+    logits, target = classifier(60, CLASSES, 0)
+    indicators = torch.nn.functional.one_hot(target, CLASSES)
+    both = [theirs.BrierScore(CLASSES) for _ in range(2)]
+    for metric, given_as in zip(both, (target, indicators), strict=True):
+        metric.update(logits.softmax(1), given_as)
+    assert both[0].compute() == both[1].compute()
+    with pytest.raises(ValueError, match="one label for each row"):
+        BrierScore().update(logits, indicators)
+    with pytest.raises(TypeError, match="int64"):
+        F.fit_temperature(logits, indicators.double())

@@ -175,8 +175,9 @@ def no_batches(name: str) -> list[Wrong]:
         Wrong(
             {name: LOGITS.softmax(1)},
             ValueError,
-            f"{name} must be logits, got rows in [0, 1] that sum to 1; pass {name}.log(), or from_logits=False where "
-            f"it exists, if these are probabilities, and {name} + 1, of the same softmax, if they are logits",
+            f"{name} must be logits, got rows in [0, 1] that sum to 1; if they are probabilities, pass {name}.log() or, "
+            f"where there is that option, from_logits=False; if they are logits after all, pass {name} + 1, which has "
+            "the same softmax",
         ),
         Wrong({name: LOGITS.half().softmax(1)}, ValueError),
     ]

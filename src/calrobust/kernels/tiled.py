@@ -137,8 +137,8 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
     on_cpu = _is_looked_at(s)  # elsewhere columns are taken from the logits
     height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
     lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
-    # Of columns: Σ w_i p_ij; and, up to the factor Σ w̃_i p̃_ij, the first sum of the divergence, and the b_j.
-    sums, teacher_sums, first, second = s.new_zeros(4, s.shape[1])
+    # Of columns: Σ w_i p_ij; then Σ w̃_i p̃_ij and, up to that factor, the first sum of the divergence, and the b_j.
+    sums, *_ = all_sums = s.new_zeros(4, s.shape[1])
     pivot = teacher_pivot = lse.new_zeros(())  # then the mean lse of the first band
     buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
     for start in range(0, s.shape[0], height):
@@ -147,7 +147,7 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
         lse[band] = _softmax(s[band], p)
         pivot = lse[band].mean() if start == 0 else pivot
         if on_cpu:
-            sums += (lse[band] - pivot).exp().to(s.dtype) @ p
+            sums.addmv_(p.T, (lse[band] - pivot).exp().to(s.dtype))
         if t is None:
             continue
         teacher_p, ratio, excess = spare
@@ -161,21 +161,20 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
             weights = (teacher_lse[band] - teacher_pivot).exp()
             distance = (teacher_pivot - pivot) - shift
             growth = torch.expm1(distance)
-            mixed = torch.stack([weights, weights * (growth - distance), weights * growth, weights + weights * growth])
-            weights, curved, grown, whole = mixed.to(s.dtype)
-            teacher_sums += weights @ teacher_p
-            first += curved @ teacher_p
-            first += weights @ terms
-            first += grown @ excess
-            second += grown @ teacher_p
-            second += whole @ excess
+            grown = weights * growth
+            of_p = torch.stack([weights, weights * (growth - distance), grown]).to(s.dtype)
+            of_excess = torch.stack([grown, weights + grown]).to(s.dtype)
+            all_sums[1:].addmm_(of_p, teacher_p)
+            all_sums[2:].addmm_(of_excess, excess)
+            all_sums[2].addmv_(terms.T, of_p[0])
     rows = Part.without_teacher(lse) if t is None else Part(lse, teacher_lse, divergence.clamp_(min=0))
     if not on_cpu:
         return Strip(rows, dense.along(0, s, t).to(precise))
     columns = Part.without_teacher(pivot + sums.to(precise).log())
     lost = ~_representable(sums)
     if t is not None:
-        first, second = first.to(precise) / teacher_sums, second.to(precise) / teacher_sums
+        teacher_sums = all_sums[1]
+        first, second = all_sums[2:].to(precise) / teacher_sums
         columns = Part(
             columns.lse, teacher_pivot + teacher_sums.to(precise).log(), (first + second.log1p() - second).clamp(min=0)
         )
@@ -205,7 +204,7 @@ def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess
     term that leaves it below the true value wherever it is inexact. So the larger of the two is right, once what
     rounding may add to the difference is taken off. In float32 torch's expm1 takes longer than all of this.
     """
-    margin = 8 * torch.finfo(ratio.dtype).eps
+    margin = 4 * torch.finfo(ratio.dtype).eps
     torch.sub(probability, target, out=excess)
     torch.addcmul(excess, target, ratio, value=-1, out=out).sub_(target, alpha=margin)
     near = probability
@@ -213,7 +212,7 @@ def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess
     if ratio.dtype == torch.float64:
         torch.expm1(ratio, out=near).sub_(ratio)
     else:
-        *factors, last = (ratio.new_full((), 1 / math.factorial(k)) for k in range(2, 8))
+        *factors, last = (ratio.new_full((), 1 / math.factorial(k)) for k in range(2, 6))
         torch.add(factors[-1], ratio, alpha=float(last), out=near)
         for factor in reversed(factors[:-1]):
             torch.addcmul(factor, ratio, near, out=near)

@@ -260,9 +260,9 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
         value = value.detach()
         if from_logits and _cannot_be_logits(value):
             raise ValueError(
-                f"{name} must be logits, got rows in [0, 1] that sum to 1; if they are probabilities, pass {name}.log() "
-                f"or, where there is that option, from_logits=False; if they are logits after all, pass {name} + 1, "
-                "which has the same softmax"
+                f"{name} must be logits, got rows in [0, 1] that sum to 1; if they are probabilities, pass "
+                f"{name}.log() or, where there is that option, from_logits=False; if they are logits after all, pass "
+                f"{name} + 1, which has the same softmax"
             )
         if not from_logits and (wrong := ~_may_be_probabilities(value)).any():
             row = value[wrong][0].double()

@@ -176,8 +176,8 @@ def no_batches(name: str) -> list[Wrong]:
             {name: LOGITS.softmax(1)},
             ValueError,
             f"{name} must be logits, got rows in [0, 1] that sum to 1; if they are probabilities, pass {name}.log() "
-            f"or, where there is that option, from_logits=False; if they are logits after all, pass {name} + 1, which has "
-            "the same softmax",
+            f"or, where there is that option, from_logits=False; if they are logits after all, pass {name} + 1, which "
+            "has the same softmax",
         ),
         Wrong({name: LOGITS.half().softmax(1)}, ValueError),
     ]

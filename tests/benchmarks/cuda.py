@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -232,20 +233,26 @@ def _taught_gradients(features: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _blocks(features: list[Tensor]) -> list[Row]:
-    """The table's blocks against others: what to write into it."""
-    from calrobust.kernels.triton import BLOCKS, tune
+    """The blocks of the kernels against others: what to write into their table."""
+    from triton import OutOfResources
 
-    def milliseconds() -> float:
-        return measured({"step": step})[0]["step"]
+    from calrobust.kernels import triton as kernels
 
     step = partial(_taught_gradients, features)
-    dtype = features[0].dtype
-    default, before = BLOCKS[dtype.itemsize], milliseconds()
-    best = tune(step, dtype)
+    size = features[0].dtype.itemsize
+    default, milliseconds = kernels.BLOCKS[size], {}
+    shapes = ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))
+    tried = [kernels.Blocks(*shape, depth, warps, 3) for shape in shapes for depth in (32, 64) for warps in (4, 8)]
+    try:
+        for blocks in dict.fromkeys((default, *tried)):
+            kernels.BLOCKS[size] = blocks
+            with suppress(OutOfResources):  # of a block too large for the device
+                milliseconds[blocks] = measured({"step": step})[0]["step"]
+    finally:
+        kernels.BLOCKS[size] = default
+    best = min(milliseconds, key=milliseconds.__getitem__)
     label = f"time at the blocks of the table / at the best blocks, {tuple(best)}"
-    row = share(label, before, milliseconds(), None, "ms")
-    BLOCKS[dtype.itemsize] = default
-    return [row]
+    return [share(label, milliseconds[default], milliseconds[best], None, "ms")]
 
 
 def _library(where: str) -> Table:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from timeit import timeit
 from types import SimpleNamespace
 from typing import Any
 
@@ -291,28 +290,6 @@ def test_layout_of_the_features_does_not_matter() -> None:
         for features in ((x, y), (x.clone(), y.contiguous()))
     )
     assert_close(vectors(found), vectors(expected))
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="on a device launches would take most of the time")
-def test_tuning_keeps_the_fastest_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large blocks make few programs; a block too large for the device is passed over; a failure changes nothing."""
-    triton = importlib.import_module("calrobust.kernels.triton")
-    before = triton.Blocks(16, 16, 16, 4, 2)
-    monkeypatch.setitem(triton.BLOCKS, 4, before)
-    # Triton's own clock wants a device
-    monkeypatch.setattr(triton.triton.testing, "do_bench", lambda step, return_mode: timeit(step, number=1))
-    fits, too_large = before._replace(ROWS=64, COLUMNS=64), before._replace(ROWS=4096)
-    features = batch(128, 16, torch.float32)
-
-    def attempt() -> None:
-        if triton.BLOCKS[4] == too_large:
-            raise triton.triton.OutOfResources(2, 1, "shared memory")
-        step(features, torch.tensor(20.0), impl="triton")
-
-    assert triton.tune(attempt, torch.float32, [fits, too_large]) == triton.BLOCKS[4] == fits
-    with pytest.raises(ZeroDivisionError):
-        triton.tune(lambda: 1 / 0, torch.float32, [before])
-    assert triton.BLOCKS[4] == fits
 
 
 # opcheck itself looks at the .grad of tensors that are no leaves

@@ -10,8 +10,6 @@ round one side of ``t − s`` alone: a teacher equal to the student gives exactl
 `products` takes it on to x and y.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -42,14 +40,6 @@ class Blocks(NamedTuple):
 
 # By bytes of an operand; within the 99 KiB of shared memory that every card has.
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(32, 32, 16, 8, 2)}
-
-# What `tune` tries.
-CANDIDATES = [
-    Blocks(rows, columns, depth, num_warps, 3)
-    for rows, columns in ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))
-    for depth in (32, 64)
-    for num_warps in (4, 8)
-]
 
 EXCLUDED = tl.constexpr(parts.EXCLUDED)  # also a logit outside the matrix
 
@@ -260,29 +250,6 @@ def backward(
         launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, buffer, length, m)
         gradients.add(tile, buffer[:length])
     return gradients.results()
-
-
-def tune(step: Callable[[], object], operands: torch.dtype, candidates: Sequence[Blocks] = CANDIDATES) -> Blocks:
-    """Times a step at several sizes of blocks, and keeps the fastest for the rest of the process.
-
-    Args:
-        step: takes a loss with ``impl="triton"`` forward and backward, on features as large as those to come.
-        operands: their dtype; where student and teacher differ, that to which both are promoted.
-        candidates: blocks to try, besides those in use.
-
-    Returns:
-        The blocks that are in use from now on.
-    """
-    seconds: dict[Blocks, float] = {}
-    before = BLOCKS[operands.itemsize]
-    try:
-        for blocks in dict.fromkeys((before, *candidates)):
-            BLOCKS[operands.itemsize] = blocks
-            with suppress(triton.OutOfResources):  # of a block too large for the device
-                seconds[blocks] = triton.testing.do_bench(step, return_mode="median")
-    finally:
-        BLOCKS[operands.itemsize] = min(seconds, key=seconds.__getitem__, default=before)
-    return BLOCKS[operands.itemsize]
 
 
 def _merged(found: Tensor) -> Part:

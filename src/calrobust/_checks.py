@@ -241,11 +241,14 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     classes, logits whose mean is 1/C are rare in themselves, so that a larger chance is allowed.
     """
     n_classes = rows.shape[1]
+    low, high = rows[0].aminmax()
+    if low < 0 or high > 1 + 1e-6:  # most logits are recognised by their first row
+        return False
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False
     # Numbers of low precision, also when a wider dtype holds them, sum to exactly 1 more often.
-    low = (torch.bfloat16, torch.float16, torch.float32)
-    precision = next((dtype for dtype in low if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
+    narrow = (torch.bfloat16, torch.float16, torch.float32)
+    precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs().max().clamp(min=torch.finfo(precision).eps / 4)
     chance = min(1.0, max(2e-5, (n_classes / 1000) ** 3))
     distinct = len(rows[:64].unique(dim=0))

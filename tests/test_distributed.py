@@ -300,6 +300,8 @@ def check_refusals(rank: int, world: int) -> None:
     both: Any = contrastive + distillation
     function: Any = partial(functional.multimodal_contrastive_loss, gather=True)
     refused = rf"rank \[{last}\] did not; its own error"
+    broken: Any = contrastive + distillation
+    broken.weights[1] = float("nan")
 
     def differs(fact: str) -> tuple[str, str]:
         return (f"^{fact} must be the same on every rank, got",) * 2
@@ -324,6 +326,7 @@ def check_refusals(rank: int, world: int) -> None:
             ("none", refused),
         ),
         (lambda: function(*good, label_smoothing=2.0), lambda: function(*good), ("label_smoothing must be", refused)),
+        (lambda: broken(*good, *good), lambda: both(*good, *good), ("weight must be finite", refused)),
         (lambda: function(*good, reduction="avg"), lambda: function(*good), ("reduction must be one of", refused)),
         (lambda: contrastive(*narrow), lambda: contrastive(*good), differs("the width of features")),
         (lambda: contrastive(*single), lambda: contrastive(*good), differs("the dtype of features")),

@@ -23,7 +23,6 @@ __all__ = [
     "PairLoss",
 ]
 
-
 _STUDENT = ("image_features", "text_features", "logit_scale", "logit_bias")
 _TEACHER = tuple(f"teacher_{name}" for name in _STUDENT)
 
@@ -32,18 +31,19 @@ class PairLoss(nn.Module, ABC):
     """A loss on pairs: ``a + b``, ``w * a`` and ``a * w`` are losses too, and share one pass over the pair matrix.
 
     Base class of :class:`~calrobust.MultimodalContrastiveLoss`, :class:`~calrobust.MultimodalDistillationLoss` and
-    their sums. All are called alike, with what the student returned and, if a term distils, what the teacher returned:
-
-    ``criterion(*model(images, texts), *teacher(images, texts))``
-
-    Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's SigLIP models
-    do. A bias shifts all logits alike and so changes no softmax: it gets a zero gradient.
+    their sums. Call any of them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if
+    no term distils. Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's
+    SigLIP models do. A bias shifts all logits alike and so changes no softmax: it gets a zero gradient.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
         >>> sum([MultimodalContrastiveLoss(), 1.5 * MultimodalDistillationLoss()])
         MultimodalContrastiveLoss() + 1.5 * MultimodalDistillationLoss()
     """
+
+    @abstractmethod
+    def options(self) -> PairOptions:
+        """The options in which all terms agree."""
 
     @abstractmethod
     def weighted(self) -> list[tuple[float, _TermLoss]]:
@@ -91,15 +91,16 @@ class PairLoss(nn.Module, ABC):
         labels: Tensor | None = None,
         **named: Tensor | float | None,
     ) -> dict[str, Tensor]:
-        """The weighted terms by name, for logging: ``forward`` has the arguments and errors, and gives their sum.
+        """The weighted terms by name, for logging; ``forward`` has the arguments and errors, and gives their sum.
 
         Names are ``contrastive`` and ``distillation``; a second term of a kind is ``distillation_2``.
         """
-        weighted = self.weighted()
+        weighted: list[tuple[float, _TermLoss]] = []
         bias: Tensor | float | None = None
 
         def request() -> Request:
             nonlocal bias
+            weighted.extend(self.weighted())
             found = self._by_name((image_features, text_features, logit_scale, *others), named)
             if labels is not None and not any(isinstance(loss, MultimodalContrastiveLoss) for _, loss in weighted):
                 raise TypeError(f"labels must go to a contrastive term, and {self!r} has none; leave them out")
@@ -109,7 +110,7 @@ class PairLoss(nn.Module, ABC):
             terms = [(weight, loss.term()) for weight, loss in weighted]
             return Request(terms, student, teacher if has_teacher else None, labels)
 
-        values = weighted_terms(request, weighted[0][1].options())
+        values = weighted_terms(request, self.options())
         terms: dict[str, Tensor] = {}
         for (_, loss), value in zip(weighted, values, strict=True):
             name = loss._kind.name
@@ -283,6 +284,10 @@ class LossSum(PairLoss):
         self.weights = [weight for weight, _ in terms]
         self.weighted()  # checks that the options agree
 
+    def options(self) -> PairOptions:
+        """Those of the first loss."""
+        return self.losses[0].options()
+
     def weighted(self) -> list[tuple[float, _TermLoss]]:
         """The terms with today's weights, which must be finite; the options of all losses must agree."""
         for weight, loss in zip(self.weights, self.losses, strict=True):
@@ -301,8 +306,8 @@ class LossSum(PairLoss):
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        pairs = zip(self.weights, self.losses, strict=True)
-        return " + ".join(repr(loss) if weight == 1 else f"{weight:g} * {loss!r}" for weight, loss in pairs)
+        shown = ("" if weight == 1 else f"{weight:g} * " for weight in self.weights)
+        return " + ".join(f"{weight}{loss!r}" for weight, loss in zip(shown, self.losses, strict=True))
 
 
 class CaRotLoss(LossSum):
@@ -312,13 +317,12 @@ class CaRotLoss(LossSum):
     under its own name. :func:`~calrobust.functional.carot_loss` has formula, shapes and errors.
 
     Args:
-        label_smoothing: ε in [0, 1), of MCL. An attribute, which may change while training.
-        distillation_weight: λ, finite; 1.5 in the paper. An attribute, too.
+        label_smoothing: ε in [0, 1), of MCL. An attribute, which may change while training, as is the next.
+        distillation_weight: λ, finite; 1.5 in the paper.
         **options: see :class:`~calrobust.functional.PairOptions`.
 
     Raises:
         ValueError: an argument is outside its range.
-        TypeError: an option is unknown.
 
     Example:
         >>> import torch
@@ -327,8 +331,6 @@ class CaRotLoss(LossSum):
         >>> image = text = torch.eye(2)
         >>> criterion(image, text, 1.0, image, text, 1.0)
         tensor(0.3633)
-        >>> criterion
-        MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * MultimodalDistillationLoss()
     """
 
     def __init__(self, *, label_smoothing: float, distillation_weight: float, **options: Unpack[PairOptions]) -> None:

@@ -268,6 +268,19 @@ def test_float32_losses_keep_their_digits_down_to_a_millionth(noise: float, seed
         hold(functional.multimodal_distillation_loss, 40.0, *exact, *(f.float().double() for f in moved))
 
 
+@pytest.mark.parametrize("impl", ["dense", "tiled", "auto"])
+@pytest.mark.parametrize(("step", "scale"), [(1e-3, 20.0), (3e-3, 20.0), (3e-3, 5.0), (1e-2, 5.0)])
+def test_float32_divergences_of_flat_softmaxes_keep_their_digits(step: float, scale: float, impl: Any) -> None:
+    """Where every probability differs a little, rounding must not add up: 2e-5 of float64 from 7e-6 up."""
+    exact = [unit_rows(200, 64, k).float().double() for k in (0, 1)]
+    moved = [torch.nn.functional.normalize(f + step * unit_rows(200, 64, 7 + k), dim=1) for k, f in enumerate(exact)]
+    features = [*exact, *(f.float().double() for f in moved)]
+    double, single = (with_scales([f.to(d) for f in features], scale) for d in (torch.float64, torch.float32))
+    expected = functional.multimodal_distillation_loss(*double, impl="dense")
+    value = functional.multimodal_distillation_loss(*single, impl=impl)
+    assert (value.double() / expected - 1).abs() <= 2e-5
+
+
 def with_scales(features: list[Tensor], scale: float) -> list[Any]:
     """Images and texts of each model, with a logit scale after them."""
     return [argument for k in range(0, len(features), 2) for argument in (*features[k : k + 2], scale)]

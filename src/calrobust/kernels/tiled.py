@@ -204,7 +204,7 @@ def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess
     term that leaves it below the true value wherever it is inexact. So the larger of the two is right, once what
     rounding may add to the difference is taken off. In float32 torch's expm1 takes longer than all of this.
     """
-    margin = 4 * torch.finfo(ratio.dtype).eps
+    margin = 8 * torch.finfo(ratio.dtype).eps
     torch.sub(probability, target, out=excess)
     torch.addcmul(excess, target, ratio, value=-1, out=out).sub_(target, alpha=margin)
     near = probability
@@ -212,7 +212,7 @@ def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess
     if ratio.dtype == torch.float64:
         torch.expm1(ratio, out=near).sub_(ratio)
     else:
-        *factors, last = (ratio.new_full((), 1 / math.factorial(k)) for k in range(2, 6))
+        *factors, last = (ratio.new_full((), 1 / math.factorial(k)) for k in range(2, 8))
         torch.add(factors[-1], ratio, alpha=float(last), out=near)
         for factor in reversed(factors[:-1]):
             torch.addcmul(factor, ratio, near, out=near)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LARGEST = sys.float_info.max
-PRINTED_STEPS = (1e-2, 1e-3, 1e-4)  # of probabilities that were written to text
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
@@ -19,11 +17,10 @@ def check_tensor(**tensors: Any) -> None:
     """Raises ``TypeError`` for an argument that is not a dense tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
-            )
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a torch.Tensor, got {kind}; convert it with torch.as_tensor")
         if value.is_nested or value.layout != torch.strided:
-            kind = "a nested one" if value.is_nested else value.layout
+            kind = "a nested one" if value.is_nested else str(value.layout)
             raise TypeError(f"{name} must be a dense tensor, got {kind}; convert it with .to_dense(), or pad it")
 
 
@@ -31,21 +28,18 @@ def check_floating(**tensors: Tensor) -> None:
     """Raises ``TypeError`` for an argument that is not a floating-point tensor."""
     check_tensor(**tensors)
     for name, value in tensors.items():
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {value.dtype}; convert it with .float()")
-        if value.dtype.itemsize < 2:  # float8 takes part in no arithmetic
-            raise TypeError(
-                f"{name} must be floating point of at least 16 bits, got {value.dtype}; convert it with .float()"
-            )
+        if not value.is_floating_point() or value.dtype.itemsize < 2:  # torch has no arithmetic for float8
+            rule = "floating point of at least 16 bits" if value.is_floating_point() else "floating point"
+            raise TypeError(f"{name} must be {rule}, got {value.dtype}; convert it with .float()")
 
 
 def check_number(**numbers: Any) -> None:
-    """Raises ``TypeError`` for an argument that is no real number and ``ValueError`` for NaN and infinities."""
+    """Raises ``TypeError`` for an argument that is not a real number and ``ValueError`` for NaN and infinities."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
         number: Any = value if isinstance(value, (int, float)) else float(value)  # NumPy's float32 would overflow below
-        if not -LARGEST <= number <= LARGEST:  # NaN too, and an int too large for a float
+        if not abs(number) <= sys.float_info.max:  # NaN too, and an int too large for a float
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
@@ -64,10 +58,8 @@ def check_float64(**tensors: Tensor) -> None:
     """Raises ``ValueError`` for a tensor on a device that has no float64."""
     for name, value in tensors.items():
         if value.device.type in WITHOUT_FLOAT64:
-            raise ValueError(
-                f"{name} must be on a device that has float64, in which sums are taken, got {value.device}; "
-                "move it with .cpu()"
-            )
+            rule = "on a device that has float64, in which sums are taken"
+            raise ValueError(f"{name} must be {rule}, got {value.device}; move it with .cpu()")
 
 
 def check_one_device(**tensors: Tensor) -> None:
@@ -96,10 +88,9 @@ def check_fraction(*, closed: bool, **numbers: Any) -> None:
     """Raises for a number outside [0, 1], or outside [0, 1) unless ``closed``."""
     check_number(**numbers)
     for name, value in numbers.items():
-        if not (0 <= value <= 1 if closed else 0 <= value < 1):
-            interval = "[0, 1]" if closed else "[0, 1)"
+        if not 0 <= value <= 1 or (value == 1 and not closed):
             hint = f"; did you mean {value / 10:g} or {value / 100:g}?" if 1 <= value <= 100 else ""
-            raise ValueError(f"{name} must be in {interval}, got {value!r}{hint}")
+            raise ValueError(f"{name} must be in [0, 1{']' if closed else ')'}, got {value!r}{hint}")
 
 
 def check_flag(**flags: Any) -> None:
@@ -110,7 +101,7 @@ def check_flag(**flags: Any) -> None:
 
 
 def check_choice(choices: tuple[str, ...], **options: Any) -> None:
-    """Raises ``ValueError`` for an option that is none of ``choices``."""
+    """Raises ``ValueError`` for an option that is not one of ``choices``."""
     for name, value in options.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -138,31 +129,6 @@ def check_module(**modules: Any) -> None:
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
-def check_same_state(**states: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless two mappings from names to tensors have the same names and shapes."""
-    (first, a), (second, b) = states.items()
-    shared = [name for name in a if name in b and isinstance(a[name], Tensor) and isinstance(b[name], Tensor)]
-    wrong = {
-        f"missing from {second}": [name for name in a if name not in b],
-        f"unexpected in {second}": [name for name in b if name not in a],
-        f"of another shape in {second}": [
-            f"{name} {list(b[name].shape)} for {list(a[name].shape)}"
-            for name in shared
-            if a[name].shape != b[name].shape
-        ],
-    }
-    if any(wrong.values()):
-        found = "; ".join(
-            f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            for what, names in wrong.items()
-            if names
-        )
-        raise ValueError(
-            f"{first} and {second} must have the same names and shapes; {found}; "
-            "are they one architecture, with the same adapters?"
-        )
-
-
 def check_predictions(target: Any, **preds: Any) -> None:
     """Raises unless the argument is floating ``[N, C, ...]``, C ≥ 2, and ``target`` has int64 labels ``[N, ...]``."""
     check_floating(**preds)
@@ -183,15 +149,8 @@ def check_predictions(target: Any, **preds: Any) -> None:
 
 def check_ignore_index(ignore_index: Any) -> None:
     """Raises for a value that could never equal a label."""
-    if ignore_index is None:
-        return
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(
-            f"ignore_index must be an int or None, got {type(ignore_index).__name__} {ignore_index!r}; "
-            "pass the label of the samples to leave out"
-        )
-    if not -(2**63) <= int(ignore_index) < 2**63:
-        raise ValueError(f"ignore_index must be a label, which has 64 bits, got {ignore_index!r}")
+    if ignore_index is not None:
+        check_integer(-(2**63), ignore_index=ignore_index)
 
 
 def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
@@ -201,18 +160,17 @@ def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None 
         outside &= target != ignore_index
     if outside.any():
         first = int(target[outside][0])
-        hint = f"; drop these samples, or leave them out of a metric with ignore_index={first}"
-        raise ValueError(f"target must be in [0, {n_classes}), one of the C classes, got {first}{hint}")
+        raise ValueError(
+            f"target must be in [0, {n_classes}), one of the C classes, got {first}; drop these samples, or leave them "
+            f"out of a metric with ignore_index={first}"
+        )
 
 
 def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
     """Raises ``ValueError`` for a row that has no softmax, naming the value at fault. Reads values."""
     for name, value in preds.items():
-        for wrong, fault in (
-            (value.isnan().any(1), "NaN"),
-            (value.isposinf().any(1), "+inf"),
-            (value.isneginf().all(1), "-inf in every class"),
-        ):
+        faults = {"NaN": value.isnan().any(1), "+inf": value.isposinf().any(1)}
+        for fault, wrong in (*faults.items(), ("-inf in every class", value.isneginf().all(1))):
             if wrong.any():
                 row = int(wrong.nonzero()[0])
                 raise ValueError(
@@ -227,7 +185,7 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
     wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # 1/64: of a softmax taken in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
-    for step in PRINTED_STEPS if len(doubtful) else ():
+    for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # of probabilities that were written to text
         steps = rows[doubtful].double() / step
         printed = ((steps - steps.round()).abs() < 2e-3).all(1) & (off[doubtful] <= 0.501 * step * rows.shape[1])
         wrong[doubtful[printed]] = False
@@ -258,10 +216,8 @@ def _cannot_be_logits(rows: Tensor) -> bool:
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
     """Raises ``ValueError`` for logits ``[N, C]`` where probabilities are due and the reverse. Reads values."""
     for name, value in scores.items():
-        if len(value) == 0:
-            continue
         value = value.detach()
-        if from_logits and _cannot_be_logits(value):
+        if from_logits and len(value) and _cannot_be_logits(value):
             raise ValueError(
                 f"{name} must be logits, got rows in [0, 1] that sum to 1; if they are probabilities, pass "
                 f"{name}.log() or, where there is that option, from_logits=False; if they are logits after all, pass "
@@ -269,12 +225,11 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
             )
         if not from_logits and (wrong := ~_may_be_probabilities(value)).any():
             row = value[wrong][0].double()
-            low, high = float(row.min()), float(row.max())
+            low, high, total = float(row.min()), float(row.max()), float(row.sum())
             scale = "divide each row by its sum if these are probabilities, " if low >= 0 and high <= 1 else ""
             raise ValueError(
-                f"{name} must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row "
-                f"from {low:.4g} to {high:.4g} that sums to {float(row.sum()):.4g}; {scale}set from_logits=True if "
-                "these are logits"
+                f"{name} must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row from "
+                f"{low:.4g} to {high:.4g} that sums to {total:.4g}; {scale}set from_logits=True if these are logits"
             )
 
 
@@ -298,7 +253,7 @@ def check_bins(bins: Any) -> None:
 
 
 def check_instance(kind: type, fix: str, **objects: Any) -> None:
-    """Raises ``TypeError`` for an argument that is no instance of ``kind``."""
+    """Raises ``TypeError`` for an argument that is not an instance of ``kind``."""
     for name, value in objects.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}; {fix}")

@@ -10,7 +10,7 @@ from types import CellType, FunctionType, MethodType
 from torch import Tensor, nn
 
 from calrobust._checks import check_module
-from calrobust._state import check_values, copy_, paired, tensors
+from calrobust._state import check_values, paired, tensors, write
 
 _SECOND_MODEL = "pass a second model: EMATeacher(student, copy=build_model())"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -37,20 +37,18 @@ def filled(copy: nn.Module, student: nn.Module) -> nn.Module:
     pairs = paired(copy, student)
     if any(pair.ours is pair.theirs for pair in pairs):
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
-    for pair in pairs:
-        copy_(pair.ours, pair.theirs)
+    write([(pair.ours, pair.theirs) for pair in pairs])
     return copy
 
 
 def _obstacle(student: nn.Module) -> str:
     """The first attribute that cannot be copied, by its path."""
     for path, owner in student.named_modules():
-        own = {**vars(owner), **owner._parameters, **owner._buffers}
-        for name, value in own.items():
+        for name, value in {**vars(owner), **owner._parameters, **owner._buffers}.items():
             try:
                 deepcopy(None if name in ("_modules", "_parameters", "_buffers") else value)
             except Exception:
-                return f"the attribute {'.'.join(filter(None, (path, name)))!r} of a {type(owner).__name__}"
+                return f"the attribute {f'{path}.{name}'.lstrip('.')!r} of a {type(owner).__name__}"
     return f"a {type(student).__name__}"
 
 
@@ -60,17 +58,16 @@ def _check_functions(student: nn.Module) -> None:
     for path, owner in student.named_modules():
         skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS  # torch.compile makes its own anew
         for name in vars(owner).keys() - skipped:
-            for value in _captured(vars(owner)[name], seen=set()):
+            for value in _captured(vars(owner)[name], set()):
                 if id(value) in parts or (name in _HOOKS and _may_be_written_to(value)):
                     raise ValueError(
                         f"student must have no function that captures what a copy would share, got one in {name} of "
                         f"the {type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a "
-                        "method of an object, which is copied, or add a hook after the teacher is made, or "
-                        f"{_SECOND_MODEL}"
+                        f"method of an object, which is copied, or add a hook after the teacher is made, or {_SECOND_MODEL}"
                     )
 
 
-def _captured(value: object, seen: set[tuple[int, bool]], *, captured: bool = False) -> Iterator[object]:
+def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False) -> Iterator[object]:
     """What is reached through functions, which deepcopy does not copy; it copies containers, methods and partials."""
     if (id(value), captured) in seen:
         return
@@ -91,7 +88,7 @@ def _captured(value: object, seen: set[tuple[int, bool]], *, captured: bool = Fa
     elif isinstance(value, (list, tuple, set, dict)):
         held = value.values() if isinstance(value, dict) else value
     for one in held:
-        yield from _captured(one, seen, captured=captured)
+        yield from _captured(one, seen, captured)
 
 
 def _may_be_written_to(value: object) -> bool:

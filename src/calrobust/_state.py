@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from calrobust._checks import check_module, check_same_state
+from calrobust._checks import check_module
 
 # What DDP, torch.compile, activation checkpointing and FSDP1 add to the path of a tensor.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -32,19 +33,16 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     ``load_state_dict`` and FSDP may replace them. Hooks of ``module.state_dict()`` could rename, gather or copy them.
     """
     reshard(module)
-    found: dict[str, Tensor] = {}
-    averaged: set[str] = set()
+    found: dict[str, tuple[Tensor, bool]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
-        statistics = {"running_mean", "running_var"} if isinstance(owner, _NormBase) else ()
+        statistics = ("running_mean", "running_var") if isinstance(owner, _NormBase) else ()
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
-                full = f"{path}.{name}" if path else name
-                found[full] = tensor
                 inexact = tensor.is_floating_point() or tensor.is_complex()
-                if inexact and (isinstance(tensor, nn.Parameter) or name in statistics):
-                    averaged.add(full)
+                averaged = inexact and (isinstance(tensor, nn.Parameter) or name in statistics)
+                found[f"{path}.{name}" if path else name] = tensor, averaged
     own = unwrapped(found, type(module).__name__)
-    return {key: found[name] for key, name in own.items()}, {key for key, name in own.items() if name in averaged}
+    return {key: found[name][0] for key, name in own.items()}, {key for key, name in own.items() if found[name][1]}
 
 
 def reshard(module: nn.Module) -> None:
@@ -86,6 +84,26 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
     return list(pairs.values())
 
 
+def check_same_state(**states: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` unless two mappings from names to tensors have the same names and shapes."""
+    shapes = [{name: list(getattr(value, "shape", ())) for name, value in state.items()} for state in states.values()]
+    (first, second), (ours, theirs) = states, shapes
+    wrong = {
+        f"missing from {second}": [name for name in ours if name not in theirs],
+        f"unexpected in {second}": [name for name in theirs if name not in ours],
+        f"of another shape in {second}": [
+            f"{name} {theirs[name]} for {shape}" for name, shape in ours.items() if theirs.get(name, shape) != shape
+        ],
+    }
+    found = ""
+    for what, names in wrong.items():
+        if names:
+            found += f"; {what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if found:
+        fix = "are they one architecture, with the same adapters?"
+        raise ValueError(f"{first} and {second} must have the same names and shapes{found}; {fix}")
+
+
 def check_values(**states: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` for a tensor that has no values."""
     for model, state in states.items():
@@ -101,9 +119,11 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{model}'s {name} must be a tensor with values, got {kind}; {fix}")
 
 
-def copy_(target: Tensor, source: Tensor) -> None:
-    """Copies in place. Torch does not write to expanded tensors, so of these it copies the elements in memory."""
-    for dim, stride in enumerate(target.stride()):
-        if stride == 0 and target.shape[dim] > 1:
-            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    target.copy_(source)
+@torch.no_grad()
+def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies the second of each pair into the first. Of expanded ones, torch can write the elements in memory alone."""
+    for target, source in pairs:
+        for dim, stride in enumerate(target.stride()):
+            if stride == 0 and target.shape[dim] > 1:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+        target.copy_(source)

@@ -30,10 +30,7 @@ class _Schedule:
 
 @dataclass(frozen=True)
 class constant(_Schedule):
-    """The same decay at every update, as a number alone gives it to the teacher.
-
-    Args:
-        decay: in ``[0, 1]``. 1 freezes the teacher, and 0 makes it equal to the student.
+    """The same ``decay`` at every update: 1 freezes the teacher, and 0 makes it equal to the student.
 
     Example:
         >>> from calrobust import schedules
@@ -56,14 +53,10 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    The paper goes from 0.05 to 0.9 over the first 20 % of training. A low start forgets the pre-trained model: after
-    one update the teacher is 95 % student, and the ten updates of the example leave the pre-trained model a weight of
-    2e-5. To keep it as an anchor, start high or use :class:`constant`.
-
-    Args:
-        start: the decay of update 0, in ``[0, 1]``.
-        end: the decay from update ``updates`` on, in ``[0, 1]``.
-        updates: the length of the line, at least 1: training steps divided by the teacher's ``update_every``.
+    The line has at least one update: training steps divided by the teacher's ``update_every``. The paper goes from 0.05
+    to 0.9 over the first 20 % of training. A low start forgets the pre-trained model: after one update the teacher is
+    95 % student, and the ten updates of the example leave the pre-trained model a weight of 2e-5. To keep it as an
+    anchor, start high or use :class:`constant`.
 
     Example:
         >>> from calrobust import schedules
@@ -83,9 +76,7 @@ class linear_warmup(_Schedule):
         check_integer(1, updates=self.updates)
 
     def _decay(self, n: int) -> float:
-        if n >= self.updates:
-            return self.end
-        return self.start + (self.end - self.start) * (n / self.updates)
+        return self.end if n >= self.updates else self.start + (self.end - self.start) * (n / self.updates)
 
 
 @dataclass(frozen=True)
@@ -95,15 +86,12 @@ class power(_Schedule):
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
+    With ``exponent=1`` and ``scale=1`` the teacher is the mean of the students it has seen; below 1 it favours the
+    recent ones. After ``scale`` updates, the share of the newest student has fallen to ``2 ** -exponent``. Both are
+    > 0, and ``start <= end``.
+
     This is the warm-up of timm's ``ModelEmaV3``, which calls the arguments ``warmup_power``, ``warmup_gamma``,
     ``min_decay`` and ``decay``. The first update of timm always copies the student, ours only with ``start=0``.
-
-    Args:
-        exponent: how fast the decay rises, > 0. With 1 (and ``scale=1``) the teacher is the mean of the students it
-            has seen; below 1 it favours the recent ones.
-        scale: updates until the share of the newest student has fallen to ``2 ** -exponent``, > 0.
-        start: lowest decay, in ``[0, 1]``.
-        end: highest decay, in ``[0, 1]`` and at least ``start``.
 
     Example:
         >>> from calrobust import schedules
@@ -162,10 +150,8 @@ class beta(_Schedule):
     the student at update ``n``. After ``updates`` updates the mean is complete, and the decay is 1. Do not compile the
     update with this schedule: its decays are a table, of which ``torch.compile`` would compile each entry.
 
-    Args:
-        a: first shape of the distribution, > 0. Below 1 it favours the pre-trained model.
-        b: second shape, > 0. Below 1 it favours the last students. ``a = b = 1`` is :class:`uniform`.
-        updates: how many updates the trajectory has, from 1 to ten million.
+    Both shapes are > 0. With ``a`` below 1 the mean favours the pre-trained model, with ``b`` below 1 the last
+    students, and ``a = b = 1`` is :class:`uniform`. The trajectory has from 1 to ten million updates.
 
     Example:
         >>> from calrobust import schedules
@@ -200,9 +186,7 @@ class every(_Schedule):
     It is for a teacher with ``update_every=1``, whose updates are the training steps. With ``update_every=k`` instead,
     the teacher first moves after k steps, and its schedule counts the moves.
 
-    Args:
-        steps: k, at least 1.
-        decay: a float in ``[0, 1]``, or a schedule, which is asked for steps 0, k, 2k, ....
+    Here k is ``steps``, at least 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, asked for steps 0, k, 2k, ....
 
     Example:
         >>> from calrobust import schedules
@@ -220,6 +204,5 @@ class every(_Schedule):
             check_fraction(closed=True, decay=self.decay)
 
     def _decay(self, n: int) -> float:
-        if n % self.steps != 0:
-            return 1.0
-        return self.decay(n) if callable(self.decay) else self.decay
+        decay = self.decay if n % self.steps == 0 else 1.0
+        return decay(n) if callable(decay) else decay

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_fraction, check_integer, check_module
 from calrobust._copying import copied, filled
-from calrobust._state import Pair, copy_, paired, reshard, tensors
+from calrobust._state import Pair, paired, reshard, tensors, write
 
 
 class EMATeacher(nn.Module):
@@ -22,16 +22,15 @@ class EMATeacher(nn.Module):
 
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, every other persistent buffer is
-    copied from the student, and a value that is not finite on either side takes the student's. (In parameters such
-    values are looked for only when the teacher is made; each search costs half an update.) :math:`\alpha` applies from
-    the very first update on. A student in bfloat16 or float16 is averaged in float32 masters, because its own precision
-    would round small moves away.
+    Parameters and the running statistics of torch's normalisation layers are averaged, from the very first update on.
+    Every other persistent buffer is copied from the student, and a value that is not finite on either side takes the
+    student's. (In parameters such values are looked for only when the teacher is made; each search costs half an
+    update.) A student in bfloat16 or float16 is averaged in float32 masters, because its own precision would round
+    small moves away.
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
     saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks that are
-    methods of an object, or a ``functools.partial``, run in the copy with a copy of that object or of the arguments. A
-    function that would share data with the student is refused.
+    methods of an object, or a ``functools.partial``, run in the copy with a copy of that object or of the arguments.
 
     With DDP, give the first :meth:`update` the DDP module on every rank: the teacher then takes the copy of the first
     rank, as DDP does for the student. With FSDP2, make the teacher first, then give ``teacher.module`` (and
@@ -50,13 +49,12 @@ class EMATeacher(nn.Module):
     Attributes:
         module: the copy.
         masters: for a low-precision student, the float32 twin of the copy, which is averaged; else ``None``.
-        step: how many times :meth:`update` was called.
-        updates: how many times it acted.
+        step, updates: how many times :meth:`update` was called, and how many times it acted.
 
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
-        ValueError: ``decay`` is outside ``[0, 1]``, ``update_every`` is below 1, a parameter has no values (it is
-            empty, lazy, or on the meta device), the copy would share data with the student, or ``copy`` does not fit.
+        ValueError: a number is out of its range, a parameter has no values (it is empty, lazy, or on the meta device),
+            a function of the student captures what the copy would share, or ``copy`` does not fit.
 
     Example:
         >>> import torch
@@ -118,64 +116,52 @@ class EMATeacher(nn.Module):
     def update(self, student: nn.Module) -> None:
         """Counts a training step and, on every ``update_every``-th, moves the copy towards ``student``.
 
-        Args:
-            student: the model in training. What ``DistributedDataParallel``, ``torch.compile`` and activation
-                checkpointing add to its names is ignored.
+        What DDP, ``torch.compile`` and activation checkpointing add to the student's names is ignored.
 
         Raises:
             ValueError: names or shapes are not those of the copy, a tensor has no values, only one of the two models
                 is sharded, or the schedule gives a decay outside ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
-        if torch.compiler.is_compiling():  # else it takes the counters for constants and compiles every step
-            with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-                self._update(student)
-        else:
-            self._update(student)
-
-    def _update(self, student: nn.Module) -> None:
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
-        acts = (self.step + 1) % self.update_every == 0
-        if acts:
-            decay = self.decay(self.updates) if callable(self.decay) else self.decay
-            check_fraction(closed=True, decay=decay)
-        if acts or self.step == 0:  # the first step checks the student even if it does not act
-            pairs = paired(self.module if self.masters is None else self.masters, student)
-            if self.step == 0:
-                _share_first_rank(pairs, student)
+        compiling = torch.compiler.is_compiling()  # it would take the counters for constants and compile every step
+        with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True) if compiling else nullcontext():
+            acts = (self.step + 1) % self.update_every == 0
             if acts:
-                _average_(pairs, 1 - float(decay), self._not_finite)
-                self.updates += 1
-            if self.masters is not None:
-                for pair in paired(self.module, self.masters):
-                    copy_(pair.ours, pair.theirs)
-        self.step += 1
+                decay = self.decay(self.updates) if callable(self.decay) else self.decay
+                check_fraction(closed=True, decay=decay)
+            if acts or self.step == 0:  # the first step checks the student even if it does not act
+                pairs = paired(self.module if self.masters is None else self.masters, student)
+                if self.step == 0:
+                    _share_first_rank(pairs, student)
+                if acts:
+                    _average_(pairs, 1 - float(decay), self._not_finite)
+                    self.updates += 1
+                if self.masters is not None:
+                    write([(pair.ours, pair.theirs) for pair in paired(self.module, self.masters)])
+            self.step += 1
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student, to evaluate them inside it, and gives its own back at the end.
 
         The values change in place, so wrappers and optimisers stay valid. They come back bit for bit, also after an
-        exception. Train and eval modes stay as they are. Meanwhile the student's weights take memory for one more copy.
-        The argument and the errors are those of :meth:`update`; a block within a block raises ``RuntimeError``.
+        exception. Train and eval modes stay as they are. Until then, the student's own weights take memory for one more
+        copy. The errors are those of :meth:`update`; a block within a block raises ``RuntimeError``.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
         pairs = paired(self.module, student)
-        saved = [pair.theirs.detach().clone() for pair in pairs]
+        own = [(pair.theirs, pair.theirs.detach().clone()) for pair in pairs]
         self._swapped = True
         try:
-            with torch.no_grad():
-                for pair in pairs:
-                    copy_(pair.theirs, pair.ours)
+            write([(pair.theirs, pair.ours) for pair in pairs])
             yield
         finally:
             self._swapped = False
             reshard(student)  # else its next forward pass would use the teacher's weights that FSDP2 gathered
-            with torch.no_grad():
-                for pair, value in zip(pairs, saved, strict=True):
-                    copy_(pair.theirs, value)
+            write(own)
 
     def train(self, mode: bool = True) -> EMATeacher:
         """Stays in eval mode, whatever ``mode`` says."""
@@ -228,16 +214,13 @@ class EMATeacher(nn.Module):
         for counter in ("step", "updates"):
             destination[prefix + counter] = torch.tensor(getattr(self, counter))
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *errors: Any
-    ) -> None:
-        state = dict(state_dict)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for counter in ("step", "updates"):
-            if (value := state.pop(prefix + counter, None)) is None:
-                missing.append(prefix + counter)
+            if (value := state_dict.pop(prefix + counter, None)) is None:
+                args[2].append(prefix + counter)  # torch's list of missing names
             else:
                 setattr(self, counter, int(value))
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -254,16 +237,15 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
             for pair in pairs:
                 value = pair.ours.to(pair.theirs.device).contiguous()
                 dist.broadcast(value, group=module.process_group, group_src=0)
-                copy_(pair.ours, value)
+                write([(pair.ours, value)])
 
 
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
     """Moves the first of each pair towards the second, by ``weight`` if it is averaged, else all the way."""
-    teachers: list[Tensor] = []
-    students: list[Tensor] = []
+    fused = []
     for name, ours, theirs, averaged in pairs:
         if not averaged or weight == 1:
-            copy_(ours, theirs)
+            write([(ours, theirs)])
         elif weight == 0:
             continue  # 0 * inf of a student that has diverged would be NaN
         elif name in not_finite or not isinstance(ours, nn.Parameter):
@@ -273,9 +255,9 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
         elif ours.device != theirs.device or ours.dtype != theirs.dtype:
             ours.lerp_(theirs.to(ours), weight)  # one at a time, so that one converted tensor is all it needs
         else:
-            teachers.append(ours)
-            students.append(theirs)
-    if teachers:
+            fused.append((ours, theirs))
+    if fused:
+        teachers, students = zip(*fused, strict=True)
         torch._foreach_lerp_(teachers, students, weight)
 
 

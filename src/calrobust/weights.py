@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_fraction, check_same_state, check_tensor
-from calrobust._state import tensors, unwrapped
+from calrobust._checks import check_fraction, check_tensor
+from calrobust._state import check_same_state, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
+_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
+_SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
 
 def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateDict:
@@ -22,18 +26,12 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     The ends are exact, bit for bit. Give both heads the same scale first: a shorter one acts as a hidden temperature.
+    What models may be, what is returned and further errors are as for :func:`average` of ``[zero_shot, fine_tuned]``.
 
     Args:
-        zero_shot: :math:`\theta_0`, a state dict or a module; not changed.
-        fine_tuned: :math:`\theta_1`, of the same names and shapes; not changed.
-        alpha: in [0, 1].
-
-    Returns:
-        A new state dict, as :func:`average` gives it for ``[zero_shot, fine_tuned]``.
-
-    Raises:
-        ValueError: names or shapes differ, or ``alpha`` is outside [0, 1].
-        TypeError: a model is neither a module nor a state dict of tensors, or it is quantised.
+        zero_shot: :math:`\theta_0`.
+        fine_tuned: :math:`\theta_1`.
+        alpha: in [0, 1], else ``ValueError``.
 
     Example:
         >>> import torch
@@ -88,20 +86,10 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
-    for each tensor on its own. Here :math:`\bar\theta` is the mean of the K models, and :math:`\cos\varphi` the mean
-    cosine between any two of their differences from the pre-trained :math:`\theta_0`. A negative mean counts as 0. A
-    tensor that a model did not change has cosine 0 with all others.
-
-    Args:
-        pretrained: :math:`\theta_0`, a state dict or a module; not changed.
-        models: K ≥ 2 fine-tuned state dicts or modules, as for :func:`average`.
-
-    Returns:
-        A new state dict, as :func:`average` gives it for ``[pretrained, *models]``.
-
-    Raises:
-        ValueError: there are fewer than two models, or names or shapes differ.
-        TypeError: as for :func:`average`.
+    for each tensor on its own. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the
+    mean cosine between any two of their differences from the pre-trained :math:`\theta_0`. A negative mean counts as
+    0. A tensor that a model did not change has cosine 0 with all others. What models may be, what is returned and
+    errors are as for :func:`average` of ``[pretrained, *models]``; one model alone is an error too.
 
     Example:
         >>> import torch
@@ -150,7 +138,11 @@ def _combine(
     first, *others = states
     for model in others:
         check_same_state(**{first: states[first], model: states[model]})
-    copied = _copied(models.values(), states[first].keys())
+    # The vectors of spectral_norm, whose mean would not have norm 1, and the buffers, which only a module tells.
+    copied = {name for name in keys[first] if _SPECTRAL.search(name)}
+    copied |= {f"{name[:-5]}{end}" for name in keys[first] if name.endswith("_orig") for end in ("_u", "_v")}
+    for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):
+        copied |= state.keys() - averaged
     combined: dict[str, Any] = {}
     for name, key in keys[first].items():
         entries = [state[name] for state in states.values()]
@@ -166,16 +158,12 @@ def _combine(
                 result = combination([value.where(finite, 0) for value in values]).where(finite, result)
         else:
             result = entries[-1].to(device)
-            packed = result.ndim > 1 or (dtype.itemsize == 1 and result.numel() > 1)
-            packed = packed and dtype not in (torch.bool, torch.int64)
-            if packed and any((entry.to(device) != result).any() for entry in entries):
+            few = result.ndim < 2 and (dtype.itemsize > 1 or result.numel() < 2)
+            counted = few or dtype in (torch.bool, torch.int64)
+            if not counted and any((entry.to(device) != result).any() for entry in entries):
                 _refuse_quantised(f"{first}[{key!r}]", f"{dtype} values that differ between the models")
         combined[key] = result.detach().to(dtype, copy=True)
     return combined
-
-
-_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
 
 
 def _checked(name: str, model: Weights) -> Mapping[str, Any]:
@@ -202,11 +190,3 @@ def _refuse_quantised(entry: str, kind: str) -> None:
         f"{entry} must not be quantised, because integers cannot be averaged apart from their scales, got {kind}; "
         "combine the models before they are quantised, or dequantise them"
     )
-
-
-def _copied(models: Iterable[Weights], names: Collection[str]) -> set[str]:
-    """The names that are not averaged: buffers, which only a module tells, and the vectors of ``spectral_norm``."""
-    vectors = {name for name in names if name.endswith(("._u", "._v")) and "parametrizations." in name}
-    vectors |= {name for name in names if name.endswith(("_u", "_v")) and f"{name[:-2]}_orig" in names}
-    told = [tensors(model) for model in models if isinstance(model, nn.Module)]
-    return vectors.union(*(state.keys() - averaged for state, averaged in told))

@@ -38,7 +38,7 @@ def sharded(student: nn.Module) -> tuple[nn.Module, EMATeacher]:
 
 
 def whole(teacher: EMATeacher) -> dict[str, Tensor]:
-    """All of it, however it is held."""
+    """The whole state, with full tensors in place of shards."""
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in teacher.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""What a teacher's copy shares with its student: nothing, or an error says what stands in the way."""
+"""A teacher's copy shares nothing with its student, or an error says what stands in the way."""
 
 from __future__ import annotations
 
@@ -39,35 +39,35 @@ class Recorder:
 
 
 def record_globally(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-    """A hook as scripts write it."""
+    """A hook that writes to a global dict."""
     FEATURES["layer"] = output
 
 
 def closure_in_forward(layer: nn.Module) -> None:
-    """The original forward, kept in a closure."""
+    """The new forward keeps the original one in a closure."""
     forward = layer.forward
     layer.forward = lambda x: 2 * forward(x)
 
 
 def default_in_forward(layer: nn.Module) -> None:
-    """The layer itself, kept in a default."""
+    """The new forward keeps the layer in a default."""
     layer.forward = lambda x, own=layer: x @ own.weight.T
 
 
 def closure_in_a_method(layer: nn.Module) -> None:
-    """Bound to the copy, but the inner function is the student's."""
+    """The method is bound to the copy, but its inner function is the student's."""
     forward = layer.forward
     layer.forward = MethodType(lambda self, x: 2 * forward(x), layer)
 
 
 def closure_in_a_partial(layer: nn.Module) -> None:
-    """The same behind functools.partial."""
+    """The new forward is a functools.partial of a closure."""
     forward = layer.forward
     layer.forward = partial(lambda factor, x: factor * forward(x), 2)
 
 
 def closure_in_a_closure(layer: nn.Module) -> None:
-    """Two levels down, behind a partial."""
+    """The captured forward is two functions down, behind a partial."""
     forward = partial(layer.forward)
 
     def inner(x: Tensor) -> Any:
@@ -82,7 +82,7 @@ def compiled_forward(layer: nn.Module) -> None:
 
 
 def another_attribute(layer: Any) -> None:
-    """A function that is not the forward."""
+    """An attribute other than the forward holds the function."""
     layer.scale = lambda x: x * layer.weight.mean()
 
 
@@ -98,25 +98,25 @@ def closure_with_a_holder(layer: Any) -> None:
 
 
 def captured_dict(layer: nn.Module) -> None:
-    """A dict that the copy would fill as well."""
+    """The copy would fill the same dict."""
     seen: dict[str, Tensor] = {}
     layer.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
 
 
 def captured_list_before(layer: nn.Module) -> None:
-    """A hook that runs before the layer."""
+    """The hook runs before the layer."""
     seen: list[Any] = []
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
 
 
 def captured_recorder(layer: nn.Module) -> None:
-    """An object of the caller's."""
+    """The hook captures an object of the caller's."""
     recorder = Recorder()
     layer.register_forward_hook(lambda *arguments: recorder(*arguments))
 
 
 def captured_global(layer: nn.Module) -> None:
-    """A dict of the script's."""
+    """The hook writes to a global dict."""
     layer.register_forward_hook(record_globally)
 
 
@@ -141,7 +141,7 @@ def captured_global(layer: nn.Module) -> None:
 def test_a_function_that_captures_what_a_copy_would_share_is_refused_by_name(
     change: Callable[[nn.Module], None],
 ) -> None:
-    """Else the teacher would run the student's weights, or write over the student's features (trap 38)."""
+    """The teacher would run the student's weights, or write over the student's features (trap 38)."""
     student = model()
     change(student[1])
     with pytest.raises(ValueError, match=r"captures what a copy would share, got .* of the Linear '1', which captures"):
@@ -165,7 +165,7 @@ def partial_forward(layer: nn.Module) -> None:
 
 
 def harmless_closure(layer: Any) -> None:
-    """Numbers and settings are no state, and a recursive function holds itself."""
+    """Numbers and settings are not state, and a recursive function holds itself."""
     factor, options = 2.0, {"depth": 1}
 
     def act(x: Tensor, depth: int = 0) -> Any:
@@ -176,7 +176,7 @@ def harmless_closure(layer: Any) -> None:
 
 
 def hook_of_an_object(layer: nn.Module) -> None:
-    """Of which the teacher has a copy."""
+    """The teacher has a copy of the object."""
     recorder = Recorder()
     layer.register_forward_hook(recorder.hook)
     layer.register_forward_hook(recorder)
@@ -207,7 +207,7 @@ def test_what_deepcopy_copies_is_taken(change: Callable[[nn.Module], None]) -> N
 
 
 def test_parameters_without_values_are_refused_by_name() -> None:
-    """Of the student when the teacher is made, and of either at an update, which then does not count."""
+    """They are refused when the teacher is made and at an update, which then does not count."""
     for device, message in (("meta", "one on the meta device"), ("cpu", r"an empty one of shape \[0\]")):
         student = model()
         teacher = EMATeacher(student)
@@ -233,14 +233,14 @@ class Graph(nn.Linear):
 
 
 def with_graph_tensor() -> nn.Module:
-    """After a forward pass."""
+    """A model after a forward pass."""
     student = nn.Sequential(nn.Linear(3, 3), Graph(3, 2))
     student(INPUTS)
     return student
 
 
 def with_lock() -> nn.Module:
-    """What neither pickle nor deepcopy takes."""
+    """A model with an object that neither pickle nor deepcopy takes."""
     student = nn.Sequential(nn.Linear(3, 3), Graph(3, 2))
     student[1].last = threading.Lock()  # type: ignore[assignment]  # the wrong type is the test
     return student
@@ -276,7 +276,7 @@ def test_old_weight_norm_is_taken_by_a_second_model() -> None:
 
 
 def test_a_second_model_must_fit_and_be_another() -> None:
-    """Names and shapes of the student's, and tensors of its own."""
+    """It has the student's names and shapes, and tensors of its own."""
     student = model()
     with pytest.raises(ValueError, match="must have the same names and shapes"):
         EMATeacher(student, copy=nn.Linear(3, 4))
@@ -284,7 +284,7 @@ def test_a_second_model_must_fit_and_be_another() -> None:
         with pytest.raises(ValueError, match="copy must be a model of its own, got one that shares tensors"):
             EMATeacher(student, copy=shared)
     assert all(parameter.requires_grad for parameter in student.parameters())
-    with pytest.raises(TypeError, match=r"copy must be a torch\.nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"copy must be of type Module, got str"):
         EMATeacher(student, copy="model")  # type: ignore[arg-type]  # the wrong type is the test
 
 
@@ -301,7 +301,7 @@ def test_a_low_precision_second_model_gets_masters_and_a_float32_one_needs_none(
 
 
 def test_a_teacher_made_in_inference_mode_can_be_updated_outside() -> None:
-    """Of a student made in it or before; inference tensors could not be written to."""
+    """No update could write to inference tensors."""
     outer = model()
     with torch.inference_mode():
         inner = model()

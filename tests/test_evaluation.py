@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Model(nn.Module):
-    """Whatever train mode would disturb; notes under which conditions it ran."""
+    """Has layers that train mode would disturb, and notes under which conditions it ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ def batches(*sizes: int) -> list[Batch]:
 
 
 def failing(loader: list[Batch]) -> Iterator[Batch]:
-    """As a data set with a broken file."""
+    """Fails as a data set with a broken file does."""
     yield from loader
     raise OSError("broken file")
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), seeds())
 def test_the_logits_are_those_of_the_whole_set(sizes: list[int], seed: int) -> None:
-    """In the loader's order, whatever the batches, on the CPU and without gradient."""
+    """They are in the loader's order, whatever the batches, on the CPU and without gradient."""
     torch.manual_seed(seed)
     model, loader = Model().double(), [(x.double(), y) for x, y in batches(*sizes)]
     logits, target = collect_logits(model, loader, progress=False)
@@ -63,7 +63,7 @@ def test_the_logits_are_those_of_the_whole_set(sizes: list[int], seed: int) -> N
 
 
 def test_a_data_loader_and_a_generator_serve() -> None:
-    """Anything that can be iterated once."""
+    """The loader may be anything that can be iterated once."""
     model, (inputs, target) = Model(), batches(7)[0]
     from_loader = collect_logits(model, DataLoader(TensorDataset(inputs, target), batch_size=3), progress=False)
     from_generator = collect_logits(model, ((x[None], y[None]) for x, y in zip(inputs, target, strict=True)))
@@ -73,7 +73,7 @@ def test_a_data_loader_and_a_generator_serve() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_model_in_train_mode_is_evaluated_and_left_as_it_was(fails: bool) -> None:
-    """Statistics, every submodule's mode and the gradient mode, after an exception as well (trap 30)."""
+    """Statistics, modes of submodules and the gradient mode come back, also after an exception (trap 30)."""
     model = Model().train()
     model.drop.eval()  # one part frozen by hand
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -89,7 +89,7 @@ def test_a_model_in_train_mode_is_evaluated_and_left_as_it_was(fails: bool) -> N
 
 
 def test_forward_says_how_to_run_other_batches() -> None:
-    """It is given the model, in eval mode, and the batch as the loader yields it, and its result is what counts."""
+    """It is given the model in eval mode and the batch of the loader, and its result is taken."""
     model = Model()
     loader = [{"pixels": inputs, "class": target} for inputs, target in batches(2, 3)]
 
@@ -103,7 +103,7 @@ def test_forward_says_how_to_run_other_batches() -> None:
 
 @pytest.mark.parametrize("output", [dict, lambda logits: (logits, None), lambda logits: [logits]])
 def test_a_model_that_returns_no_tensor_is_told_of_forward(output: Callable[[Any], Any]) -> None:
-    """Dicts, ``ModelOutput``s, which are dicts, and tuples: where the logits lie in them is not guessed."""
+    """We do not guess where the logits lie in a dict, a ``ModelOutput`` or a tuple."""
 
     class Wrapped(Model):
         def forward(self, inputs: Tensor) -> Any:
@@ -115,7 +115,7 @@ def test_a_model_that_returns_no_tensor_is_told_of_forward(output: Callable[[Any
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
 def test_labels_may_be_numpy_arrays(dtype: type) -> None:
-    """Of any integers; they come back as int64 tensors."""
+    """They may have any integer dtype, and come back as int64 tensors."""
     loader: list[tuple[Tensor, Any]] = [(inputs, target.numpy().astype(dtype)) for inputs, target in batches(2, 3)]
     for _, labels in loader:
         labels.flags.writeable = False  # as those of a memory map
@@ -126,7 +126,7 @@ def test_labels_may_be_numpy_arrays(dtype: type) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_one_hot_labels_are_told_of_argmax(dtype: torch.dtype) -> None:
-    """``.long()``, which helps floating labels, would not help them."""
+    """The advice for floating labels, ``.long()``, would not help here."""
     inputs, target = batches(5)[0]
     one_hot = nn.functional.one_hot(target, 4).to(dtype)
     with pytest.raises(ValueError, match=r"got a value for every class, of shape \[5, 4\]; pass target.argmax\(1\)"):
@@ -136,7 +136,7 @@ def test_one_hot_labels_are_told_of_argmax(dtype: torch.dtype) -> None:
 
 
 def test_a_class_for_every_pixel_gives_a_row_for_every_pixel() -> None:
-    """As ``F.cross_entropy`` takes logits ``[N, C, ...]`` with labels ``[N, ...]``; pictures may differ in size."""
+    """``F.cross_entropy`` takes logits ``[N, C, ...]`` with labels ``[N, ...]`` too; pictures may differ in size."""
     pictures = [
         (torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))),
         (torch.randn(1, 3, 6), torch.randint(3, (1, 6))),
@@ -168,7 +168,7 @@ class Pair(NamedTuple):
     ids=["tensor", "list", "tuple", "dict", "named tuple"],
 )
 def test_a_batch_is_moved_whole(nest: Callable[[Tensor], Any]) -> None:
-    """Every tensor inside, in a batch of the same type; what is no tensor stays."""
+    """Every tensor inside is moved, the batch keeps its type, and other values stay."""
     received: list[Any] = []
 
     def forward(_: nn.Module, batch: Any) -> Batch:
@@ -192,7 +192,7 @@ def test_a_batch_is_moved_whole(nest: Callable[[Tensor], Any]) -> None:
 def test_progress_is_shown_on_stderr_or_not_at_all(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bar by default; nothing with ``progress=False``, nor where tqdm is not installed."""
+    """There is a bar by default, and none with ``progress=False`` or without tqdm."""
     loader = batches(2, 2)
     expected = collect_logits(nn.Identity(), loader)
     shown = capsys.readouterr()
@@ -210,10 +210,10 @@ TEMPLATES: list[str | Callable[[str], str]] = ["a photo of a {}.", "the {}", lam
 
 
 class TestZeroShotClassifier:
-    """Row by row the mean of the captions' unit-norm features."""
+    """Each row is the mean of the unit-norm features of a class's captions."""
 
     def test_is_what_open_clip_builds(self) -> None:
-        """Transposed, in eval mode, whatever mode the model is in."""
+        """It is the transpose of open_clip's, whatever mode the model is in."""
         tower = {"layers": 1, "width": 16, "heads": 2, "context_length": 8}
         vision = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 16, "head_width": 8}
         model = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg={**tower, "vocab_size": 49408}).train()
@@ -252,7 +252,7 @@ class TestZeroShotClassifier:
 
     @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
     def test_is_float32_or_better_and_one_text_is_one_template(self, dtype: torch.dtype, expected: torch.dtype) -> None:
-        """More captions than one forward pass takes are no other result."""
+        """Several forward passes give the same result as one."""
 
         class Lengths(nn.Linear):
             def encode_text(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logits or probabilities: one rule, for the metrics, their functions, the temperature and the report."""
+"""One rule tells logits from probabilities, for the metrics, their functions, the temperature and the report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def taken(scores: Tensor, *, from_logits: bool) -> bool:
 def test_probabilities_of_any_precision_are_probabilities_and_no_logits(
     rounded: Callable[[Tensor], Tensor], n: int
 ) -> None:
-    """The precision is that which the numbers can have had, not that of the tensor they lie in (trap 35)."""
+    """What counts is the precision of the numbers, not the dtype that holds them (trap 35)."""
     for n_classes, spread in (
         (2, 0.3),
         (2, 4.0),
@@ -77,7 +77,7 @@ def test_probabilities_of_any_precision_are_probabilities_and_no_logits(
 @pytest.mark.parametrize("rounded", ["float64", "float32"])
 @pytest.mark.parametrize("n_classes", [2, 3, 10, 1000])
 def test_a_single_row_of_exact_probabilities_is_no_row_of_logits(rounded: str, n_classes: int) -> None:
-    """Its sum says enough."""
+    """Its sum is enough to tell."""
     for seed in range(100):
         assert not taken(ROUNDED[rounded](classifier(1, n_classes, seed).logits), from_logits=True)
 
@@ -97,7 +97,7 @@ LOGITS: dict[str, Callable[[int, int], Tensor]] = {
 def test_no_batch_of_logits_is_refused_by_chance(
     logits: Callable[[int, int], Tensor], dtype: torch.dtype, held_in: torch.dtype | None
 ) -> None:
-    """A thousand batches each of one row and of a few, of two classes and of a few more."""
+    """Many batches of one row and of a few, with two classes and a few more, are all taken."""
     for n in (1, 2, 6):
         for n_classes in (2, 3, 4, 10):
             for _ in range(80):
@@ -106,7 +106,7 @@ def test_no_batch_of_logits_is_refused_by_chance(
 
 @given(seeds(), st.integers(1, 40), st.integers(2, 6), st.sampled_from(sorted(ROUNDED)))
 def test_what_is_refused_as_logits_is_taken_as_probabilities(seed: int, n: int, n_classes: int, kind: str) -> None:
-    """So the advice in the message leads to the right value."""
+    """The advice in the message leads to the right value."""
     probs = ROUNDED[kind](classifier(n, n_classes, seed).logits)
     assert taken(probs, from_logits=True) or taken(probs, from_logits=False)
     assert taken(probs + 1, from_logits=True)
@@ -114,7 +114,7 @@ def test_what_is_refused_as_logits_is_taken_as_probabilities(seed: int, n: int, 
 
 
 def test_numbers_that_are_neither_are_no_probabilities() -> None:
-    """A row that sums to 3/4, or lies outside [0, 1], or percentages."""
+    """A row may sum to 3/4, lie outside [0, 1], or hold percentages."""
     for row in ([0.25, 0.25, 0.25], [-0.25, 0.25, 1.0], [0.0, 0.5, 1.5], [30.0, 70.0, 0.0], [0.31, 0.42, 0.40]):
         assert not taken(torch.tensor([row]), from_logits=False)
 

@@ -20,7 +20,7 @@ Schedule = Callable[[int], float]
 
 
 def trajectory_weights(schedule: Schedule, updates: int) -> list[float]:
-    """What weight each model has after ``updates`` updates, the initial one first."""
+    """The weight of each model after ``updates`` updates, the initial one first."""
     decays = [schedule(n) for n in range(updates)]
     new = [1.0, *(1 - decay for decay in decays)]
     return [share * math.prod(decays[k:]) for k, share in enumerate(new)]
@@ -28,7 +28,7 @@ def trajectory_weights(schedule: Schedule, updates: int) -> list[float]:
 
 @given(decay_schedules(), st.integers(0, 10**7))
 def test_every_decay_is_a_float_in_the_unit_interval(schedule: Schedule, n: int) -> None:
-    """Of every schedule, whatever its arguments, at every index."""
+    """This holds for every schedule, whatever its arguments, at every index."""
     decay = schedule(n)
     assert type(decay) is float
     assert 0 <= decay <= 1
@@ -46,13 +46,13 @@ def test_a_schedule_survives_pickle_and_reads_as_it_was_written(schedule: Schedu
 
 @given(st.floats(0, 1), st.integers(0, 10**6))
 def test_constant_is_the_same_at_every_update(decay: float, n: int) -> None:
-    """Including 0 and 1."""
+    """This includes 0 and 1."""
     assert schedules.constant(decay)(n) == decay
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 1000))
 def test_the_warmup_is_a_line_from_start_to_end(start: float, end: float, updates: int) -> None:
-    """Exact at its two ends, of one slope between them, at the end for good after it."""
+    """It is exact at both ends, has one slope between them, and stays at its end."""
     schedule = schedules.linear_warmup(start, end, updates)
     assert schedule(0) == start
     assert schedule(updates) == schedule(updates + 12345) == end
@@ -78,7 +78,7 @@ def test_the_papers_warmup_gives_its_anchor_up_and_says_so() -> None:
     n=st.integers(1, 10**6),
 )
 def test_power_is_the_warmup_of_timm(exponent: float, scale: float, start: float, end: float, n: int) -> None:
-    """ModelEmaV3 at step n + 1, from the second update on: its first is a copy whatever ``min_decay`` says."""
+    """It equals ModelEmaV3 at step n + 1 from the second update on; the first of ModelEmaV3 is always a copy."""
     peer = ModelEmaV3(
         nn.Linear(1, 1), decay=end, min_decay=start, use_warmup=True, warmup_gamma=scale, warmup_power=exponent
     )
@@ -96,21 +96,21 @@ def test_power_starts_as_timm_does_by_default() -> None:
 
 @given(st.integers(0, 200))
 def test_uniform_weighs_every_model_alike(updates: int) -> None:
-    """The initial one included."""
+    """This includes the initial model."""
     weights = trajectory_weights(schedules.uniform(), updates)
     assert weights == pytest.approx([1 / (updates + 1)] * (updates + 1), rel=1e-12)
 
 
 @given(st.integers(1, 200))
 def test_power_of_one_leaves_the_first_model_out_of_the_mean(updates: int) -> None:
-    """As its docstring and that of ``uniform`` say."""
+    """Its docstring and that of ``uniform`` say so."""
     weights = trajectory_weights(schedules.power(exponent=1.0, end=1.0), updates)
     assert weights == pytest.approx([0, *[1 / updates] * updates], rel=1e-12)
 
 
 @given(a=st.floats(0.1, 20), b=st.floats(0.1, 20), updates=st.integers(1, 60))
 def test_beta_weighs_the_trajectory_by_the_density(a: float, b: float, updates: int) -> None:
-    """Torch's Beta density at the midpoints, normalised, once all updates are done; later updates change nothing."""
+    """After all updates the weights are torch's Beta density at the midpoints; later updates change nothing."""
     midpoints = (torch.arange(updates + 1, dtype=torch.float64) + 0.5) / (updates + 1)
     shape = torch.tensor([a, b], dtype=torch.float64)
     expected = Beta(*shape).log_prob(midpoints).softmax(0).tolist()
@@ -121,7 +121,7 @@ def test_beta_weighs_the_trajectory_by_the_density(a: float, b: float, updates: 
 
 @given(st.integers(1, 100))
 def test_beta_of_one_and_one_is_uniform(updates: int) -> None:
-    """As long as the trajectory lasts."""
+    """They are equal as long as the trajectory lasts."""
     schedule = schedules.beta(1, 1, updates)
     assert [schedule(n) for n in range(updates)] == pytest.approx([schedules.uniform()(n) for n in range(updates)])
     assert schedule(updates) == 1
@@ -156,6 +156,6 @@ def test_every_moves_the_teacher_at_steps_0_k_2k(decay: float | Schedule) -> Non
 
 
 def test_a_schedule_cannot_be_changed() -> None:
-    """Its arguments were checked once."""
+    """Its arguments are checked only once."""
     with pytest.raises(AttributeError):
         schedules.constant(0.9).decay = 2.0  # type: ignore[misc]  # the assignment is the test

@@ -52,7 +52,7 @@ class Student(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel names what it holds."""
+    """Names its parts as DistributedDataParallel does."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def single(value: float, dtype: torch.dtype = torch.float64) -> nn.Linear:
 def test_the_teacher_is_the_weighted_mean_of_the_trajectory(
     schedule: Callable[[int], float], update_every: int, steps: int, seed: int
 ) -> None:
-    """In closed form, for all schedules and intervals; the model of a step that does not act has no weight."""
+    """The weights have a closed form for all schedules and intervals; a step that does not act has no weight."""
     torch.manual_seed(seed)
     student = Student().double()
     teacher = EMATeacher(student, schedule, update_every=update_every)
@@ -127,7 +127,7 @@ def test_the_decay_honours_the_very_first_update() -> None:
 
 
 def test_a_warmup_from_a_low_decay_leaves_the_anchor_its_decay() -> None:
-    """0.05 after one update of the paper's schedule, and the product of the decays after ten (trap 13)."""
+    """After one update of the paper's schedule it keeps 0.05, after ten the product of the decays (trap 13)."""
     student = single(1.0)
     teacher = EMATeacher(student, schedules.linear_warmup(0.05, 0.9, updates=10))
     nn.init.zeros_(student.weight)  # what is left in the teacher is the weight of the pre-trained model
@@ -159,7 +159,7 @@ def test_a_low_precision_student_moves_its_teacher(dtype: torch.dtype) -> None:
 
 
 def test_running_statistics_are_averaged_and_counters_copied() -> None:
-    """BatchNorm's mean and variance by the decay, its number of batches from the student (trap 15)."""
+    """BatchNorm's mean and variance are averaged, and its number of batches is the student's (trap 15)."""
     student = Student()
     teacher = EMATeacher(student, 0.75)
     before = state(student)
@@ -174,7 +174,7 @@ def test_running_statistics_are_averaged_and_counters_copied() -> None:
 
 
 def test_unsaved_buffers_are_the_copys_own() -> None:
-    """A buffer outside the state dict is no state to follow."""
+    """The teacher does not follow a buffer that is not in the state dict."""
     student = Student()
     teacher = EMATeacher(student, 0.5)
     student.cache.fill_(7.0)
@@ -184,7 +184,7 @@ def test_unsaved_buffers_are_the_copys_own() -> None:
 
 @pytest.mark.parametrize("value", [5.0, torch.inf, torch.nan])
 def test_the_ends_of_the_decay_are_exact(value: float) -> None:
-    """0 copies the student and 1 stays, bit for bit, also beside a student that has diverged."""
+    """0 copies the student and 1 keeps the teacher, bit for bit, even if the student has diverged."""
     student = single(1.0)
     frozen, following = EMATeacher(student, 1.0), EMATeacher(student, 0)
     nn.init.constant_(student.weight, value)
@@ -200,7 +200,7 @@ def test_the_ends_of_the_decay_are_exact(value: float) -> None:
 def test_what_is_not_finite_on_either_side_takes_the_students_value(
     decay: float, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Element by element, in statistics and in parameters such as masks; inf - inf would be NaN (trap 37)."""
+    """This holds for each element of statistics and of parameters such as masks; inf - inf would be NaN (trap 37)."""
     inf, nan = torch.inf, torch.nan
     ours = torch.tensor([1.0, 1.0, 1.0, inf, -inf, nan, -inf, inf, nan])
     theirs = torch.tensor([5.0, inf, nan, 5.0, 5.0, 5.0, -inf, -inf, inf])
@@ -222,7 +222,7 @@ def test_what_is_not_finite_on_either_side_takes_the_students_value(
 
 
 class Buffers(nn.Module):
-    """One buffer of each kind that is no statistic of a normalisation layer."""
+    """Has one buffer of each kind that is not a statistic of a normalisation layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Buffers(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_buffers_that_are_no_statistics_are_the_students(dtype: torch.dtype) -> None:
-    """Queues, counters, masks, observers, also one that bears the name of a statistic; the mean of a unit is none."""
+    """Queues, counters, masks and observers are copied, even if one has the name of a statistic."""
     student = Buffers().to(dtype)
     teacher = EMATeacher(student, 0.75)
     for buffer in student.buffers():
@@ -269,7 +269,7 @@ class Named(nn.BatchNorm1d):
     ids=lambda layer: type(layer).__name__,
 )
 def test_statistics_of_every_normalisation_layer_are_averaged(layer: nn.Module) -> None:
-    """Of torch's, their subclasses and what wraps them."""
+    """This holds for torch's layers, for their subclasses and inside wrappers."""
     if isinstance(layer, nn.LazyBatchNorm2d):
         layer(torch.randn(2, 2, 3, 3))
     teacher = EMATeacher(layer, 0.75)
@@ -285,7 +285,7 @@ def test_statistics_of_every_normalisation_layer_are_averaged(layer: nn.Module) 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the old form is deprecated
 @pytest.mark.parametrize("spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 def test_a_spectral_normalised_layer_of_the_teacher_has_norm_one(spectral_norm: Callable[..., nn.Module]) -> None:
-    """Once the student's estimate is good, in both forms: averaged vectors would not have norm 1 (trap 37)."""
+    """Averaged vectors would not have norm 1; the student's estimate is good after a few steps (trap 37)."""
     torch.manual_seed(0)
     student = nn.Sequential(*(spectral_norm(nn.Linear(16, 16, bias=False)) for _ in range(6)))
     teacher = EMATeacher(student, 0.99)
@@ -311,7 +311,7 @@ class Overlapping(nn.Module):
 
 
 def test_expanded_buffers_are_followed_and_swapped() -> None:
-    """Torch refuses to write to them as a whole."""
+    """Torch refuses to write to such buffers as a whole."""
     student = Overlapping(1.0)
     teacher = EMATeacher(student, 0.5)
     moved = Overlapping(3.0)
@@ -326,7 +326,7 @@ def test_expanded_buffers_are_followed_and_swapped() -> None:
 
 
 def test_tied_weights_stay_tied_and_move_once() -> None:
-    """Two names, one tensor: it is averaged once an update, and comes back from a swap."""
+    """One tensor with two names is averaged once an update, and comes back from a swap."""
     student = nn.Sequential(single(1.0), single(1.0))
     student[1].weight = student[0].weight
     teacher = EMATeacher(student, 0.75)
@@ -341,7 +341,7 @@ def test_tied_weights_stay_tied_and_move_once() -> None:
 
 
 def test_the_schedule_is_asked_for_the_update_that_acts() -> None:
-    """Indices 0, 1, 2, ..., once each, whatever ``update_every`` is; a callable of the user's serves."""
+    """It is asked for 0, 1, 2, ..., once each, whatever ``update_every`` is; it may be the user's own function."""
     asked: list[int] = []
 
     def decay(n: int) -> float:
@@ -360,7 +360,7 @@ def test_the_schedule_is_asked_for_the_update_that_acts() -> None:
 
 
 def test_the_copy_is_frozen_and_in_eval_mode_whatever_its_parent_does() -> None:
-    """No gradient, no dropout, no moving statistics, after ``parent.train()`` and ``requires_grad_`` too (trap 11)."""
+    """It has no gradient, dropout or moving statistics, also after ``train()`` or ``requires_grad_`` (trap 11)."""
     student = Student().train()
     parent = nn.ModuleDict({"student": student, "teacher": EMATeacher(student)})
     parent.train()
@@ -379,7 +379,7 @@ def test_the_copy_is_frozen_and_in_eval_mode_whatever_its_parent_does() -> None:
 
 
 def test_an_optimiser_of_the_parent_finds_the_student_alone() -> None:
-    """Nothing of the teacher is in ``parent.parameters()``, and a parent's initialiser does not reach it."""
+    """``parent.parameters()`` holds nothing of the teacher, and a parent's initialiser does not reach it."""
     student = Student()
     parent = nn.ModuleDict({"student": student, "teacher": EMATeacher(student)})
     assert [id(p) for p in parent.parameters()] == [id(p) for p in student.parameters()]
@@ -396,7 +396,7 @@ def test_an_optimiser_of_the_parent_finds_the_student_alone() -> None:
 
 
 def test_the_teacher_follows_its_parent_to_another_dtype_and_device() -> None:
-    """``parent.to`` reaches the copy; one made bfloat16 gets masters, and masters stay float32."""
+    """``parent.to`` reaches the copy; a copy that becomes bfloat16 gets masters, and masters stay float32."""
     student = Student()
     assert {p.device.type for p in EMATeacher(student, device="meta").module.parameters()} == {"meta"}
     parent = nn.Sequential(EMATeacher(student))
@@ -428,7 +428,7 @@ def test_data_parallel_refuses_a_model_that_holds_a_teacher() -> None:
 
 
 def replicas_on_two_devices(module: nn.Module) -> list[nn.Module]:
-    """What DataParallel makes at each forward pass, with this device twice and tensors that need no move."""
+    """Replicas as DataParallel makes them at each forward pass, here on one device twice."""
     replication = importlib.import_module("torch.nn.parallel.replicate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replication, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [list(tensors)] * 2)
@@ -437,7 +437,7 @@ def replicas_on_two_devices(module: nn.Module) -> list[nn.Module]:
 
 
 def test_what_is_added_to_the_teacher_moves_with_it() -> None:
-    """A head or a buffer that a user registers beside the copy."""
+    """A user may register a head or a buffer beside the copy."""
     teacher = EMATeacher(single(1.0))
     teacher.add_module("head", single(2.0))
     teacher.register_buffer("center", torch.zeros(3))
@@ -446,7 +446,7 @@ def test_what_is_added_to_the_teacher_moves_with_it() -> None:
 
 
 def test_the_teacher_reads_as_it_was_made() -> None:
-    """Class of the student, decay, interval."""
+    """The repr shows the class of the student, the decay and the interval."""
     teacher = EMATeacher(single(1.0), schedules.constant(0.9), update_every=500)
     expected = """EMATeacher(
   decay=constant(decay=0.9), update_every=500
@@ -477,7 +477,7 @@ def wrapped(student: nn.Module, how: str) -> nn.Module:
     ["module", "compiled", "DataParallel", "module of compiled", "compiled of module", "checkpoint of compiled"],
 )
 def test_wrapped_names_are_found(how: str) -> None:
-    """The prefixes of DDP and torch.compile, nested too, before or after the teacher was made (trap 14)."""
+    """The words of DDP and torch.compile are ignored, also nested, before and after the teacher is made (trap 14)."""
     student = Student()
     early, late = EMATeacher(student, 0.5), EMATeacher(wrapped(student, how), 0.5)
     before = state(student)
@@ -495,7 +495,7 @@ def test_wrapped_names_are_found(how: str) -> None:
 
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
 def test_a_wrapper_of_a_part_is_found(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    """A compiled or checkpointed submodule has a word more in the middle of its names, here after the teacher's."""
+    """A compiled or checkpointed submodule adds a word in the middle of its names."""
     student = Student()
     teacher = EMATeacher(student, 0.0)
     train(student)
@@ -509,7 +509,7 @@ def test_a_wrapper_of_a_part_is_found(wrap: Callable[[nn.Module], nn.Module]) ->
 
 
 def test_the_copy_cannot_be_replaced_but_compiled_in_place() -> None:
-    """A wrapper in its place would change the names in checkpoints; the same module may be assigned, as FSDP2 does."""
+    """A wrapper would change the names in checkpoints; the same module may be assigned again, as FSDP2 does."""
     teacher = EMATeacher(Student().bfloat16())
     keys = [*teacher.state_dict()]
     for name in ("module", "masters"):
@@ -524,7 +524,7 @@ def test_the_copy_cannot_be_replaced_but_compiled_in_place() -> None:
 
 
 def test_a_long_mismatch_is_told_by_its_first_names() -> None:
-    """As when adapters were added to the student after the teacher was made."""
+    """This happens when adapters are added to the student after the teacher was made."""
     teacher = EMATeacher(nn.Sequential(*(nn.Linear(1, 1) for _ in range(50))))
     with pytest.raises(ValueError, match=r"student: 0\.weight, 0\.bias, 1\.weight and 97 more; un") as told:
         teacher.update(nn.Sequential(*(Wrapper(nn.Sequential(nn.Linear(1, 1))) for _ in range(50))))
@@ -553,7 +553,7 @@ def with_layer(layer: nn.Module) -> Student:
 def test_a_student_of_other_names_or_shapes_raises_at_its_first_step(
     layer: nn.Module, message: str, update_every: int
 ) -> None:
-    """Also when the first update that acts is far away; nothing has changed then (trap 14)."""
+    """It raises even if the first update that acts is far away, and nothing has changed then (trap 14)."""
     teacher = EMATeacher(Student(), 0.5, update_every=update_every)
     before = state(teacher.module)
     with pytest.raises(ValueError, match=message):
@@ -566,7 +566,7 @@ def test_a_student_of_other_names_or_shapes_raises_at_its_first_step(
 
 @pytest.mark.parametrize("decay", [1.5, -0.1, torch.nan])
 def test_a_schedule_that_leaves_the_unit_interval_raises_and_changes_nothing(decay: float) -> None:
-    """At the update that asks for it."""
+    """The update that asks for the decay raises."""
     student = single(1.0)
     teacher = EMATeacher(student, lambda n: decay)
     nn.init.constant_(student.weight, 5.0)
@@ -580,7 +580,7 @@ def test_a_schedule_that_leaves_the_unit_interval_raises_and_changes_nothing(dec
 
 
 def moved_teacher(dtype: torch.dtype) -> tuple[Student, EMATeacher]:
-    """A teacher after five steps, at every second of which it acted."""
+    """A teacher after five steps; it acted at every second of them."""
     student = Student().to(dtype)
     teacher = EMATeacher(student, schedules.uniform(), update_every=2)
     for _ in range(5):
@@ -624,7 +624,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(dtype: torch.dtype, w
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_duplicate_goes_its_own_way(duplicate: Callable[[EMATeacher], EMATeacher], dtype: torch.dtype) -> None:
-    """By deepcopy and by pickle, with schedule, masters and counters; the original stays."""
+    """Both deepcopy and pickle keep schedule, masters and counters, and the original stays as it is."""
     student, teacher = moved_teacher(dtype)
     twin, before = duplicate(teacher), copy.deepcopy(teacher.state_dict())
     assert_same(twin, teacher)
@@ -637,7 +637,7 @@ def test_a_duplicate_goes_its_own_way(duplicate: Callable[[EMATeacher], EMATeach
 
 
 def test_loading_is_as_strict_as_torchs() -> None:
-    """Missing and unexpected names are told by their full name; ``strict=False`` returns them; shapes always raise."""
+    """Errors have the full names, ``strict=False`` returns them, and wrong shapes always raise."""
     saved = EMATeacher(Student()).state_dict()
     wrong = {"teacher." + key: value for key, value in saved.items() if key not in ("step", "module.layer.bias")}
     wrong["teacher.module.extra"] = wrong["teacher.else"] = torch.zeros(1)
@@ -653,7 +653,7 @@ def test_loading_is_as_strict_as_torchs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_copies_unless_told_to_assign(dtype: torch.dtype) -> None:
-    """As in torch: whoever holds the copy's tensors keeps them, and ``assign=True`` takes those of the state."""
+    """As in torch, the copy keeps its tensors, and ``assign=True`` takes those of the state."""
     _, teacher = moved_teacher(dtype)
     saved = copy.deepcopy(teacher.state_dict())
     held = {"step", "updates"} | {f"module.{name}" for name in teacher.module.state_dict()}
@@ -672,7 +672,7 @@ def test_loading_copies_unless_told_to_assign(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_student_lends_its_place_and_gets_it_back(dtype: torch.dtype) -> None:
-    """Inside, the student computes what the teacher does; afterwards it is itself, bit for bit, optimiser included."""
+    """Inside, the student computes what the teacher does; afterwards it has its own weights again, bit for bit."""
     student, teacher = moved_teacher(dtype)
     own, inputs, parameters = state(student), torch.randn(4, 3, dtype=dtype), [*student.parameters()]
     student.eval()
@@ -685,7 +685,7 @@ def test_the_student_lends_its_place_and_gets_it_back(dtype: torch.dtype) -> Non
 
 
 def test_the_student_comes_back_after_an_exception() -> None:
-    """Which passes through; the teacher is free for the next block."""
+    """The exception passes through, and the teacher is free for the next block."""
     student, teacher = moved_teacher(torch.float32)
     own = state(student)
     for _ in range(2):
@@ -695,7 +695,7 @@ def test_the_student_comes_back_after_an_exception() -> None:
 
 
 def test_swapping_neither_nests_nor_updates() -> None:
-    """Inside the block the student holds the teacher's weights: both would lose the student's own."""
+    """Inside the block the student holds the teacher's weights, so both would lose the student's own."""
     student, teacher = moved_teacher(torch.float32)
     own, steps = state(student), teacher.step
     with teacher.swapped_into(student):
@@ -711,7 +711,7 @@ def test_swapping_neither_nests_nor_updates() -> None:
 
 
 def test_an_update_is_one_fused_operation_that_allocates_nothing() -> None:
-    """For parameters in one dtype on one device, between the rare scans, by torch's own profiler."""
+    """Torch's profiler sees this for parameters of one dtype on one device."""
     student = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
     teacher = EMATeacher(student, 0.5)
     teacher.update(student)
@@ -737,7 +737,7 @@ def test_an_update_is_one_fused_operation_that_allocates_nothing() -> None:
 def test_a_compiled_update_is_one_graph_that_serves_all_steps(
     decay: float | Callable[[int], float], update_every: int, graphs: int, dtype: torch.dtype
 ) -> None:
-    """With fullgraph=True; its values are those of the plain update."""
+    """It compiles with fullgraph=True, and its values are those of the plain update."""
     student = Student().to(dtype)
     plain, teacher = (EMATeacher(student, decay, update_every=update_every) for _ in range(2))
     counter = CompileCounter()
@@ -754,7 +754,7 @@ def test_a_compiled_update_is_one_graph_that_serves_all_steps(
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_numbers_of_numpy_are_taken_as_numbers(kind: type[Any]) -> None:
-    """As decays and from schedules, without a warning, which would be an error here; the rest is in float64."""
+    """Decays and schedules may give them, without a warning, and the rest is computed in float64."""
     student = single(1.0)
     for decay in (kind(0.75), lambda n: kind(0.75), schedules.constant(kind(0.75)), schedules.every(2, kind(0.75))):
         teacher = EMATeacher(student, decay)
@@ -773,7 +773,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore")  # of torch's own, about a mesh on the CPU
 def test_sharded_parameters_are_averaged_and_swapped() -> None:
-    """FSDP2's DTensors, before and after forward passes, whose roots stay gathered without a backward one."""
+    """FSDP2 shards them into DTensors, and its root stays gathered after a forward pass without a backward one."""
     student = Student()
     teacher = EMATeacher(student, 0.75)
     before, mesh = state(student), init_device_mesh("cpu", (1,))

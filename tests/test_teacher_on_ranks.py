@@ -57,7 +57,7 @@ def check_ddp(rank: int, mesh: DeviceMesh) -> None:
 
 
 def check_swap(rank: int, mesh: DeviceMesh) -> None:
-    """A forward pass inside swapped_into leaves no gathered weights of the teacher's in the student of FSDP2."""
+    """A forward pass inside swapped_into leaves none of the teacher's gathered weights in an FSDP2 student."""
     student = model(seed=0)
     teacher = EMATeacher(student, 0.5)
     with torch.no_grad():
@@ -112,5 +112,5 @@ def on_a_rank(rank: int, store: str) -> None:
 
 
 def test_two_ranks_hold_one_teacher(tmp_path: Path) -> None:
-    """Made before DDP from models that differ, or sharded by FSDP2 (trap 40)."""
+    """It is made before DDP from models that differ, or sharded by FSDP2 (trap 40)."""
     spawn(on_a_rank, ((tmp_path / "store").as_uri(),), nprocs=2)

@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 def assert_new(result: State, *inputs: State) -> None:
-    """A dict whose tensors share no memory with the inputs'."""
+    """The result is a dict whose tensors share no memory with the inputs'."""
     taken = {value.untyped_storage().data_ptr() for state in inputs for value in state.values()} - {0}  # 0: empty
     assert type(result) is dict
     assert not any(value.requires_grad for value in result.values())
@@ -28,7 +28,7 @@ def assert_new(result: State, *inputs: State) -> None:
 
 @given(state_dicts(2), st.floats(0, 1))
 def test_interpolation_is_the_line_between_two_models(models: list[State], alpha: float) -> None:
-    """(1 − α) θ₀ + α θ₁ for floats, the fine-tuned model's integers; the inputs are as before (trap 33)."""
+    """Floats are (1 − α) θ₀ + α θ₁, integers the fine-tuned model's, and the inputs stay as they are (trap 33)."""
     before = [{name: value.clone() for name, value in model.items()} for model in models]
     result = interpolate(models[0], models[1], alpha)
     assert list(result) == list(models[0])
@@ -41,7 +41,7 @@ def test_interpolation_is_the_line_between_two_models(models: list[State], alpha
 
 @given(state_dicts(2))
 def test_the_ends_of_the_line_are_the_models(models: list[State]) -> None:
-    """Bit for bit, also beside a model that has diverged, where 0 * inf would be NaN."""
+    """They are exact, also beside a model that has diverged, where 0 * inf would be NaN."""
     for alpha, model in enumerate(models):
         assert torch.equal(interpolate(models[0], models[1], alpha)["weight"], model["weight"])
         ends = [{"weight": torch.full_like(model["weight"], torch.inf)}] * 2
@@ -51,7 +51,7 @@ def test_the_ends_of_the_line_are_the_models(models: list[State]) -> None:
 
 @given(st.integers(1, 6).flatmap(state_dicts))
 def test_an_average_is_the_mean_of_its_models(models: list[State]) -> None:
-    """Of floats; integers are the last model's, never averaged (trap 33)."""
+    """Floats are averaged, and integers are the last model's (trap 33)."""
     result = average(models)
     assert_close(result["weight"], torch.stack([model["weight"] for model in models]).mean(0))
     assert torch.equal(result["count"], models[-1]["count"])
@@ -75,7 +75,7 @@ def test_the_line_stays_between_its_ends_and_can_be_walked_backwards(models: lis
 
 @given(st.integers(1, 3), st.integers(1, 3), st.data())
 def test_averages_of_averages_are_averages(groups: int, each: int, data: st.DataObject) -> None:
-    """Of groups of one size; and lines through averages give what averages of lines give."""
+    """This holds for groups of one size, and for lines through averages."""
     models = data.draw(state_dicts(groups * each))
     whole = average(models)["weight"]
     parts = [average(models[k * each : (k + 1) * each]) for k in range(groups)]
@@ -133,7 +133,7 @@ def test_model_stock_follows_the_scale_of_the_differences(k: int, scale: float, 
     ids=["equal", "orthogonal", "opposite", "obtuse", "unchanged", "one unchanged"],
 )
 def test_model_stock_trusts_models_as_far_as_they_agree(models: list[list[float]], expected: list[float]) -> None:
-    """Equal ones give their mean; orthogonal or opposed ones, and none that moved, the pre-trained model; never NaN."""
+    """Equal models give their mean; orthogonal, opposed and unmoved ones give the pre-trained model, never NaN."""
     result = model_stock({"w": torch.zeros(2)}, [{"w": torch.tensor(w)} for w in models])
     assert_close(result["w"], torch.tensor(expected))
 
@@ -154,7 +154,7 @@ combinations = pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=COM
 
 @combinations
 def test_modules_and_state_dicts_are_taken_alike(combine: Callable[[Any, Any], State]) -> None:
-    """And mixed; the result loads strictly, BatchNorm's counter included."""
+    """They may be mixed, and the result loads strictly, with BatchNorm's counter."""
     first, second = (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2))
     second(torch.randn(4, 2))
     from_modules = combine(first, second)
@@ -167,7 +167,7 @@ def test_modules_and_state_dicts_are_taken_alike(combine: Callable[[Any, Any], S
 @combinations
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_dtype_is_kept(combine: Callable[[Any, Any], State], dtype: torch.dtype) -> None:
-    """And the arithmetic is float32 or better: the value is that of float32 inputs, rounded once."""
+    """The arithmetic is float32 or better: the value is that of float32 inputs, rounded once."""
     models = [{"w": torch.rand(50).to(dtype)} for _ in range(2)]
     precise = combine(*({"w": model["w"].to(torch.promote_types(dtype, torch.float32))} for model in models))
     result = combine(*models)["w"]
@@ -177,14 +177,14 @@ def test_the_dtype_is_kept(combine: Callable[[Any, Any], State], dtype: torch.dt
 
 @combinations
 def test_an_attention_mask_stays(combine: Callable[[Any, Any], State]) -> None:
-    """What models agree on is kept, −inf too, where a difference would be NaN."""
+    """A value that all models have is kept, even −inf, where a difference would be NaN."""
     mask = torch.tensor([0.0, -torch.inf])
     assert torch.equal(combine({"mask": mask}, {"mask": mask.clone()})["mask"], mask)
 
 
 @combinations
 def test_extra_state_is_a_copy_of_the_last_models(combine: Callable[[Any, Any], State]) -> None:
-    """What ``get_extra_state`` gave need not be a tensor."""
+    """What ``get_extra_state`` gives need not be a tensor."""
     first, second = ({"a._extra_state": cast(Any, {"n": n})} for n in (1, 2))
     result = combine(first, second)
     assert result == second
@@ -192,7 +192,7 @@ def test_extra_state_is_a_copy_of_the_last_models(combine: Callable[[Any, Any], 
 
 
 class Mixed(nn.Module):
-    """A parameter, statistics, and a buffer that is none."""
+    """Has a parameter, statistics, and a buffer that is neither."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Mixed(nn.Module):
 
 @combinations
 def test_a_module_tells_buffers_from_parameters(combine: Callable[[Any, Any], State]) -> None:
-    """Its buffers that are no statistics are the last model's; of plain state dicts all floats are combined."""
+    """Its buffers that are not statistics are the last model's; of plain state dicts all floats are combined."""
     told, untold = combine(Mixed(1.0), Mixed(3.0)), combine(Mixed(1.0).state_dict(), Mixed(3.0).state_dict())
     assert torch.equal(told["queue"], torch.full((2,), 3.0))
     for name in ("weight", "norm.running_var"):
@@ -219,7 +219,7 @@ def test_a_module_tells_buffers_from_parameters(combine: Callable[[Any, Any], St
 def test_vectors_of_spectral_norm_are_the_last_models(
     spectral_norm: Callable[[nn.Module], Any], as_dicts: bool
 ) -> None:
-    """Named as torch names them in both of its forms; their mean would have another norm (trap 37)."""
+    """Their mean would not have norm 1, in either of the two forms that torch has (trap 37)."""
     models = [spectral_norm(nn.Linear(8, 8)) for _ in range(2)]
     result = average([model.state_dict() if as_dicts else model for model in models])
     last = models[1].state_dict()
@@ -231,7 +231,7 @@ def test_vectors_of_spectral_norm_are_the_last_models(
 
 @combinations
 def test_what_is_not_finite_somewhere_is_the_last_models(combine: Callable[[Any, Any], State]) -> None:
-    """Element by element, and the others are as if it were not there."""
+    """This holds for each element, and does not change the others."""
     inf, nan = torch.inf, torch.nan
     first = torch.tensor([1.0, inf, -inf, nan, 1.0, -inf])
     last = torch.tensor([3.0, 3.0, 3.0, 3.0, nan, inf])
@@ -244,7 +244,7 @@ def test_what_is_not_finite_somewhere_is_the_last_models(combine: Callable[[Any,
 
 @combinations
 def test_wrappers_words_are_left_out_of_names(combine: Callable[[Any, Any], State]) -> None:
-    """Of DDP, torch.compile and activation checkpointing, anywhere in a path; the result has the names of the first."""
+    """DDP, torch.compile and checkpointing add them anywhere; the result has the names of the first model."""
     first, second = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
     expected = combine(first, second)
     words = ("module.", "_orig_mod.", "module._orig_mod.", "_checkpoint_wrapped_module.")
@@ -262,14 +262,14 @@ def test_wrappers_words_are_left_out_of_names(combine: Callable[[Any, Any], Stat
 
 
 def test_generators_are_taken() -> None:
-    """As of checkpoints that are loaded one after the other."""
+    """Checkpoints may be loaded one after the other."""
     states = [{"w": torch.tensor([float(n)])} for n in (1, 2, 6)]
     assert average(iter(states)) == {"w": torch.tensor([3.0])}
     assert_close(model_stock(states[0], (state for state in states)), model_stock(states[0], states))
 
 
 class Packed(Tensor):
-    """A wrapper as torchao's: floating outside, integers within."""
+    """A wrapper like torchao's: it is floating outside and holds integers."""
 
     @staticmethod
     def __new__(cls: type[Packed], data: Tensor) -> Packed:
@@ -309,7 +309,7 @@ def test_quantised_weights_are_refused(combine: Callable[[Any, Any], State], kin
 
 @combinations
 def test_integers_that_are_no_weights_are_taken(combine: Callable[[Any, Any], State]) -> None:
-    """Position numbers, masks in eight bits that agree, a flag of an observer, counters of codes."""
+    """Positions, masks in eight bits that agree, the flag of an observer, and counters are no weights."""
     first, last = (
         {
             "positions": torch.arange(6).view(2, 3),

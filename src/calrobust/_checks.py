@@ -63,11 +63,11 @@ def check_float64(**tensors: Tensor) -> None:
 
 
 def check_one_device(**tensors: Tensor) -> None:
-    """Raises ``ValueError`` unless the two tensors are on the same device."""
-    (first, a), (second, b) = tensors.items()
-    if a.device != b.device:
+    """Raises ``ValueError`` unless the tensors are on the same device."""
+    devices = [str(value.device) for value in tensors.values()]
+    if len(set(devices)) > 1:
         raise ValueError(
-            f"{first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()"
+            f"{' and '.join(tensors)} must be on one device, got {' and '.join(devices)}; move one with .to()"
         )
 
 
@@ -120,13 +120,6 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
             raise ValueError(
                 f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()"
             )
-
-
-def check_module(**modules: Any) -> None:
-    """Raises ``TypeError`` for an argument that is not an ``nn.Module``."""
-    for name, value in modules.items():
-        if not isinstance(value, torch.nn.Module):
-            raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
@@ -240,16 +233,15 @@ def check_bins(bins: Any) -> None:
             f"bins must be the three sums that bin_confidences gives, got {type(bins).__name__}; "
             "see functional.bin_confidences, or ShiftReport.bins"
         )
-    check_floating(**{f"bins[{i}]": sums for i, sums in enumerate(bins)})
+    named = {f"bins[{i}]": sums for i, sums in enumerate(bins)}
+    check_floating(**named)
     shapes = [list(sums.shape) for sums in bins]
     if 0 in (*shapes[0], len(shapes[0])) or shapes != [shapes[0]] * 3:
         raise ValueError(
             f"bins must be sums of one shape [..., n_bins], got {', '.join(map(str, shapes))}; "
             "take them from one call of bin_confidences"
         )
-    devices = [str(sums.device) for sums in bins]
-    if devices != [devices[0]] * 3:
-        raise ValueError(f"bins must be on one device, got {', '.join(devices)}; move them with .to()")
+    check_one_device(**named)
 
 
 def check_instance(kind: type, fix: str, **objects: Any) -> None:

@@ -9,10 +9,10 @@ from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
 
-from calrobust._checks import check_module
+from calrobust._checks import check_instance
 from calrobust._state import check_values, paired, tensors, write
 
-_SECOND_MODEL = "pass a second model: EMATeacher(student, copy=build_model())"
+_FIX = "pass a second model: EMATeacher(student, copy=build_model())"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no function in these runs in a teacher
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
@@ -27,13 +27,13 @@ def copied(student: nn.Module) -> nn.Module:
     except Exception as error:
         raise TypeError(
             f"student must be a model that deepcopy can copy, got {_obstacle(student)}, where it raises "
-            f"{type(error).__name__} ({error}); {_SECOND_MODEL}"
+            f"{type(error).__name__} ({error}); {_FIX}"
         ) from error
 
 
 def filled(copy: nn.Module, student: nn.Module) -> nn.Module:
     """The caller's second model with the student's state."""
-    check_module(copy=copy)
+    check_instance(nn.Module, "pass a model like the student", copy=copy)
     pairs = paired(copy, student)
     if any(pair.ours is pair.theirs for pair in pairs):
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
@@ -63,7 +63,7 @@ def _check_functions(student: nn.Module) -> None:
                     raise ValueError(
                         f"student must have no function that captures what a copy would share, got one in {name} of "
                         f"the {type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a "
-                        f"method of an object, which is copied, or add a hook after the teacher is made, or {_SECOND_MODEL}"
+                        f"method of an object, which is copied, or add a hook after the teacher is made, or {_FIX}"
                     )
 
 

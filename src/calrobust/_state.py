@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from calrobust._checks import check_module
+from calrobust._checks import check_instance
 
 # What DDP, torch.compile, activation checkpointing and FSDP1 add to the path of a tensor.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -63,7 +63,7 @@ class Pair(NamedTuple):
 
 def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
     """Pairs the tensors by name, each of ours once, also if it is tied."""
-    check_module(student=theirs)
+    check_instance(nn.Module, "pass the model itself", student=theirs)
     (teacher, averaged), (student, _) = tensors(ours), tensors(theirs)
     check_values(teacher=teacher, student=student)
     check_same_state(teacher=teacher, student=student)

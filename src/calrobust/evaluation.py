@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from calrobust._checks import check_module, check_predictions
+from calrobust._checks import check_instance, check_predictions
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
 Template = str | Callable[[str], str]
@@ -27,26 +27,21 @@ def collect_logits(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a model over a data set, in eval mode and without gradient, and collects its logits and the labels.
+    """Runs a model over a data set and collects its logits ``[N, C]`` and the labels ``[N]``, int64, on the CPU.
 
-    Afterwards every submodule is in the mode it was in before, also after an exception.
+    The model runs in eval mode and without gradient. Afterwards every submodule is in the mode it was in before, also
+    after an exception.
 
     Args:
-        model: gives logits ``[B, C]`` for a batch of inputs; it stays on its device.
-        loader: yields ``(inputs, target)``, or whatever ``forward`` takes. Labels are integers, in a tensor or in a
-            NumPy array.
+        model: gives logits ``[B, C]``, or ``[B, C, ...]`` as for ``cross_entropy``, which give a row for each label.
+        loader: yields ``(inputs, target)``, or what ``forward`` takes. Labels are integers, in a tensor or NumPy array.
         forward: ``forward(model, batch) -> (logits, target)``, for a model that returns a dict, a tuple or a
             ``ModelOutput``, and for other kinds of batches.
         device: where to move each batch, including tensors in tuples, lists and dicts; None leaves it where it is.
         progress: whether to show a bar on stderr, if tqdm is installed.
 
-    Returns:
-        Logits ``[N, C]`` and labels ``[N]``, int64, both on the CPU. Batches of ``[B, C, ...]`` with labels
-        ``[B, ...]``, as ``torch.nn.functional.cross_entropy`` takes them, give a row for each label.
-
     Raises:
-        TypeError: ``loader`` cannot be iterated, a batch is not a pair of inputs and target, the model does not return
-            a tensor, ``forward`` cannot be called or does not return a pair, or the labels are not integers.
+        TypeError: an argument, a batch, or what ``model`` or ``forward`` returns has the wrong type.
         ValueError: the loader is empty, logits and labels do not fit, or the labels are one-hot.
 
     Example:
@@ -57,16 +52,20 @@ def collect_logits(
         >>> logits.shape, target
         (torch.Size([3, 2]), tensor([0, 1, 1]))
     """
-    check_module(model=model)
+    check_instance(nn.Module, "pass the model itself", model=model)
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise TypeError(
-            f"loader must be something to iterate over, got {_kind(loader)}; pass a DataLoader or a list of batches"
-        )
+        fix = "pass a DataLoader or a list of batches"
+        raise TypeError(f"loader must be something to iterate over, got {_kind(loader)}; {fix}")
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be callable, got {_kind(forward)}; pass {_FORWARD}")
+    if progress:
+        with suppress(ImportError):
+            from tqdm import tqdm
+
+            loader = tqdm(loader, desc="collecting logits", unit="batch", leave=False, file=sys.stderr)
     found: list[tuple[Tensor, Tensor]] = []
-    with _evaluating(model), torch.no_grad():
-        for batch in _with_bar(loader) if progress else loader:
+    with _evaluating(model):
+        for batch in loader:
             found.append(_rows(model, batch if device is None else _to(batch, device), forward))
             before, now = found[0][0].shape[1], found[-1][0].shape[1]
             if before != now:
@@ -97,8 +96,7 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         target = torch.tensor(target)  # a NumPy array
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
         logits, target = logits.detach().cpu(), target.detach().cpu()
-        if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            target = target.long()
+        target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
         if logits.ndim > 1 and target.shape == logits.shape:
             raise ValueError(
                 "target must hold the index of each sample's class, got a value for every class, of shape "
@@ -117,7 +115,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -134,28 +133,19 @@ def _to(batch: Any, device: torch.device | str) -> Any:
     return batch
 
 
-def _with_bar(loader: Iterable[Any]) -> Iterable[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return loader
-    bar: Iterable[Any] = tqdm(loader, desc="collecting logits", unit="batch", leave=False, file=sys.stderr)
-    return bar
-
-
 def zero_shot_classifier(
     model: nn.Module,
     tokenizer: Callable[..., Any],
     names: Sequence[str],
     templates: Template | Sequence[Template] = "a photo of a {}.",
 ) -> Tensor:
-    r"""The weights of a linear classifier on image features, made from captions of each class.
+    r"""The weights ``[C, D]`` of a linear classifier on image features, made from captions of each class.
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
     where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. Its logits are
-    ``logit_scale * image_features @ weight.T``. The losses take ``weight`` as text features. The model runs in eval
-    mode and without gradient; every submodule is then put back into its mode.
+    ``logit_scale * image_features @ weight.T``, and the losses take ``weight`` as text features. It is at least
+    float32, on the model's device. The model runs as in :func:`collect_logits`.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
@@ -164,12 +154,8 @@ def zero_shot_classifier(
         names: the class names, in the order of the logits.
         templates: a text with ``{}`` in the place of the name, a function from name to caption, or a list of these.
 
-    Returns:
-        Shape ``[C, D]``, rows of unit norm, at least float32, on the model's device.
-
     Raises:
-        TypeError: ``model`` has no such text tower, ``names`` are not texts, or a template is neither a text nor a
-            function.
+        TypeError: ``model`` has no such text tower, or ``names`` or ``templates`` have the wrong type.
         ValueError: there is no name or no template, or a template has no ``{}``.
 
     Example:
@@ -184,7 +170,7 @@ def zero_shot_classifier(
 
     Reference: Radford et al., 2021, :arxiv:`2103.00020`, Section 3.1.4.
     """
-    check_module(model=model)
+    check_instance(nn.Module, "pass the model itself", model=model)
     captions = _captions(names, templates)
     of_transformers = hasattr(model, "get_text_features")
     if not (of_transformers or hasattr(model, "encode_text")):
@@ -192,16 +178,17 @@ def zero_shot_classifier(
             f"model must have encode_text or get_text_features, got {type(model).__name__}; "
             "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
         )
+    tower: Any = model
     device, features = next(model.parameters()).device, []
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model):
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
             part = captions[start : start + _CAPTIONS_AT_ONCE]
             if of_transformers:
                 tokens = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
-                output = model.get_text_features(**_to(dict(tokens), device))  # type: ignore[operator]
+                output = tower.get_text_features(**_to(dict(tokens), device))
                 features.append(getattr(output, "pooler_output", output))  # Transformers 4 returned a tensor
             else:
-                features.append(model.encode_text(tokenizer(part).to(device)))  # type: ignore[operator]
+                features.append(tower.encode_text(tokenizer(part).to(device)))
     found = torch.cat(features)
     unit = normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=1)
     return normalize(unit.unflatten(0, (len(names), -1)).mean(1), dim=1)
@@ -209,9 +196,8 @@ def zero_shot_classifier(
 
 def _captions(names: Any, templates: Any) -> list[str]:
     """Every name in every template, name by name."""
-    several = list(templates) if isinstance(templates, (list, tuple)) else [templates]
-    listed = isinstance(names, Sequence) and not isinstance(names, str)
-    if not (listed and all(isinstance(name, str) for name in names)):
+    several = templates if isinstance(templates, (list, tuple)) else [templates]
+    if isinstance(names, str) or not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
         raise TypeError(f"names must be a list of texts, got {_kind(names)}; pass one name for each class")
     if not names or not several:
         raise ValueError(f"names and templates must not be empty, got {len(names)} names and {len(several)} templates")

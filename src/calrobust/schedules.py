@@ -8,6 +8,7 @@ product of the first ``k`` decays.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,19 +19,19 @@ from calrobust._checks import check_fraction, check_integer, check_positive
 __all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
 
 
-class _Schedule:
+class _Schedule(ABC):
     def __call__(self, n: int) -> float:
         """The decay of update ``n``."""
         check_integer(0, n=n)
         return float(self._decay(n))
 
-    def _decay(self, n: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _decay(self, n: int) -> float: ...
 
 
 @dataclass(frozen=True)
 class constant(_Schedule):
-    """The same ``decay`` at every update: 1 freezes the teacher, and 0 makes it equal to the student.
+    """The same decay at every update: 1 freezes the teacher, and 0 makes it equal to the student.
 
     Example:
         >>> from calrobust import schedules
@@ -95,8 +96,7 @@ class power(_Schedule):
 
     Example:
         >>> from calrobust import schedules
-        >>> schedule = schedules.power(exponent=1.0)
-        >>> [schedule(n) for n in (0, 1, 3)]
+        >>> [schedules.power(exponent=1.0)(n) for n in (0, 1, 3)]
         [0.0, 0.5, 0.75]
     """
 
@@ -183,10 +183,9 @@ class beta(_Schedule):
 class every(_Schedule):
     """A schedule by training step: the teacher moves at steps 0, k, 2k, ... and stays as it is in between.
 
-    It is for a teacher with ``update_every=1``, whose updates are the training steps. With ``update_every=k`` instead,
-    the teacher first moves after k steps, and its schedule counts the moves.
-
-    Here k is ``steps``, at least 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, asked for steps 0, k, 2k, ....
+    Here k is ``steps``, at least 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is asked for step n. It
+    is for a teacher with ``update_every=1``, whose updates are the training steps. With ``update_every=k`` instead, the
+    teacher first moves after k steps, and its schedule counts the moves.
 
     Example:
         >>> from calrobust import schedules

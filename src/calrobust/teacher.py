@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from calrobust._checks import check_fraction, check_integer, check_module
+from calrobust._checks import check_fraction, check_instance, check_integer
 from calrobust._copying import copied, filled
 from calrobust._state import Pair, paired, reshard, tensors, write
 
@@ -24,18 +24,16 @@ class EMATeacher(nn.Module):
 
     Parameters and the running statistics of torch's normalisation layers are averaged, from the very first update on.
     Every other persistent buffer is copied from the student, and a value that is not finite on either side takes the
-    student's. (In parameters such values are looked for only when the teacher is made; each search costs half an
-    update.) A student in bfloat16 or float16 is averaged in float32 masters, because its own precision would round
-    small moves away.
+    student's. (In parameters such values are looked for only when the teacher is made.) A student in bfloat16 or
+    float16 is averaged in float32 masters, because its own precision would round small moves away.
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
     saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks that are
     methods of an object, or a ``functools.partial``, run in the copy with a copy of that object or of the arguments.
-
-    With DDP, give the first :meth:`update` the DDP module on every rank: the teacher then takes the copy of the first
-    rank, as DDP does for the student. With FSDP2, make the teacher first, then give ``teacher.module`` (and
-    ``teacher.masters``, if any) the ``fully_shard`` calls of the student; each rank averages its own shards. To compile
-    the copy, call ``teacher.module.compile()``.
+    To compile the copy, call ``teacher.module.compile()``. With DDP, give the first :meth:`update` the DDP module on
+    every rank: the teacher then takes the copy of the first rank, as DDP does for the student. With FSDP2, make the
+    teacher first, then give ``teacher.module`` (and ``teacher.masters``, if any) the ``fully_shard`` calls of the
+    student; each rank averages its own shards.
 
     Args:
         student: the model to copy. Of a ``DistributedDataParallel`` or compiled module, the model inside is copied.
@@ -43,8 +41,8 @@ class EMATeacher(nn.Module):
             that acts; see :mod:`calrobust.schedules`.
         update_every: call :meth:`update` once a training step; every ``update_every``-th call moves the copy.
         device: where to keep the copy; ``None`` means beside the student.
-        copy: a second model to use as the copy, such as ``copy=build_model()``, where ``deepcopy`` cannot make one. It
-            takes the student's parameters and persistent buffers.
+        copy: a second model, such as ``build_model()``, to use as the copy where ``deepcopy`` cannot make one. It takes
+            the student's parameters and persistent buffers.
 
     Attributes:
         module: the copy.
@@ -54,7 +52,7 @@ class EMATeacher(nn.Module):
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
         ValueError: a number is out of its range, a parameter has no values (it is empty, lazy, or on the meta device),
-            a function of the student captures what the copy would share, or ``copy`` does not fit.
+            a function would let the copy share data with the student, or ``copy`` does not fit.
 
     Example:
         >>> import torch
@@ -63,14 +61,9 @@ class EMATeacher(nn.Module):
         >>> _ = torch.nn.init.constant_(student.weight, 1.0)
         >>> teacher = EMATeacher(student, decay=0.75)
         >>> _ = torch.nn.init.constant_(student.weight, 5.0)  # a training step
-        >>> teacher.update(student)  # 0.75 * 1 + 0.25 * 5
-        >>> teacher(torch.ones(1, 1))
+        >>> teacher.update(student)
+        >>> teacher(torch.ones(1, 1))  # 0.75 * 1 + 0.25 * 5
         tensor([[2.]])
-        >>> with teacher.swapped_into(student):
-        ...     student(torch.ones(1, 1)).item()
-        2.0
-        >>> student.weight.item()
-        5.0
 
     Reference: Oh et al., 2024, :arxiv:`2311.01723`, the teacher of its self-distillation.
     """
@@ -88,7 +81,7 @@ class EMATeacher(nn.Module):
         copy: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_module(student=student)
+        check_instance(nn.Module, "pass the model itself", student=student)
         if not callable(decay):
             check_fraction(closed=True, decay=decay)
         check_integer(1, update_every=update_every)
@@ -144,11 +137,11 @@ class EMATeacher(nn.Module):
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
-        """Lends the averaged weights to the student, to evaluate them inside it, and gives its own back at the end.
+        """Lends the averaged weights to the student in a ``with`` block, and gives its own back at the end.
 
         The values change in place, so wrappers and optimisers stay valid. They come back bit for bit, also after an
-        exception. Train and eval modes stay as they are. Until then, the student's own weights take memory for one more
-        copy. The errors are those of :meth:`update`; a block within a block raises ``RuntimeError``.
+        exception. Train and eval modes stay as they are. The block takes memory for one more copy of the student's
+        weights. The errors are those of :meth:`update`; a block within a block raises ``RuntimeError``.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")

@@ -25,13 +25,8 @@ def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateD
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    The ends are exact, bit for bit. Give both heads the same scale first: a shorter one acts as a hidden temperature.
-    What models may be, what is returned and further errors are as for :func:`average` of ``[zero_shot, fine_tuned]``.
-
-    Args:
-        zero_shot: :math:`\theta_0`.
-        fine_tuned: :math:`\theta_1`.
-        alpha: in [0, 1], else ``ValueError``.
+    for ``alpha`` in [0, 1]; the ends are exact, bit for bit. Models, result and errors are as for :func:`average` of
+    ``[zero_shot, fine_tuned]``. Give both heads the same scale first: a shorter one acts as a hidden temperature.
 
     Example:
         >>> import torch
@@ -54,16 +49,13 @@ def average(models: Iterable[Weights]) -> StateDict:
 
     .. math:: \theta = \tfrac{1}{K} \sum_{k=1}^{K} \theta_k
 
+    Models are K ≥ 1 state dicts or modules of the same names and shapes, in a list or another iterable, and stay as
+    they are. The result is a new state dict with the names, dtypes and devices of the first.
+
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are those of the last model. A plain state dict does
     not say which entries are buffers: unless one of the models is a module, every floating entry is averaged, except
     the vectors of ``spectral_norm``. Prefixes that wrappers such as DDP add to names are ignored.
-
-    Args:
-        models: K ≥ 1 state dicts or modules of the same names and shapes, in a list or another iterable; not changed.
-
-    Returns:
-        A new state dict for ``load_state_dict``, with the names, dtypes and devices of the first model.
 
     Raises:
         ValueError: there is no model, or names or shapes differ.
@@ -88,8 +80,8 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
 
     for each tensor on its own. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the
     mean cosine between any two of their differences from the pre-trained :math:`\theta_0`. A negative mean counts as
-    0. A tensor that a model did not change has cosine 0 with all others. What models may be, what is returned and
-    errors are as for :func:`average` of ``[pretrained, *models]``; one model alone is an error too.
+    0. A tensor that a model did not change has cosine 0 with all others. Models, result and errors are as for
+    :func:`average` of ``[pretrained, *models]``.
 
     Example:
         >>> import torch

@@ -358,7 +358,7 @@ TABLE: Table = [
             Wrong(
                 {"bins": (*BINS[:2], BINS[2].to("meta"))},
                 ValueError,
-                "bins must be on one device, got cpu, cpu, meta; move them with .to()",
+                "bins[0] and bins[1] and bins[2] must be on one device, got cpu and cpu and meta; move one with .to()",
             ),
         ],
     ),

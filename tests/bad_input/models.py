@@ -1,4 +1,4 @@
-"""Wrong calls of what holds, moves and combines weights, and of what runs a model."""
+"""Wrong calls of what holds, moves or combines weights, and of what runs a model."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ TABLE: Table = [
     (
         [Target("EMATeacher", EMATeacher, lambda: {"student": nn.Linear(3, 2)})],
         [
-            Wrong({"student": "ViT-B-16"}, TypeError, "student must be a torch.nn.Module, got str"),
+            Wrong({"student": "ViT-B-16"}, TypeError, "student must be of type Module, got str; pass the model itself"),
             Wrong({"decay": 1.5}, ValueError, "decay must be in [0, 1], got 1.5; did you mean 0.15 or 0.015?"),
             Wrong({"decay": math.nan}, ValueError, "decay must be finite, got nan"),
             Wrong({"decay": torch.tensor(0.9)}, TypeError, "decay must be a real number, got Tensor tensor(0.9000)"),
             Wrong({"update_every": 0}, ValueError, "update_every must be >= 1, got 0"),
             Wrong({"update_every": 1.0}, TypeError, "update_every must be an int, got float 1.0"),
-            Wrong({"copy": "model"}, TypeError, "copy must be a torch.nn.Module, got str"),
+            Wrong({"copy": "model"}, TypeError, "copy must be of type Module, got str; pass a model like the student"),
             Wrong(
                 {"student": nn.Linear(2, 2, device="meta")},
                 ValueError,
@@ -99,7 +99,7 @@ TABLE: Table = [
     (
         [Target("EMATeacher.update", update, followed), Target("EMATeacher.swapped_into", swap, followed)],
         [
-            Wrong({"student": {}}, TypeError, "student must be a torch.nn.Module, got dict"),
+            Wrong({"student": {}}, TypeError, "student must be of type Module, got dict; pass the model itself"),
             Wrong(
                 {"student": nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))},
                 ValueError,
@@ -246,7 +246,11 @@ TABLE: Table = [
     (
         [Target("zero_shot_classifier", zero_shot_classifier, named_texts)],
         [
-            Wrong({"model": torch.zeros}, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
+            Wrong(
+                {"model": torch.zeros},
+                TypeError,
+                "model must be of type Module, got builtin_function_or_method; pass the model itself",
+            ),
             Wrong(
                 {"model": MODEL},
                 TypeError,
@@ -277,7 +281,11 @@ TABLE: Table = [
     (
         [Target("collect_logits", collect_logits, lambda: {"model": MODEL, "loader": LOADER, "progress": False})],
         [
-            Wrong({"model": torch.zeros}, TypeError, "model must be a torch.nn.Module, got builtin_function_or_method"),
+            Wrong(
+                {"model": torch.zeros},
+                TypeError,
+                "model must be of type Module, got builtin_function_or_method; pass the model itself",
+            ),
             Wrong(
                 {"loader": 5},
                 TypeError,

@@ -231,7 +231,7 @@ TABLE: Table = [
                 "teacher must be of type EMATeacher, got Linear; make it with EMATeacher(student)",
             ),
             Wrong({"teacher": None}, TypeError),
-            Wrong({"student": "model"}, TypeError, "student must be a torch.nn.Module, got str"),
+            Wrong({"student": "model"}, TypeError, "student must be of type Module, got str; pass the model itself"),
         ],
     ),
     (

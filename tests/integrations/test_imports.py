@@ -12,7 +12,7 @@ import pytest
     ("peer", "package"), [("transformers", "transformers[torch]>=5"), ("lightning", "lightning>=2.6")]
 )
 def test_a_missing_peer_is_an_error_that_says_what_to_install(peer: str, package: str) -> None:
-    """The peer, which pip finds from a clone and from an index alike, in place of a ModuleNotFoundError."""
+    """The error names a package that pip finds, in place of a ModuleNotFoundError."""
     program = f"import sys; sys.modules['{peer}'] = None; import calrobust.integrations.{peer}"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     *_, last = result.stderr.strip().splitlines()

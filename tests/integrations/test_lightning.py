@@ -45,7 +45,7 @@ class Line(LightningModule):
         self.evaluated.append(self.linear.weight.detach().clone())
 
     def test_step(self, batch: Tensor) -> None:
-        """Likewise."""
+        """Does the same."""
         self.validation_step(batch)
 
     def predict_step(self, batch: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ BATCHES = DataLoader[Tensor](torch.arange(12.0).view(6, 2, 1) / 10)  # type: ign
 
 
 def trainer(folder: Path, *callbacks: EMATeacherCallback, **options: Any) -> Trainer:
-    """Three steps an epoch, of two batches each, and a checkpoint after each epoch."""
+    """Makes three steps an epoch, of two batches each, and a checkpoint after each epoch."""
     return Trainer(
         default_root_dir=folder,
         accumulate_grad_batches=2,
@@ -140,7 +140,7 @@ def test_resumed_training_ends_where_training_at_one_go_does(
 
 @pytest.mark.parametrize("evaluate_teacher", [False, True])
 def test_evaluates_the_averaged_weights_if_asked(tmp_path: Path, evaluate_teacher: bool) -> None:
-    """In validation, test and prediction; in between, and in the checkpoints, the student is itself."""
+    """Validation, test and prediction use them; between these, and in checkpoints, the student has its own weights."""
     model = Line()
     teacher = Follower(model.linear)
     callback = EMATeacherCallback(teacher, model.linear, evaluate_teacher=evaluate_teacher)
@@ -159,7 +159,7 @@ def test_evaluates_the_averaged_weights_if_asked(tmp_path: Path, evaluate_teache
 
 @pytest.mark.parametrize("save_weights_only", [False, True])
 def test_a_checkpoint_without_a_teacher_is_an_error(tmp_path: Path, save_weights_only: bool) -> None:
-    """In training and where the averaged weights would be evaluated: never those of a new teacher instead (trap 16)."""
+    """Neither training nor evaluation goes on with a new teacher's weights instead (trap 16)."""
     saving, model = trainer(tmp_path, max_epochs=1), Line()
     saving.fit(model, BATCHES, BATCHES)
     saving.save_checkpoint(tmp_path / "none.ckpt", weights_only=save_weights_only)
@@ -176,7 +176,7 @@ def test_a_checkpoint_without_a_teacher_is_an_error(tmp_path: Path, save_weights
 
 
 def test_evaluates_the_teacher_of_the_checkpoint(tmp_path: Path) -> None:
-    """In a new process, which has trained nothing."""
+    """This works in a new process, which has trained nothing."""
     model = Line()
     teacher = Follower(model.linear)
     trainer(tmp_path, EMATeacherCallback(teacher, model.linear), max_epochs=1).fit(model, BATCHES, BATCHES)
@@ -210,7 +210,7 @@ def test_two_teachers_follow_one_student(tmp_path: Path) -> None:
 
 
 def test_an_exception_in_validation_gives_the_student_its_weights_back(tmp_path: Path) -> None:
-    """And leaves the teacher free to go on."""
+    """The teacher is free to go on."""
 
     class Broken(Line):
         def validation_step(self, batch: Tensor) -> None:

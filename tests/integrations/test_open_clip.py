@@ -30,12 +30,12 @@ def features(seed: int, width: int = 6, scale: float = 20.0) -> dict[str, Tensor
 
 
 def as_teacher(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names that the trainer gives the outputs of its distillation model."""
+    """The outputs under the names that the trainer gives those of its distillation model."""
     return {f"dist_{name}": value.detach() for name, value in outputs.items()}
 
 
 def test_stands_in_for_clip_loss() -> None:
-    """Same call, same dict key, same value and gradients."""
+    """It has the same call, dict key, value and gradients."""
     student = features(0)
     for arguments, keywords in (((), student), (tuple(student.values()), {})):
         ours, theirs = OpenClipLoss(CONTRASTIVE)(*arguments, **keywords), ClipLoss()(*arguments, **keywords)
@@ -71,7 +71,7 @@ def test_the_terms_that_are_logged_add_up_to_what_is_trained() -> None:
 
 
 def test_a_logit_bias_changes_nothing_and_has_a_gradient_of_zero() -> None:
-    """As in ClipLoss, where it costs an addition to every logit."""
+    """The same holds for ClipLoss, where it costs an addition to every logit."""
     student, bias = features(0), torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
     for output_dict in (False, True):
         ours, theirs = (
@@ -90,7 +90,7 @@ def test_a_logit_bias_changes_nothing_and_has_a_gradient_of_zero() -> None:
 def test_what_a_siglip_model_returns_goes_in_by_place_and_by_name(
     student_has_bias: bool, teacher_has_bias: bool | None
 ) -> None:
-    """Three values or four, alone or with a teacher's three or four: the bias is nobody's features."""
+    """A model gives three values or four, and so does its teacher; the bias is not taken for features."""
     bias = {"logit_bias": torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)}
     plain, plain_teacher = features(0), features(2)
     student = {**plain, **(bias if student_has_bias else {})}
@@ -106,7 +106,7 @@ def test_what_a_siglip_model_returns_goes_in_by_place_and_by_name(
 
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_stands_in_for_coca_loss(has_teacher: bool) -> None:
-    """Takes all that a CoCa returns: the contrastive loss is that of its features, and captions have a loss too."""
+    """It takes all that a CoCa returns: the contrastive loss uses its features, and captions have a loss too."""
     torch.manual_seed(0)
     tower = {"layers": 1, "width": 16, "heads": 1}
     text = {"context_length": 6, "vocab_size": 20, "embed_cls": True, "output_tokens": True, **tower}
@@ -132,7 +132,7 @@ def test_stands_in_for_coca_loss(has_teacher: bool) -> None:
 
 
 def test_a_teacher_that_does_not_come_is_an_error_that_names_the_trainers_options() -> None:
-    """As with --accum-freq, where the trainer leaves its distillation model out."""
+    """With --accum-freq the trainer leaves its distillation model out."""
     with pytest.raises(TypeError, match=r"needs teacher_image_features.*; open_clip's .* never with --accum-freq"):
         OpenClipLoss(CAROT)(**features(0))
     teacher = as_teacher(features(2))
@@ -143,7 +143,7 @@ def test_a_teacher_that_does_not_come_is_an_error_that_names_the_trainers_option
 
 @pytest.mark.parametrize("criterion", [CONTRASTIVE, 2 * CONTRASTIVE])
 def test_a_teacher_that_nobody_asked_for_is_an_error(criterion: PairLoss) -> None:
-    """A second model that runs for nothing is worth knowing of."""
+    """A second model would run for nothing."""
     student, teacher = features(0), as_teacher(features(2))
     for arguments, named in (((*student.values(), *teacher.values()), {}), ((), {**student, **teacher})):
         with pytest.raises(TypeError, match=r"; open_clip's .* with --distill-model"):

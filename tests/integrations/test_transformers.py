@@ -45,7 +45,7 @@ class Follower(EMATeacher):
 
 
 def trainer(folder: Path, teacher: EMATeacher, student: nn.Module, **options: Any) -> Trainer:
-    """Three steps an epoch, of two batches each."""
+    """Makes three steps an epoch, of two batches each."""
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=2,
@@ -82,7 +82,7 @@ def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path
 
 
 def test_resumed_training_ends_where_training_at_one_go_does(tmp_path: Path) -> None:
-    """Teacher and counters included (trap 16)."""
+    """The teacher and its counters are equal (trap 16)."""
     torch.manual_seed(0)
     student = Line()
     whole = EMATeacher(student)
@@ -100,7 +100,7 @@ def test_resumed_training_ends_where_training_at_one_go_does(tmp_path: Path) -> 
 
 
 def test_resuming_without_the_teacher_is_an_error(tmp_path: Path) -> None:
-    """Never a new teacher behind an old student's back (trap 16)."""
+    """A new teacher never follows an old student silently (trap 16)."""
     student = Line()
     trainer(tmp_path, EMATeacher(student), student, num_train_epochs=1).train()
     (tmp_path / "checkpoint-3" / "teacher.pt").unlink()
@@ -152,7 +152,7 @@ def test_a_part_of_the_model_may_be_the_student(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_features_are_those_that_the_models_own_logits_are_made_of(family: str) -> None:
-    """Unit norm, exponentiated scale; SigLIP's logits hold a bias besides."""
+    """They have unit norm, and the scale is exponentiated; SigLIP's logits also have a bias."""
     model: Any
     if family == "clip":
         model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from calrobust import EMATeacher
-from calrobust._checks import check_instance, check_module
+from calrobust._checks import check_instance
 from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
 
 try:
@@ -20,7 +20,7 @@ __all__ = ["EMATeacherCallback"]
 
 
 class EMATeacherCallback(Callback):
-    """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
+    """Lets ``teacher`` follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
     The teacher is updated after each batch in which an optimiser made a step, and not after batches that accumulate
     gradients. It gets the device and the precision that the trainer gives the student. Checkpoints hold it among the
@@ -28,14 +28,14 @@ class EMATeacherCallback(Callback):
     ``self.teacher = teacher``, the module saves it and the callback does not.
 
     Args:
-        teacher: the teacher.
+        teacher: the :class:`~calrobust.EMATeacher`.
         student: what it follows: the ``LightningModule``, or the part of it that the teacher copied.
         evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
             Checkpoints hold the student's own weights in any case, and the teacher beside them.
         name: tells several callbacks of one trainer apart in its checkpoints.
 
     Raises:
-        TypeError: ``teacher`` is not an :class:`~calrobust.EMATeacher`, or ``student`` not a module.
+        TypeError: ``teacher`` or ``student`` is of another type.
         ValueError: when the trainer starts: two callbacks would put averaged weights into one student, or the
             trainer's ``ckpt_path`` holds no teacher.
 
@@ -44,8 +44,7 @@ class EMATeacherCallback(Callback):
         >>> import torch
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.lightning import EMATeacherCallback
-        >>> student = torch.nn.Linear(1, 1)
-        >>> teacher = EMATeacher(student)
+        >>> teacher = EMATeacher(student := torch.nn.Linear(1, 1))
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
         >>> for steps_so_far in (0, 1, 1, 2):  # what the trainer tells after each batch, two of which make a step
         ...     callback.on_train_batch_end(SimpleNamespace(global_step=steps_so_far))
@@ -57,7 +56,7 @@ class EMATeacherCallback(Callback):
         self, teacher: EMATeacher, student: nn.Module, *, evaluate_teacher: bool = False, name: str = ""
     ) -> None:
         check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
-        check_module(student=student)
+        check_instance(nn.Module, "pass the model itself", student=student)
         self.teacher = teacher
         self.student = student
         self.evaluate_teacher = evaluate_teacher
@@ -79,10 +78,8 @@ class EMATeacherCallback(Callback):
         lenders = [c for c in callbacks if isinstance(c, EMATeacherCallback) and c.evaluate_teacher]
         lent = [parameter for lender in lenders for parameter in set(lender.student.parameters())]
         if len(lent) > len(set(lent)):
-            raise ValueError(
-                "evaluate_teacher must be True in one callback of a student, got two; "
-                "pass evaluate_teacher=False to one of them"
-            )
+            fix = "pass evaluate_teacher=False to one of them"
+            raise ValueError(f"evaluate_teacher must be True in one callback of a student, got two; {fix}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the teacher to the module's device."""

@@ -23,13 +23,12 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called as open_clip calls its ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    To use it in the trainer of open_clip 3: ``loss = OpenClipLoss(criterion)``, and then
-    ``open_clip_train.main.create_loss = lambda args: loss``. Give its losses ``gather=True``, because open_clip
-    contrasts the pairs of all ranks. For distillation from a fixed model, train with ``--distill-model`` and
-    ``--distill-pretrained``; ``examples/open_clip_trainer.py`` has an :class:`~calrobust.EMATeacher` instead.
-
-    Without ``output_dict`` the loss is a scalar, where open_clip's distillation gives a tuple. Terms include the
-    criterion's weights. Our distillation is the sum of two directions, open_clip's their mean.
+    To use it in the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. Give its
+    losses ``gather=True``, because open_clip contrasts the pairs of all ranks. For distillation from a fixed model,
+    train with ``--distill-model`` and ``--distill-pretrained``; ``examples/open_clip_trainer.py`` has an
+    :class:`~calrobust.EMATeacher` instead. Without ``output_dict`` the loss is a scalar, where open_clip's distillation
+    gives a tuple. Terms include the criterion's weights. Our distillation is the sum of two directions, open_clip's
+    their mean.
 
     Args:
         criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
@@ -59,14 +58,12 @@ class OpenClipLoss(nn.Module):
         self.caption_weight = caption_weight
         with suppress(PackageNotFoundError):
             if int(version("open_clip_torch").split(".")[0]) >= 4:
-                warnings.warn(
-                    "the trainer of open_clip 4, which is installed, does not call create_loss, so a loss that is "
-                    "assigned there is never used; install 'open_clip_torch[training]<4' for its trainer",
-                    stacklevel=2,
-                )
+                unused = "does not call create_loss, so a loss that is assigned there is never used"
+                fix = "install 'open_clip_torch[training]<4' for its trainer"
+                warnings.warn(f"the trainer of open_clip 4, which is installed, {unused}; {fix}", stacklevel=2)
 
     def forward(self, *outputs: Any, output_dict: bool = False, **named: Any) -> Tensor | dict[str, Tensor]:
-        """The loss, or its terms.
+        """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
             *outputs: what the student returned, and then what the teacher returned: image and text features ``[N, D]``
@@ -75,30 +72,21 @@ class OpenClipLoss(nn.Module):
             **named: the same by name, with ``dist_image_features`` and so on for the teacher, and the ``logits`` and
                 ``labels`` of a CoCa's captions. Other outputs of a model are ignored.
 
-        Returns:
-            A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
-
         Raises:
             TypeError: the criterion distils and there is no teacher, or the reverse; or captions have no weight.
-            ValueError: as the criterion's ``forward``.
         """
         alone = "gather=True" not in repr(self.criterion)  # repr shows every option that is not at its default
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            warnings.warn(
-                "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks; "
-                "pass gather=True to its losses",
-                stacklevel=2,
-            )
+            ours = "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks"
+            warnings.warn(f"{ours}; pass gather=True to its losses", stacklevel=2)
         found = {ARGUMENTS[name]: value for name, value in named.items() if name in ARGUMENTS}
         try:
             terms = self.criterion.terms(*outputs, **found)
         except TypeError as error:
             if "teacher" not in str(error):
                 raise
-            raise TypeError(
-                f"{error}; open_clip's trainer passes a teacher's outputs with --distill-model and "
-                "--distill-pretrained, and never with --accum-freq above 1"
-            ) from None
+            options = "with --distill-model and --distill-pretrained, and never with --accum-freq above 1"
+            raise TypeError(f"{error}; open_clip's trainer passes a teacher's outputs {options}") from None
         if named.get("logits") is not None and named.get("labels") is not None:
             if self.caption_weight is None:
                 raise TypeError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calrobust import EMATeacher
-from calrobust._checks import check_instance, check_module
+from calrobust._checks import check_instance
 from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
 
 try:
@@ -26,7 +26,7 @@ class EMATeacherCallback(TrainerCallback):
 
     The teacher is updated after each step of the optimiser, and not after batches that accumulate gradients. Each
     ``checkpoint-<step>`` gets a file ``teacher.pt`` with the whole teacher, also if FSDP2 shards it. A trainer that
-    resumes loads it from its ``output_dir``. With ``load_best_model_at_end`` the teacher of the best checkpoint is
+    resumes loads it from its ``output_dir``, and with ``load_best_model_at_end`` the teacher of the best checkpoint is
     loaded as well as the best student.
 
     A ``Trainer`` saves and evaluates the student's own weights. ``examples/transformers_trainer.py`` shows how to
@@ -34,19 +34,18 @@ class EMATeacherCallback(TrainerCallback):
     with ``teacher.module.save_pretrained(folder)``.
 
     Args:
-        teacher: the teacher, which the callback moves to the trainer's device.
+        teacher: the :class:`~calrobust.EMATeacher`, which the callback moves to the trainer's device.
         student: what it follows: the trainer's model, or the part of it that the teacher copied.
 
     Raises:
-        TypeError: ``teacher`` is not an :class:`~calrobust.EMATeacher`, or ``student`` not a module.
+        TypeError: ``teacher`` or ``student`` is of another type.
         FileNotFoundError: in training: a checkpoint that is resumed, or the best one, holds no teacher.
 
     Example:
         >>> import torch
         >>> from calrobust import EMATeacher
         >>> from calrobust.integrations.transformers import EMATeacherCallback
-        >>> student = torch.nn.Linear(1, 1)
-        >>> teacher = EMATeacher(student)
+        >>> teacher = EMATeacher(student := torch.nn.Linear(1, 1))
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
         >>> callback.on_step_end(None, None, None)  # which the trainer calls after each step of the optimiser
         >>> teacher.step
@@ -55,7 +54,7 @@ class EMATeacherCallback(TrainerCallback):
 
     def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
         check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
-        check_module(student=student)
+        check_instance(nn.Module, "pass the model itself", student=student)
         self.teacher = teacher
         self.student = student
 
@@ -119,16 +118,14 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
         1.0
     """
     fix = "call the model with input_ids, pixel_values and return_dict=True"
-    _check_attributes(("image_embeds", "text_embeds"), fix, output=output)
+    _check_attributes("output", output, ("image_embeds", "text_embeds"), fix)
     inner: Any = getattr(model, "module", model)
-    _check_attributes(("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output", model=inner)
-    bias = getattr(inner, "logit_bias", None)
-    scalars = [inner.logit_scale.exp(), *([] if bias is None else [bias])]
-    return output.image_embeds, output.text_embeds, *(scalar.reshape(()) for scalar in scalars)
+    _check_attributes("model", inner, ("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output")
+    scalars = [inner.logit_scale.exp(), getattr(inner, "logit_bias", None)]
+    return output.image_embeds, output.text_embeds, *(one.reshape(()) for one in scalars if one is not None)
 
 
-def _check_attributes(names: Sequence[str], fix: str, **objects: Any) -> None:
-    for name, value in objects.items():
-        missing = [attribute for attribute in names if getattr(value, attribute, None) is None]
-        if missing:
-            raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")
+def _check_attributes(name: str, value: object, attributes: Sequence[str], fix: str) -> None:
+    missing = [attribute for attribute in attributes if getattr(value, attribute, None) is None]
+    if missing:
+        raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")

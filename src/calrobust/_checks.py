@@ -146,11 +146,9 @@ def check_ignore_index(ignore_index: Any) -> None:
         check_integer(-(2**63), ignore_index=ignore_index)
 
 
-def check_label_values(target: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
-    """Raises ``ValueError`` for a label outside [0, C) that is not ``ignore_index``. Reads values."""
+def check_label_values(target: Tensor, n_classes: int) -> None:
+    """Raises ``ValueError`` for a label outside [0, C). Reads values."""
     outside = (target < 0) | (target >= n_classes)
-    if ignore_index is not None:
-        outside &= target != ignore_index
     if outside.any():
         first = int(target[outside][0])
         raise ValueError(

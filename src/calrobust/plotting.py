@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatching differ as well.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # in the order in which methods take them
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # in the order of the methods
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
 MARKERS = "osD^v<>"  # one more than there are colours, so that a pair of both repeats only after 42 methods
@@ -40,8 +40,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     """Accuracy against confidence in each bin, the gap between the two and, below, a histogram of the confidences.
 
     A bar is a bin's accuracy. The hatched part lies between it and the bin's mean confidence. Bins with fewer samples
-    are fainter, because a large gap over few samples is little evidence. The title at the right has the ECE and the
-    number of samples.
+    are fainter, because a large gap over few samples is little evidence. The title gives the ECE and the sample count.
 
     Args:
         bins: sums of shape ``[n_bins]`` over bins of equal width, as :func:`~calrobust.functional.bin_confidences` or
@@ -49,8 +48,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
         ax: axes to draw into, which are returned; None makes new ones, in ``reliability_diagram(bins).figure``.
 
     Raises:
-        TypeError: ``bins`` are not three floating tensors, or ``ax`` is not axes.
-        ValueError: their shapes are not ``[n_bins]``.
+        TypeError, ValueError: ``bins`` are not three floating tensors ``[n_bins]``, or ``ax`` is not axes.
 
     Example:
         >>> import torch
@@ -81,17 +79,15 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
     r"""Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
 
     Pooling gives each OOD sample the same weight, not each domain, and gaps of opposite sign cancel. So the ECE of a
-    panel at the right is not the report's mean OOD ECE, and is usually lower.
+    panel at the right is not the report's mean OOD ECE, and is usually lower. Without OOD domains there is no panel at
+    the right.
 
     Args:
         report: with data of ``id_domain`` for every method.
-        methods: the rows; None takes the first method of the report and its last two.
-
-    Returns:
-        A figure with one row for each method; without OOD domains it has the left column only.
+        methods: one for each row; None takes the first method of the report and its last two.
 
     Raises:
-        TypeError: ``report`` is not a :class:`~calrobust.ShiftReport`, or ``methods`` not a sequence.
+        TypeError: ``report`` is not a :class:`~calrobust.ShiftReport`, or ``methods`` is not a sequence.
         ValueError: the report is incomplete, or ``methods`` is empty or holds a method that is not in the report.
 
     Example:
@@ -105,7 +101,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, with a confidence of e**2 / (e**2 + 2)
         ['ID\nECE 21.3 %, n = 3', 'OOD, pooled\nECE 21.3 %, n = 3']
     """
-    _rows(report)  # raises if the report is incomplete
+    _summary(report)  # raises if the report is incomplete
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
     check_instance(Sequence, "pass a list of names", methods=methods)
@@ -138,11 +134,10 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
 
     Args:
         report: with data of ``id_domain`` and at least one other domain for every method.
-        ax: axes to draw into, which are returned; None makes new ones, in ``shift_scatter(report).figure``.
+        ax: axes to draw into, as for :func:`reliability_diagram`.
 
     Raises:
-        TypeError: ``report`` is not a :class:`~calrobust.ShiftReport`, or ``ax`` is not axes.
-        ValueError: the report is incomplete.
+        TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``ax`` is not axes.
 
     Example:
         >>> import torch
@@ -156,7 +151,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy 70 %, ECE |70 - 90|
         [70, 20]
     """
-    rows, ax = _rows(report), _axes(ax, 0.8 * COLUMN)
+    rows, ax = _summary(report), _axes(ax, 0.8 * COLUMN)
     ax.set_xlabel("OOD accuracy (%)", fontsize=FONT)
     ax.set_ylabel("OOD ECE (%)", fontsize=FONT)
     for i, row in enumerate(rows):
@@ -174,7 +169,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _rows(report: ShiftReport) -> list[dict[str, Any]]:
+def _summary(report: ShiftReport) -> list[dict[str, Any]]:
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     return report.summary()
 

@@ -22,12 +22,12 @@ from calrobust.functional.calibration import (
     adaptive_calibration_error,
     bin_classes,
     bin_confidences,
+    bin_index,
     binned_error,
     calibration_error,
     classwise_calibration_error,
     classwise_error,
     equal_mass_bins,
-    inner_edges,
     top_label,
 )
 
@@ -156,9 +156,12 @@ def test_float32_confidences_near_an_edge_are_not_misplaced() -> None:
 
 
 def test_edges_equal_numpy_linspace_for_200_bin_counts() -> None:
-    """To the bit, which torch.linspace does not manage (trap 18)."""
+    """They are equal to the bit, as torch.linspace's are not (trap 18)."""
     for n_bins in range(1, 201):
-        assert inner_edges(n_bins).tolist() == np.linspace(0, 1, n_bins + 1)[1:-1].tolist()
+        edges = torch.from_numpy(np.linspace(0, 1, n_bins + 1)[1:-1])
+        below = torch.nextafter(edges, torch.zeros_like(edges))
+        assert bin_index(edges, n_bins).tolist() == list(range(1, n_bins))
+        assert bin_index(below, n_bins).tolist() == list(range(n_bins - 1))
 
 
 def test_a_confidence_of_one_is_in_the_last_bin_and_of_zero_in_the_first() -> None:

@@ -34,48 +34,53 @@ class Block(NamedTuple):
     correct: Tensor
 
 
-def as_rows(target: Tensor, **preds: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks ``preds`` ``[N, C, ...]`` and ``target`` ``[N, ...]``; returns them as ``[M, C]`` and ``[M]``."""
+def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks scores ``[N, C, ...]`` and labels; gives the samples to keep as rows ``[M, C]`` and labels ``[M]``."""
     check_predictions(target, **preds)
     check_float64(**preds)
+    check_ignore_index(ignore_index)
     (scores,) = preds.values()
-    return scores.detach().movedim(1, -1).flatten(0, -2), target.flatten()
+    scores, target = scores.detach().movedim(1, -1).flatten(0, -2), target.flatten()
+    if ignore_index is None:
+        return scores, target
+    kept = target != ignore_index
+    return scores[kept], target[kept]
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether reading values waits for no device and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
     """How many rows of ``scores`` make a block when held in ``dtype``."""
-    if torch.compiler.is_compiling():  # the compiler fuses the passes itself
-        return max(1, len(scores))
-    size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
-    return max(1, size // (scores.shape[1] * dtype.itemsize))
+    rows = len(scores)
+    if not torch.compiler.is_compiling():  # the compiler fuses the passes itself
+        size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
+        rows = min(rows, size // (scores.shape[1] * dtype.itemsize))
+    return max(1, rows)
 
 
 def probability_blocks(
-    preds: Tensor, target: Tensor, from_logits: bool, ignore_index: int | None, validate: bool | None = None
+    preds: Tensor, target: Tensor, from_logits: bool, validate: bool | None = None
 ) -> Iterator[Block]:
-    """Yields the rows of ``preds`` that are not labelled ``ignore_index``: at least one block, maybe an empty one.
+    """Yields rows that :func:`as_rows` has checked: at least one block, maybe an empty one.
 
-    ``validate`` says whether values are checked; None checks them on a CPU, where this does not wait for a device.
-    Labels are always checked on a CPU, where a wrong one would be an error of indexing.
+    ``validate`` says whether values are checked; None checks them where that is free. There, labels are always checked,
+    because a wrong one would be an error of indexing.
     """
     check_flag(from_logits=from_logits)
-    check_ignore_index(ignore_index)
-    preds, target = as_rows(target, preds=preds)
-    on_cpu = preds.device.type == "cpu" and not torch.compiler.is_compiling()
-    if validate or on_cpu:
-        check_label_values(target, preds.shape[1], ignore_index)
-    if on_cpu if validate is None else validate:
-        kept = slice(None) if ignore_index is None else target != ignore_index
-        check_kind(from_logits=from_logits, preds=preds[kept])
+    free = can_read_values(preds)
+    validate = free if validate is None else validate
+    if validate or free:
+        check_label_values(target, preds.shape[1])
+    if validate:
+        check_kind(from_logits=from_logits, preds=preds)
     dtype = torch.promote_types(preds.dtype, torch.float32)
     step = block_rows(preds, dtype)
-    buffer = preds.new_empty(min(step, len(preds)) if from_logits else 0, preds.shape[1], dtype=dtype)
-    for start in range(0, max(1, len(preds)), step):
-        scores, labels = preds[start : start + step], target[start : start + step]
-        if ignore_index is not None:
-            keep = labels != ignore_index
-            scores, labels = scores[keep], labels[keep]
-        scores = scores.to(dtype)
+    buffer = preds.new_empty(step if from_logits else 0, preds.shape[1], dtype=dtype)
+    for some, labels in zip(preds.split(step), target.split(step), strict=True):
+        scores = some.to(dtype)
         probs = torch.softmax(scores, 1, out=buffer[: len(scores)]) if from_logits else scores
         own, confidences = probs.gather(1, labels[:, None])[:, 0], probs.amax(1)
         correct = _is_predicted(scores, labels, own, confidences)
@@ -84,7 +89,7 @@ def probability_blocks(
 
 def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tensor) -> Tensor:
     """Whether ``argmax`` of the scores gives the label; of equal scores the first one counts."""
-    if scores.is_cuda or torch.compiler.is_compiling():
+    if not can_read_values(scores):
         return scores.argmax(1) == labels
     # On a CPU argmax takes longer than the softmax. Two classes can only both round to the highest probability where it
     # is at most 1/2; these rows alone are searched. 0.999, as exp need not be monotone to the last digit.

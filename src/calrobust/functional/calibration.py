@@ -17,7 +17,7 @@ from calrobust._checks import (
     check_one_device,
     check_tensor,
 )
-from calrobust.functional._rows import Block, probability_blocks
+from calrobust.functional._rows import Block, as_rows, can_read_values, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
 NORMS: tuple[str, ...] = get_args(Norm)
@@ -55,50 +55,32 @@ def top_label(
 
     .. math:: \hat p_i = \max_c p_{ic} = \frac{1}{\sum_c e^{z_{ic} - \max_k z_{ik}}}
 
-    The softmax is taken in blocks of rows that fit a processor's cache, never of the whole batch.
-
-    Args:
-        preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
-        target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
-        from_logits: whether ``preds`` are logits; never guessed.
-        ignore_index: samples with this label are left out.
+    The softmax is taken in blocks of rows that fit a processor's cache, never of the whole batch. Arguments and errors
+    are those of :func:`~calrobust.functional.calibration_error`.
 
     Returns:
         ``confidences`` and ``correct``, one value for each sample that is not left out: float32 (float64 for float64
         ``preds``), and bool. Of equal scores the first class is the predicted one, as with :func:`torch.argmax`.
 
-    Raises:
-        TypeError: ``preds`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, or there is a single class. Values are looked at on the CPU only,
-            where this waits for nothing: labels out of range, and probabilities where logits are due or the reverse.
-
     Example:
         >>> import torch
         >>> from calrobust.functional import top_label
-        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 3.0]]).log_softmax(1)
-        >>> confidences, correct = top_label(logits, torch.tensor([0, 0]))
-        >>> confidences  # 1/2, and 1 / (1 + exp(-3))
-        tensor([0.5000, 0.9526])
-        >>> correct
-        tensor([ True, False])
+        >>> top_label(torch.tensor([[0.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0]))  # 1/2, and 1 / (1 + exp(-3))
+        (tensor([0.5000, 0.9526]), tensor([ True, False]))
     """
-    return top_labels(probability_blocks(preds, target, from_logits, ignore_index))
+    return top_labels(probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits))
 
 
 def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
-    """What :func:`top_label` gives, of rows in blocks."""
+    """The result of :func:`top_label` for rows in blocks."""
     confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
     return torch.cat(confidences), torch.cat(correct)
 
 
-def inner_edges(n_bins: int, device: torch.device | None = None) -> Tensor:
-    """float64 ``[n_bins - 1]``: ``k * (1 / n_bins)`` between 0 and 1; to the bit what NumPy's ``linspace`` gives."""
-    return torch.arange(1, n_bins, dtype=torch.float64, device=device) * (1 / n_bins)
-
-
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
-    """The bin ``[lo, hi)`` of each float64 confidence, the last bin closed."""
-    return torch.bucketize(confidences, inner_edges(n_bins, confidences.device), right=True)
+    """The bin ``[lo, hi)`` of each float64 confidence, the last bin closed. The edges are NumPy's ``linspace``."""
+    edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidences.device) * (1 / n_bins)
+    return torch.bucketize(confidences, edges, right=True)
 
 
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
@@ -112,10 +94,6 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
         confidences: shape ``[N]``, floating, in [0, 1]. One that is NaN or outside makes the value NaN.
         correct: shape ``[N]``, bool.
         n_bins: number of bins.
-
-    Returns:
-        :class:`~calrobust.functional.Bins` of three float64 tensors ``[n_bins]``: ``counts``, ``confidence_sums``,
-        ``correct_sums``. Sums of two batches add up to the sums of both: ``a + b``.
 
     Raises:
         TypeError: ``confidences`` is not floating or ``correct`` is not bool.
@@ -137,7 +115,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
     """Sums over bins that hold equally many samples, as far as this is possible without splitting equal confidences.
 
-    Samples that share a confidence go where the middle one of them would: with ranks from ``first`` to ``last``, to bin
+    Samples that share a confidence, with ranks from ``first`` to ``last``, go to the bin of their middle rank,
     ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples.
     """
     confidences, order = valid_confidences(confidences, correct, n_bins).sort()
@@ -147,7 +125,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
 
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Checks the arguments; gives float64, with NaN for what is no probability: a finite wrong value would be worse."""
+    """Checks the arguments and returns float64, with NaN where a confidence is outside [0, 1]."""
     check_floating(confidences=confidences)
     check_tensor(correct=correct)
     if correct.dtype != torch.bool:
@@ -188,7 +166,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
             sum, which is common for a well calibrated model, gives 0.
 
     Returns:
-        A float64 scalar in [0, 1]; NaN without samples.
+        Float64 values in [0, 1], a scalar for bins of one dimension; NaN without samples.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
@@ -223,7 +201,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
-    """Raises for a norm, or a ``debiased``, that :func:`binned_error` does not take."""
+    """Raises for a ``norm`` or a ``debiased`` that :func:`binned_error` does not take."""
     check_choice(NORMS, norm=norm)
     check_flag(debiased=debiased)
     if debiased and norm != "l2":
@@ -244,24 +222,25 @@ def calibration_error(
 
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
-    over bins of equal width; :func:`~calrobust.functional.bin_confidences` says where a confidence on an edge goes.
     Noise makes the value larger: a perfectly calibrated model shows up to :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on
     average. :func:`~calrobust.functional.calibration_interval` says how much of a value may be noise.
 
     Args:
-        preds: logits or probabilities ``[N, C, ...]``, as for :func:`~calrobust.functional.top_label`.
-        target: labels ``[N, ...]``.
-        n_bins: number of bins.
+        preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
+        target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
+        n_bins: number of bins of equal width, those of :func:`~calrobust.functional.bin_confidences`.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE), see :func:`~calrobust.functional.binned_error`.
         debiased: only for ``"l2"``: subtract what noise adds.
-        from_logits: whether ``preds`` are logits.
-        ignore_index: label of samples to leave out.
+        from_logits: whether ``preds`` are logits or probabilities; never guessed.
+        ignore_index: samples with this label are left out.
 
     Returns:
         A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
-        TypeError, ValueError: as for :func:`~calrobust.functional.top_label`; an option is unknown or out of range.
+        TypeError: ``preds`` is not floating, ``target`` is not int64, or an option is of another type.
+        ValueError: shapes or devices do not fit, there is a single class, or an option is unknown or out of range. Only
+            on a CPU: labels are out of range, or ``preds`` are probabilities where logits are due or the reverse.
 
     Example:
         >>> import torch
@@ -290,9 +269,8 @@ def adaptive_calibration_error(
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
     Samples of equal confidence are never split: they share the bin in which the middle one of them ranks. So the value
-    does not depend on the order of the samples, and many ties make fewer, unequal bins.
-
-    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error`.
+    does not depend on the order of the samples, and many ties make fewer, unequal bins. Arguments, result and errors
+    are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -317,16 +295,16 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All probabilities are put into the first bin of their class, and the high ones are then moved to their own.
+        # All probabilities are put into the first bin of their class, then the high ones are moved to their own bin.
         # A row has at most 2 * n_bins high ones, so that with many classes almost no bin is searched. High begins at
         # half a bin's width, to keep away from rounding at the edge.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
-        if probs.is_cuda or torch.compiler.is_compiling():  # there, no shape should depend on values
-            high = torch.arange(len(flat), device=flat.device)
-        else:
+        if can_read_values(flat):
             high = (flat >= 0.5 / n_bins).nonzero()[:, 0]
+        else:  # all of them, because no shape may depend on values here
+            high = torch.arange(len(flat), device=flat.device)
         moved, first = flat[high].double(), high % n_classes * n_bins
         index, ones = torch.cat((first, first + bin_index(moved, n_bins))), torch.ones_like(moved)
         counts.index_add_(0, index, torch.cat((-ones, ones)))
@@ -355,8 +333,7 @@ def classwise_calibration_error(
     where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and belong to it
     with frequency :math:`a_{bc}`. ``"l2"`` is the root of the mean square over samples and classes, ``"max"`` the
     largest gap of any bin of any class. With many classes most probabilities are near 0, hence so is the value.
-
-    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error`.
+    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -369,5 +346,5 @@ def classwise_calibration_error(
     """
     check_n_bins(n_bins)
     check_norm(norm)
-    blocks = probability_blocks(preds, target, from_logits, ignore_index)
+    blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
     return classwise_error(bin_classes(blocks, n_bins), norm)

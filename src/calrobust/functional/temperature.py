@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,14 @@ class _Data(NamedTuple):
     logits: Tensor
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
-    huge: bool  # whether some logits lie HUGE below the top
+    huge: bool = False  # whether some logits lie HUGE below the top
+
+    def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yields ``logits - top`` in blocks of rows, each of which overwrites the one before."""
+        step = block_rows(self.logits, dtype)
+        buffer = self.logits.new_empty(step, self.logits.shape[1], dtype=dtype)
+        for logits, top in zip(self.logits.split(step), self.top.split(step), strict=True):
+            yield torch.sub(logits.to(dtype), top[:, None], out=buffer[: len(logits)])
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
@@ -90,7 +98,13 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        temperature, causes = _fit(logits, target)
+        data, means = _scan(logits, target)
+        limit = _mask_distance(data, means)
+        # Newton's method sums over all classes, so that a T it finds is right whether or not some are masked. Only its
+        # start, and the T of degenerate data, depend on what is taken for a mask.
+        temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
+        if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
+            temperature, causes = _solve(data, _visible_means(data, math.inf))
         if len(target) == 1:
             causes.append("there is a single sample")
         elif (target == target[0]).all():
@@ -102,53 +116,31 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
 
 
-def _fit(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
-    """T, and why the data do not determine it."""
-    data, means = _scan(logits, target)
-    limit = _mask_distance(data, means)
-    # Newton's method sums over all classes, so that a T it finds is right whether or not some are masked. Only where it
-    # starts, and the T of degenerate data, depend on what is taken for a mask.
-    temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
-    if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
-        return _solve(data, _visible_means(data, math.inf))
-    return temperature, causes
-
-
 def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
     """The data, and ``[N]``: the mean of logit - top over the classes of each row."""
     dtype = torch.promote_types(logits.dtype, torch.float64 if logits.numel() <= FEW else torch.float32)
-    top, own, means = logits.new_empty(3, len(logits), dtype=dtype)
-    step = block_rows(logits, dtype)
-    buffer = logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        scores = logits[rows].to(dtype)
-        torch.amax(scores, 1, out=top[rows])
-        if not top[rows].isfinite().all():
-            check_softmax_exists(target, logits=logits)
-        differences = torch.sub(scores, top[rows, None], out=buffer[: len(scores)])
-        own[rows] = differences.gather(1, target[rows, None])[:, 0]
-        torch.mean(differences, 1, out=means[rows])
-    huge = bool(means.amin() < -HUGE)
-    if huge and own.isneginf().any():
+    top = logits.amax(1).to(dtype)
+    if not top.isfinite().all():
+        check_softmax_exists(target, logits=logits)
+    own = logits.gather(1, target[:, None])[:, 0].to(dtype) - top
+    if own.isneginf().any():
         row = int(own.isneginf().nonzero()[0])
         raise ValueError(
             f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
             "unmask the class or drop the sample"
         )
-    return _Data(logits, top, own, huge), means
+    data = _Data(logits, top, own)
+    means = torch.cat([differences.mean(1) for differences in data.differences(dtype)])
+    return data._replace(huge=bool(means.amin() < -HUGE)), means
 
 
 def _visible_means(data: _Data, limit: float) -> Tensor:
     """``[N]``: the mean of logit - top over the classes of each row that are less than ``limit`` below the top."""
-    means = torch.empty_like(data.top)
-    step = block_rows(data.logits, torch.float64)
-    for start in range(0, len(means), step):
-        rows = slice(start, start + step)
-        differences = data.logits[rows].double() - data.top[rows, None]
+    means = []
+    for differences in data.differences(torch.float64):
         hidden = differences <= -limit
-        means[rows] = (differences.masked_fill_(hidden, 0).sum(1) / (~hidden).sum(1)).to(means.dtype)
-    return means
+        means.append(differences.masked_fill_(hidden, 0).sum(1) / (~hidden).sum(1))
+    return torch.cat(means).to(data.top.dtype)
 
 
 def _mask_distance(data: _Data, means: Tensor) -> float:
@@ -177,7 +169,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
     beta = 1 / spread
     step = len(means) // SUBSET_ROWS
     if step >= 4:
-        subset = data._replace(logits=data.logits[::step], top=data.top[::step], own=data.own[::step])
+        subset = _Data(data.logits[::step], data.top[::step], data.own[::step], data.huge)
         beta, _ = _newton(subset, beta, max_steps=8)
         beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
     beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
@@ -204,20 +196,17 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
     """First and second derivative of the negative log-likelihood, times β and β²."""
-    dtype = data.top.dtype
-    step = min(block_rows(data.logits, dtype), len(data.logits))
-    scaled_buffer, probs_buffer = data.logits.new_empty(2, step, data.logits.shape[1], dtype=dtype)
+    dtype, n_classes = data.top.dtype, data.logits.shape[1]
+    buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums = data.logits.new_zeros(2, dtype=torch.float64)
-    for start in range(0, len(data.logits), step):
-        rows = slice(start, start + step)
-        scores = data.logits[rows].to(dtype)
-        scaled = torch.sub(scores, data.top[rows, None], out=scaled_buffer[: len(scores)]).mul_(beta)
+    for differences in data.differences(dtype):
+        scaled = differences.mul_(beta)
         if data.huge:
             scaled.clamp_(min=FLOOR)
-        weighted = torch.softmax(scaled, 1, out=probs_buffer[: len(scores)])
+        weighted = torch.softmax(scaled, 1, out=buffer[: len(scaled)])
         mean = weighted.mul_(scaled).sum(1)
         square = weighted.mul_(scaled).sum(1)
-        sums[0] += (mean - beta * data.own[rows]).sum(dtype=torch.float64)
-        sums[1] += (square - mean.square()).sum(dtype=torch.float64)
+        sums += torch.stack((mean, square - mean.square())).sum(1, dtype=torch.float64)
+    sums[0] -= beta * data.own.sum(dtype=torch.float64)
     gradient, curvature = sums.tolist()
     return gradient, curvature

@@ -2,8 +2,8 @@
 
 ``update(preds, target)`` takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``compute()``
 gives float64 scalars, and NaN with torchmetrics' warning before the first ``update``. All arguments are keyword-only,
-and an invalid one is an error. Those that all metrics take are described at :class:`CalibrationError`, and the formulas
-at the functions of the same names in :mod:`calrobust.functional`.
+and an invalid one is an error. Formulas and arguments are described at the functions of the same names in
+:mod:`calrobust.functional`, and the arguments that only metrics take at :class:`CalibrationError`.
 """
 
 # No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
@@ -26,7 +26,7 @@ from calrobust.functional.calibration import (
     top_labels,
 )
 from calrobust.functional.scoring import log_losses, squared_errors
-from calrobust.metrics._shared import BinnedMetric, PredictionMetric
+from calrobust.metrics._shared import BinnedMetric, MeanMetric, PredictionMetric
 
 __all__ = [
     "AdaptiveCalibrationError",
@@ -41,16 +41,12 @@ __all__ = [
 class CalibrationError(BinnedMetric):
     """Expected calibration error of the top label (ECE), streaming.
 
-    Formula and bins are those of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums for
-    each bin, however many samples there are and however they are split into batches. ``metric.bins`` are these sums,
-    for :func:`~calrobust.plotting.reliability_diagram`.
+    The formula is that of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums for each
+    bin, however many samples there are and however they are split into batches. ``metric.bins`` are these sums, for
+    :func:`~calrobust.plotting.reliability_diagram`.
 
     Args:
-        n_bins: number of bins of equal width.
-        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
-        debiased: only for ``"l2"``: subtract the bias that noise adds, see :func:`~calrobust.functional.binned_error`.
-        from_logits: whether ``preds`` are logits or probabilities; never guessed.
-        ignore_index: samples with this label are left out.
+        n_bins, norm, debiased, from_logits, ignore_index: as for :func:`~calrobust.functional.calibration_error`.
         validate_args: check the values of each batch, which reads them back from the device.
         **kwargs: of :class:`torchmetrics.Metric`.
 
@@ -91,8 +87,8 @@ class CalibrationError(BinnedMetric):
 class AdaptiveCalibrationError(PredictionMetric):
     """Calibration error over bins of equally many samples.
 
-    Formula and ties are those of :func:`~calrobust.functional.adaptive_calibration_error`. Where such bins begin
-    depends on all samples, so this metric alone keeps them, in eight bytes each. The arguments are those of
+    The formula is that of :func:`~calrobust.functional.adaptive_calibration_error`. Where such bins begin depends on
+    all samples, so this metric alone keeps them, in eight bytes each. The arguments are those of
     :class:`CalibrationError` without ``debiased``.
 
     Example:
@@ -100,8 +96,7 @@ class AdaptiveCalibrationError(PredictionMetric):
         >>> from calrobust.metrics import AdaptiveCalibrationError
         >>> metric = AdaptiveCalibrationError(n_bins=2, from_logits=False)
         >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [1.0, 0.0], [1.0, 0.0]])
-        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
-        >>> metric.compute()  # bins {0.75, 0.75} and {1, 1}: (2 * 0.25 + 0) / 4
+        >>> metric(probs, torch.tensor([0, 1, 0, 0]))  # bins {0.75, 0.75} and {1, 1}: (2 * 0.25 + 0) / 4
         tensor(0.1250, dtype=torch.float64)
     """
 
@@ -139,19 +134,14 @@ class ClasswiseCalibrationError(BinnedMetric):
     """Calibration error of the probabilities of all classes (static calibration error), streaming.
 
     The formula is that of :func:`~calrobust.functional.classwise_calibration_error`. The state is three float64 sums
-    for each bin of each class.
-
-    Args:
-        num_classes: number C ≥ 2 of classes.
-        n_bins, norm, from_logits, ignore_index, validate_args: as for :class:`CalibrationError`.
-        **kwargs: of :class:`torchmetrics.Metric`.
+    for each bin of each of the ``num_classes`` ≥ 2 classes. The other arguments are those of :class:`CalibrationError`
+    without ``debiased``.
 
     Example:
         >>> import torch
         >>> from calrobust.metrics import ClasswiseCalibrationError
         >>> metric = ClasswiseCalibrationError(num_classes=2, from_logits=False)
-        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
-        >>> metric.compute()  # both classes happen half of the time
+        >>> metric(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))  # both happen half of the time
         tensor(0.2500, dtype=torch.float64)
     """
 
@@ -188,7 +178,7 @@ class ClasswiseCalibrationError(BinnedMetric):
         return classwise_error(self.bins, self.norm)
 
 
-class BrierScore(PredictionMetric):
+class BrierScore(MeanMetric):
     """Mean squared distance of the probabilities from the label's indicator, in [0, 2], streaming.
 
     The formula is that of :func:`~calrobust.functional.brier_score`. The arguments are those of
@@ -197,26 +187,16 @@ class BrierScore(PredictionMetric):
     Example:
         >>> import torch
         >>> from calrobust.metrics import BrierScore
-        >>> metric = BrierScore(from_logits=False)
-        >>> metric.update(torch.tensor([[0.75, 0.25]]), torch.tensor([1]))
-        >>> metric.compute()  # 0.75² + 0.75²
+        >>> BrierScore(from_logits=False)(torch.tensor([[0.75, 0.25]]), torch.tensor([1]))  # 0.75² + 0.75²
         tensor(1.1250, dtype=torch.float64)
     """
 
     plot_upper_bound = 2.0
     scalar_sums = ("brier_sum", "count")
-    brier_sum: Tensor
-    count: Tensor
-
-    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        return _sum_and_count("brier_sum", map(squared_errors, blocks))
-
-    def compute(self) -> Tensor:
-        """The mean over all samples of all batches and ranks."""
-        return self.brier_sum / self.count
+    _values = staticmethod(squared_errors)
 
 
-class NegativeLogLikelihood(PredictionMetric):
+class NegativeLogLikelihood(MeanMetric):
     """Mean negative log-likelihood of the labels in nats, streaming.
 
     The formula is that of :func:`~calrobust.functional.negative_log_likelihood`. The arguments are those of
@@ -225,22 +205,12 @@ class NegativeLogLikelihood(PredictionMetric):
     Example:
         >>> import torch
         >>> from calrobust.metrics import NegativeLogLikelihood
-        >>> metric = NegativeLogLikelihood()
-        >>> metric.update(torch.tensor([[0.0, 500.0]]), torch.tensor([0]))
-        >>> metric.compute()
+        >>> NegativeLogLikelihood()(torch.tensor([[0.0, 500.0]]), torch.tensor([0]))
         tensor(500., dtype=torch.float64)
     """
 
     scalar_sums = ("nll_sum", "count")
-    nll_sum: Tensor
-    count: Tensor
-
-    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        return _sum_and_count("nll_sum", map(log_losses, blocks))
-
-    def compute(self) -> Tensor:
-        """The mean over all samples of all batches and ranks."""
-        return self.nll_sum / self.count
+    _values = staticmethod(log_losses)
 
 
 class CalibrationSummary(BinnedMetric):
@@ -253,8 +223,8 @@ class CalibrationSummary(BinnedMetric):
         >>> import torch
         >>> from calrobust.metrics import CalibrationSummary
         >>> metric = CalibrationSummary(from_logits=False)
-        >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
-        >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}
+        >>> summary = metric(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
+        >>> {name: round(value.item(), 4) for name, value in summary.items()}
         {'accuracy': 0.5, 'confidence': 0.75, 'nll': 0.837, 'brier': 0.625, 'ece': 0.25, 'rmsce': 0.25, 'mce': 0.25}
     """
 
@@ -294,8 +264,3 @@ class CalibrationSummary(BinnedMetric):
             "rmsce": binned_error(self.bins, norm="l2"),
             "mce": binned_error(self.bins, norm="max"),
         }
-
-
-def _sum_and_count(name: str, values: Iterable[Tensor]) -> dict[str, Tensor]:
-    rows = torch.cat(list(values))
-    return {name: rows.sum(dtype=torch.float64), "count": rows.new_tensor(len(rows), dtype=torch.float64)}

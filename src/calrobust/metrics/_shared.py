@@ -22,7 +22,7 @@ from calrobust.functional.calibration import Bins
 
 
 class PredictionMetric(Metric):
-    """What the metrics share: checks, a state that a refused batch leaves as it was, and sums that stay float64."""
+    """A metric with checked input, a state that a refused batch leaves as it was, and sums that stay float64."""
 
     __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "bins"]
     higher_is_better: bool | None = False
@@ -30,7 +30,7 @@ class PredictionMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot = Metric._plot  # torchmetrics leaves it to each metric to have one
-    scalar_sums: tuple[str, ...] = ()  # MetricCollection shares states of equal name and value: other sum, other name
+    scalar_sums: tuple[str, ...] = ()  # MetricCollection shares states of equal name and value, so these names differ
 
     def __init__(
         self, *, from_logits: bool = True, ignore_index: int | None = None, validate_args: bool = True, **kwargs: Any
@@ -48,42 +48,31 @@ class PredictionMetric(Metric):
 
     @abstractmethod
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        """What the rows of a batch add to each state."""
+        """The contribution of a batch to each state."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch.
 
-        Args:
-            preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, or probabilities with ``from_logits=False``.
-            target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C), or ``ignore_index``.
-
-        Raises:
-            TypeError: ``preds`` is not floating or ``target`` is not int64.
-            ValueError: shapes or devices do not fit, or there is a single class; with ``validate_args`` also labels out
-                of range, NaN, +inf, and probabilities where logits are due or the reverse.
+        Arguments and errors are those of :func:`~calrobust.functional.calibration_error`. With ``validate_args`` values
+        are checked on every device, and NaN, +inf, and rows that are -inf in every class raise ``ValueError`` as well.
         """
         try:
-            summands = self._checked_summands(preds, target)
+            preds, target = as_rows(target, self.ignore_index, preds=preds)
+            if preds.device != self.device:
+                raise ValueError(
+                    f"preds must be on {self.device}, as the metric's state, got {preds.device}; "
+                    "move the metric with .to()"
+                )
+            summands = self._summands(probability_blocks(preds, target, self.from_logits, self.validate_args))
+            # A row without a softmax has left NaN in a sum, so that only batches with NaN are searched.
+            if self.validate_args and bool(torch.cat([each.flatten() for each in summands.values()]).isnan().any()):
+                check_softmax_exists(target, preds=preds)
         except BaseException:  # also unforeseen ones, such as a GPU without memory
             self._update_count -= 1  # torchmetrics counts the call before it is made
             raise
         for name, summand in summands.items():
             state = getattr(self, name)
             setattr(self, name, [*state, summand] if isinstance(state, list) else state + summand)
-
-    def _checked_summands(self, preds: Tensor, target: Tensor) -> dict[str, Tensor]:
-        preds, target = as_rows(target, preds=preds)
-        if preds.device != self.device:
-            raise ValueError(
-                f"preds must be on {self.device}, as the metric's state, got {preds.device}; move the metric with .to()"
-            )
-        validate, ignored = self.validate_args, self.ignore_index
-        summands = self._summands(probability_blocks(preds, target, self.from_logits, ignored, validate))
-        # A row without a softmax has left NaN in a sum, so that only batches with NaN are searched.
-        if validate and bool(torch.cat([summand.flatten() for summand in summands.values()]).isnan().any()):
-            kept = slice(None) if ignored is None else target != ignored
-            check_softmax_exists(target[kept], preds=preds[kept])
-        return summands
 
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,14 +85,11 @@ class PredictionMetric(Metric):
             raise
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds what another metric of the same kind has seen, as if it had been seen here.
-
-        Args:
-            incoming_state: the other metric, or its ``metric_state``; it is not changed.
+        """Adds the samples of another metric of the same kind, given as such or as its ``metric_state``.
 
         Raises:
-            TypeError: it is neither a metric nor a dict of tensors.
-            ValueError: its states are others than ours, or of another shape.
+            TypeError: ``incoming_state`` is neither a metric nor a dict of tensors.
+            ValueError: its states have other names or shapes.
         """
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
@@ -126,7 +112,7 @@ class PredictionMetric(Metric):
             self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
 
     def _as_states(self, states: Any) -> dict[str, Any]:
-        """States of another metric as ours, on this device; raises where they cannot be."""
+        """The states of another metric as ours, on this device; raises where names or shapes differ."""
         if not isinstance(states, Mapping):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}
@@ -191,3 +177,21 @@ class BinnedMetric(PredictionMetric):
 def _any_samples(states: dict[str, Any]) -> int:
     """1 if samples have left anything in states, else 0."""
     return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))
+
+
+class MeanMetric(PredictionMetric):
+    """A metric that is the mean of one value for each sample; ``scalar_sums`` names their sum and their number."""
+
+    @abstractmethod
+    def _values(self, block: Block) -> Tensor:
+        """``[n]``: the values of the rows of a block."""
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        values = torch.cat([self._values(block) for block in blocks]).double()
+        return dict(zip(self.scalar_sums, (values.sum(), values.new_tensor(len(values))), strict=True))
+
+    def compute(self) -> Tensor:
+        """The mean over all samples of all batches and ranks."""
+        total, count = (getattr(self, name) for name in self.scalar_sums)
+        mean: Tensor = total / count
+        return mean

@@ -101,7 +101,8 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, with a confidence of e**2 / (e**2 + 2)
         ['ID\nECE 21.3 %, n = 3', 'OOD, pooled\nECE 21.3 %, n = 3']
     """
-    _summary(report)  # raises if the report is incomplete
+    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
+    report.summary()  # raises if the report is incomplete
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
     check_instance(Sequence, "pass a list of names", methods=methods)
@@ -151,7 +152,8 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy 70 %, ECE |70 - 90|
         [70, 20]
     """
-    rows, ax = _summary(report), _axes(ax, 0.8 * COLUMN)
+    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
+    rows, ax = report.summary(), _axes(ax, 0.8 * COLUMN)
     ax.set_xlabel("OOD accuracy (%)", fontsize=FONT)
     ax.set_ylabel("OOD ECE (%)", fontsize=FONT)
     for i, row in enumerate(rows):
@@ -167,11 +169,6 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     ax.legend(bbox_to_anchor=(-0.15, 1), ncols=3, handletextpad=0.2, **ABOVE)
     _style(ax)
     return ax
-
-
-def _summary(report: ShiftReport) -> list[dict[str, Any]]:
-    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    return report.summary()
 
 
 def _figure(width: float, height: float) -> Figure:

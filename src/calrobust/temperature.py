@@ -18,8 +18,7 @@ class TemperatureScaler(nn.Module):
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
     Division keeps the order of the classes, hence the accuracy, and changes the confidences. T is a buffer, not a
-    parameter: no optimizer sees it, and it stays float64 whatever dtype the module is cast to. Fit it on data that are
-    not part of what you report.
+    parameter: no optimizer sees it, and it stays float64 when the module is cast. Fit on data that you do not report.
 
     Example:
         >>> import torch
@@ -39,13 +38,12 @@ class TemperatureScaler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
-        self.is_fitted = False  # no buffer: forward asks for it, and reading a tensor would wait for the device
+        self.is_fitted = False  # not a buffer: forward reads it, and reading a tensor would wait for the device
 
     def fit(self, logits: Tensor, target: Tensor) -> TemperatureScaler:
-        """Finds the temperature of least negative log-likelihood and returns the scaler itself.
+        """Sets T to :func:`~calrobust.functional.fit_temperature` of held-out data and returns the scaler itself.
 
-        It takes logits, never a model: :func:`~calrobust.collect_logits` collects them in eval mode. Arguments, errors
-        and the data that give a warning are those of :func:`~calrobust.functional.fit_temperature`.
+        Arguments, errors and warnings are those of the function. :func:`~calrobust.collect_logits` collects logits.
         """
         fitted = fit_temperature(logits, target)
         with torch.inference_mode(False):  # a buffer made in inference mode could not be used outside
@@ -57,8 +55,7 @@ class TemperatureScaler(nn.Module):
         """Divides logits of any shape by T; keeps their dtype and is differentiable in them.
 
         Raises:
-            RuntimeError: the scaler is not fitted.
-            TypeError: ``logits`` is not floating.
+            RuntimeError, TypeError: the scaler is not fitted, or ``logits`` is not floating.
         """
         if not self.is_fitted:
             raise RuntimeError(
@@ -88,8 +85,8 @@ class TemperatureScaler(nn.Module):
         name = prefix + "is_fitted"
         is_fitted = state_dict.pop(name, None)  # nn.Module has no such buffer and would refuse the key
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if is_fitted is not None:
-            self.is_fitted = bool(is_fitted)
-        else:
+        if is_fitted is None:
             _, _, missing_keys, *_ = args
             missing_keys.append(name)
+        else:
+            self.is_fitted = bool(is_fitted)

@@ -55,12 +55,10 @@ def top_label(
 
     .. math:: \hat p_i = \max_c p_{ic} = \frac{1}{\sum_c e^{z_{ic} - \max_k z_{ik}}}
 
-    The softmax is taken in blocks of rows that fit a processor's cache, never of the whole batch. Arguments and errors
-    are those of :func:`~calrobust.functional.calibration_error`.
-
-    Returns:
-        ``confidences`` and ``correct``, one value for each sample that is not left out: float32 (float64 for float64
-        ``preds``), and bool. Of equal scores the first class is the predicted one, as with :func:`torch.argmax`.
+    Both are of shape ``[N]``, without the samples that are left out; the first is float32, or float64 for float64
+    ``preds``. Of equal scores the first class is the predicted one, as with :func:`torch.argmax`. The softmax is taken
+    in blocks of rows that fit a processor's cache, never of the whole batch. Arguments and errors are those of
+    :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -103,10 +101,8 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
         >>> import torch
         >>> from calrobust.functional import bin_confidences
         >>> bins = bin_confidences(torch.tensor([0.25, 0.5, 1.0]), torch.tensor([True, False, True]), n_bins=2)
-        >>> bins.counts, bins.confidence_sums, bins.correct_sums  # 0.5 is in [0.5, 1]
-        (tensor([1., 2.], dtype=torch.float64),
-         tensor([0.2500, 1.5000], dtype=torch.float64),
-         tensor([1., 1.], dtype=torch.float64))
+        >>> bins.confidence_sums  # 0.5 is in [0.5, 1]
+        tensor([0.2500, 1.5000], dtype=torch.float64)
     """
     confidences = valid_confidences(confidences, correct, n_bins)
     return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
@@ -156,7 +152,8 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         \mathrm{RMSCE} = \Bigl(\sum_b \tfrac{n_b}{N} (a_b - c_b)^2\Bigr)^{1/2}, \quad
         \mathrm{MCE} = \max_b |a_b - c_b|
 
-    for ``norm`` ``"l1"``, ``"l2"`` and ``"max"``. An empty bin weighs nothing.
+    for ``norm`` ``"l1"``, ``"l2"`` and ``"max"``. An empty bin weighs nothing. The result is float64 in [0, 1], or NaN
+    without samples, with one value for each row of bins.
 
     Args:
         bins: sums as :func:`~calrobust.functional.bin_confidences` gives them; the last dimension is over bins.
@@ -164,9 +161,6 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         debiased: only for ``"l2"``: subtract from each square what the noise of :math:`a_b` adds to it on average,
             :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of a single sample, whose noise is unknown, counts 0. A negative
             sum, which is common for a well calibrated model, gives 0.
-
-    Returns:
-        Float64 values in [0, 1], a scalar for bins of one dimension; NaN without samples.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
@@ -223,7 +217,8 @@ def calibration_error(
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
     Noise makes the value larger: a perfectly calibrated model shows up to :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on
-    average. :func:`~calrobust.functional.calibration_interval` says how much of a value may be noise.
+    average. :func:`~calrobust.functional.calibration_interval` says how much of a value may be noise. The result is a
+    float64 scalar in [0, 1], NaN without samples or with NaN in ``preds``.
 
     Args:
         preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
@@ -233,9 +228,6 @@ def calibration_error(
         debiased: only for ``"l2"``: subtract what noise adds.
         from_logits: whether ``preds`` are logits or probabilities; never guessed.
         ignore_index: samples with this label are left out.
-
-    Returns:
-        A float64 scalar in [0, 1]; NaN without samples or with NaN in ``preds``.
 
     Raises:
         TypeError: ``preds`` is not floating, ``target`` is not int64, or an option is of another type.

@@ -1,12 +1,10 @@
 r"""The temperature of least negative log-likelihood, by Newton's method.
 
-With :math:`\beta = 1 / T` and :math:`d_{ic} = z_{ic} - \max_k z_{ik}`, the negative log-likelihood is convex in β and
+With β = 1/T and d = logit - highest logit of the row, the negative log-likelihood is convex in β. Its derivatives are
 
-.. math::
-    \beta \frac{\partial}{\partial \beta} = \sum_i \bigl(E_p[\beta d_i] - \beta d_{i y_i}\bigr), \qquad
-    \beta^2 \frac{\partial^2}{\partial \beta^2} = \sum_i \mathrm{Var}_p[\beta d_i],
+    β ∂/∂β = Σ (E[β d] - β d of the label),    β² ∂²/∂β² = Σ Var[β d],
 
-with expectations under the softmax of :math:`\beta d_i`. Neither depends on the scale of the logits, nor does the step.
+with expectations under the softmax of β d. Neither of these depends on the scale of the logits.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from torch import Tensor
 from calrobust._checks import check_kind, check_label_values, check_softmax_exists
 from calrobust.functional._rows import as_rows, block_rows
 
-FEW = 2**18  # logits; float32 arithmetic on so few could be off by more than 1e-6, since rounding averages out slowly
+FEW = 2**18  # logits; with fewer, float32 arithmetic could be off by more than 1e-6, as rounding averages out slowly
 SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all rows is already a small one
 SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
 MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
@@ -30,9 +28,9 @@ LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says lit
 EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
 HUGE = 1e20  # products of logits this far below the top, -inf among them, could overflow
 FLOOR = -200.0  # what they are replaced by once they are scaled: exp(-200) is as good as 0
-GAP = 32.0  # a mask is at least this many times as far below the highest logit as any logit that is none
-GAP_LOGITS = 4096  # looked at for such a gap
-NEGLIGIBLE = 5.0  # nats; masks that were found lie at least twice as far below the top, and exp(-10) is 5e-5
+GAP = 32.0  # a mask is at least this many times as far below the highest logit as any unmasked logit
+GAP_LOGITS = 4096  # how many are searched for such a gap
+NEGLIGIBLE = 5.0  # nats; masks lie at least twice as far below the top, and exp(-10) is 5e-5
 
 
 class _Data(NamedTuple):
@@ -74,8 +72,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
     Returns:
-        A float64 scalar on the logits' device, exact to about 1e-7 relative, or 1e-5 where logits of a sample hardly
-        differ. Sums are float64, and so is the arithmetic for float64 or few logits; otherwise it is float32.
+        A float64 scalar on the logits' device, exact to about 1e-7 relative, or 1e-5 where the logits of a sample
+        hardly differ. Arithmetic is float32, or float64 for float64 or few logits; sums are always float64.
 
     Raises:
         TypeError: ``logits`` is not floating or ``target`` is not int64.
@@ -85,8 +83,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> from calrobust.functional import fit_temperature
-        >>> logits = torch.tensor([[8.0, 0.0]]).expand(4, 2)
-        >>> target = torch.tensor([0, 0, 0, 1])
+        >>> logits, target = torch.tensor([[8.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
         >>> fit_temperature(logits, target)  # the odds are 3 to 1: exp(8 / T) = 3
         tensor(7.2819, dtype=torch.float64)
 
@@ -163,7 +160,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
     if (data.own == 0).all():
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
-    # The gradient at 1/T = 0, where every class is as probable: if it does not fall there, it never does.
+    # The likelihood's slope at 1/T = 0, where all classes are equally probable: if it falls there, it falls everywhere.
     if float((means - data.own).sum(dtype=torch.float64)) >= 0:
         return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
     beta = 1 / spread
@@ -181,12 +178,10 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
     low, high = 0.0, math.inf  # the gradient is negative at low and positive at high
     for _ in range(max_steps):
         gradient, curvature = _derivatives(data, beta)
-        if gradient == 0:
-            return beta, True
         low, high = (beta, high) if gradient < 0 else (low, beta)
         ratio = 1 - gradient / curvature if curvature > 0 else LARGEST_RATIO if gradient < 0 else 0.0
         new = beta * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
-        if not low < new < high:
+        if not low <= new <= high:
             new = math.sqrt(low * high)
         if abs(new / beta - 1) <= SMALL_STEP:
             return new, True

@@ -1,9 +1,8 @@
 """Calibration metrics for ``torchmetrics``: sums that merge exactly over batches and ranks.
 
 ``update(preds, target)`` takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``compute()``
-gives float64 scalars, and NaN with torchmetrics' warning before the first ``update``. All arguments are keyword-only,
-and an invalid one is an error. Formulas and arguments are described at the functions of the same names in
-:mod:`calrobust.functional`, and the arguments that only metrics take at :class:`CalibrationError`.
+gives float64 scalars, and NaN with torchmetrics' warning before the first ``update``. Formulas are described at the
+functions of the same names in :mod:`calrobust.functional`, and common arguments at :class:`CalibrationError`.
 """
 
 # No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
@@ -200,7 +199,7 @@ class NegativeLogLikelihood(MeanMetric):
     """Mean negative log-likelihood of the labels in nats, streaming.
 
     The formula is that of :func:`~calrobust.functional.negative_log_likelihood`. The arguments are those of
-    :class:`CalibrationError` that are not about bins. A label whose probability is given as 0 makes the value inf.
+    :class:`CalibrationError` that are not about bins.
 
     Example:
         >>> import torch

@@ -85,11 +85,10 @@ class PredictionMetric(Metric):
             raise
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the samples of another metric of the same kind, given as such or as its ``metric_state``.
+        """Adds the samples of another metric of the same kind, which is given as such or as its ``metric_state``.
 
         Raises:
-            TypeError: ``incoming_state`` is neither a metric nor a dict of tensors.
-            ValueError: its states have other names or shapes.
+            TypeError, ValueError: it is neither a metric nor a dict of tensors, or other states are in it.
         """
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))

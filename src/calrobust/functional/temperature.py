@@ -178,10 +178,12 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
     low, high = 0.0, math.inf  # the gradient is negative at low and positive at high
     for _ in range(max_steps):
         gradient, curvature = _derivatives(data, beta)
+        if gradient == 0:
+            return beta, True
         low, high = (beta, high) if gradient < 0 else (low, beta)
         ratio = 1 - gradient / curvature if curvature > 0 else LARGEST_RATIO if gradient < 0 else 0.0
         new = beta * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
-        if not low <= new <= high:
+        if not low < new < high:
             new = math.sqrt(low * high)
         if abs(new / beta - 1) <= SMALL_STEP:
             return new, True

@@ -47,6 +47,12 @@ def check_ddp(rank: int, mesh: DeviceMesh) -> None:
                 first, second = of_every_rank(value)
                 assert torch.equal(first, second)
         assert_close(teacher.module.state_dict(), model(seed=0).to(dtype).state_dict())
+    student = model(seed=rank)
+    student[0].requires_grad_(False)
+    teacher = EMATeacher(student, 0.75, share_frozen=True)  # DDP gives all ranks the first one's shared tensors
+    teacher.update(DistributedDataParallel(student))
+    assert teacher.module.get_parameter("0.weight") is student[0].weight
+    assert_close(teacher.module.state_dict(), model(seed=0).state_dict())
     alone = EMATeacher(student)
     alone.update(student)  # without DDP no rank waits for another
     resumed = EMATeacher(model(seed=rank))

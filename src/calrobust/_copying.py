@@ -1,4 +1,4 @@
-"""The teacher's copy of a student. They share nothing; where that cannot be, an error says what stands in the way."""
+"""The teacher's copy of a student. They share nothing else than asked, or an error says what stands in the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence,
 from copy import deepcopy
 from functools import partial
 from types import CellType, FunctionType, MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,12 +19,12 @@ _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no f
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
-def copied(student: nn.Module) -> nn.Module:
-    """A deep copy of the student."""
+def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
+    """A deep copy of the student, which takes over what is ``shared``, by its id, as it is."""
     check_values(student=tensors(student)[0])
     _check_functions(student)
     try:
-        return deepcopy(student)
+        return deepcopy(student, shared.copy())
     except Exception as error:
         raise TypeError(
             f"student must be a model that deepcopy can copy, got {_obstacle(student)}, where it raises "
@@ -31,13 +32,16 @@ def copied(student: nn.Module) -> nn.Module:
         ) from error
 
 
-def filled(copy: nn.Module, student: nn.Module) -> nn.Module:
-    """The caller's second model with the student's state."""
+def filled(copy: nn.Module, student: nn.Module, shared: dict[int, Any]) -> nn.Module:
+    """The caller's second model with the student's state, of which it takes over what is ``shared`` as it is."""
     check_instance(nn.Module, "pass a model like the student", copy=copy)
     pairs = paired(copy, student)
-    if any(pair.ours is pair.theirs for pair in pairs):
+    if {*map(id, tensors(copy)[0].values())} & {*map(id, tensors(student)[0].values())}:
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
-    write([(pair.ours, pair.theirs) for pair in pairs])
+    replaced = {id(pair.ours): shared[id(pair.theirs)] for pair in pairs if id(pair.theirs) in shared}
+    for owner in copy.modules():
+        owner._parameters.update({n: replaced[id(p)] for n, p in owner._parameters.items() if id(p) in replaced})
+    write([(pair.ours, pair.theirs) for pair in pairs if id(pair.theirs) not in shared])
     return copy
 
 

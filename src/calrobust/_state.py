@@ -62,7 +62,7 @@ class Pair(NamedTuple):
 
 
 def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
-    """Pairs the tensors by name, each of ours once, also if it is tied."""
+    """Pairs the tensors by name, each of ours once, also if it is tied; leaves out a tensor that both models hold."""
     check_instance(nn.Module, "pass the model itself", student=theirs)
     (teacher, averaged), (student, _) = tensors(ours), tensors(theirs)
     check_values(teacher=teacher, student=student)
@@ -81,7 +81,7 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
                 f"teacher and student must be sharded alike, got {name} {kinds[0]} in the teacher and {kinds[1]} in "
                 "the student; give teacher.module and teacher.masters the fully_shard calls of the student"
             )
-    return list(pairs.values())
+    return [pair for pair in pairs.values() if pair.ours is not pair.theirs]
 
 
 def check_same_state(**states: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from calrobust._checks import check_fraction, check_instance, check_integer
+from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
 from calrobust._copying import copied, filled
 from calrobust._state import Pair, paired, reshard, tensors, write
 
@@ -43,6 +43,10 @@ class EMATeacher(nn.Module):
         device: where to keep the copy; ``None`` means beside the student.
         copy: a second model, such as ``build_model()``, to use as the copy where ``deepcopy`` cannot make one. It takes
             the student's parameters and persistent buffers.
+        share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now, such
+            as those under LoRA adapters or of a frozen tower. They must stay frozen. They cost no memory and no time,
+            move and change with the student alone, and are not in the ``state_dict``. Not for FSDP2, which shards the
+            two models apart.
 
     Attributes:
         module: the copy.
@@ -52,7 +56,8 @@ class EMATeacher(nn.Module):
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
         ValueError: a number is out of its range, a parameter has no values (it is empty, lazy, or on the meta device),
-            a function would let the copy share data with the student, or ``copy`` does not fit.
+            a function would let the copy share data with the student, ``copy`` does not fit, or ``device`` is not
+            that of the parameters to share.
 
     Example:
         >>> import torch
@@ -79,23 +84,31 @@ class EMATeacher(nn.Module):
         update_every: int = 1,
         device: torch.device | str | int | None = None,
         copy: nn.Module | None = None,
+        share_frozen: bool = False,
     ) -> None:
         super().__init__()
         check_instance(nn.Module, "pass the model itself", student=student)
         if not callable(decay):
             check_fraction(closed=True, decay=decay)
         check_integer(1, update_every=update_every)
+        check_flag(share_frozen=share_frozen)
         self.decay = decay
         self.update_every = update_every
         self.step = self.updates = 0
         self._swapped = False
+        named = tensors(student)[0].items() if share_frozen else ()
+        self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
+        shared = self._shared_by_id()
+        if device is not None and any(torch.empty(0, device=device).device != one.device for one in shared.values()):
+            fix = "leave out device or share_frozen"
+            raise ValueError(f"device must be the student's, whose tensors share_frozen=True uses, got {device}; {fix}")
         with torch.inference_mode(False), torch.no_grad():  # no update could write into inference tensors
-            module = copied(_inner(student)) if copy is None else filled(copy, student)
+            module = copied(_inner(student), shared) if copy is None else filled(copy, student, shared)
             module.requires_grad_(False).eval()
             self.register_module("module", module)
-            self.register_module("masters", _float32_masters(module))
+            self.register_module("masters", _float32_masters(module, shared))
             state = tensors(module if self.masters is None else self.masters)[0]
-            self._not_finite = {name for name, tensor in state.items() if not tensor.sum().isfinite()}
+            self._not_finite = {name for name in state.keys() - self._shared if not state[name].sum().isfinite()}
             if device is not None:
                 self.to(device)
         self.eval()
@@ -113,11 +126,17 @@ class EMATeacher(nn.Module):
 
         Raises:
             ValueError: names or shapes are not those of the copy, a tensor has no values, only one of the two models
-                is sharded, or the schedule gives a decay outside ``[0, 1]``. Nothing has changed then.
+                is sharded, a shared parameter is no longer frozen or no longer the student's, or the schedule gives a
+                decay outside ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
+        if unfrozen := [name for name, parameter in self._shared.items() if parameter.requires_grad]:
+            raise ValueError(
+                f"student's {unfrozen[0]} must stay frozen, because share_frozen=True shares it with the teacher, got "
+                "requires_grad=True; make the teacher after the parameters that train are set"
+            )
         compiling = torch.compiler.is_compiling()  # it would take the counters for constants and compile every step
         with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True) if compiling else nullcontext():
             acts = (self.step + 1) % self.update_every == 0
@@ -126,6 +145,11 @@ class EMATeacher(nn.Module):
                 check_fraction(closed=True, decay=decay)
             if acts or self.step == 0:  # the first step checks the student even if it does not act
                 pairs = paired(self.module if self.masters is None else self.masters, student)
+                if others := [pair.name for pair in pairs if pair.name in self._shared]:
+                    raise ValueError(
+                        f"student's {others[0]} must be the tensor that the teacher shares (share_frozen=True), got "
+                        "another; make the teacher anew from this student, or without share_frozen"
+                    )
                 if self.step == 0:
                     _share_first_rank(pairs, student)
                 if acts:
@@ -162,7 +186,8 @@ class EMATeacher(nn.Module):
 
     def extra_repr(self) -> str:
         """The decay and how often it acts."""
-        return f"decay={self.decay!r}, update_every={self.update_every}"
+        shares = ", share_frozen=True" if self._shared else ""
+        return f"decay={self.decay!r}, update_every={self.update_every}{shares}"
 
     # The copy and its masters are submodules, so `state_dict` finds them. The next methods hide them from all else that
     # walks through a parent, except `_apply`.
@@ -181,11 +206,16 @@ class EMATeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it untyped
-        self.module._apply(fn, recurse)
+        shared = self._shared_by_id()
+
+        def move(own: Tensor) -> Tensor:  # the student moves what it shares
+            return own if id(own) in shared else fn(own)
+
+        self.module._apply(move, recurse)
         if self.masters is None:
-            self.register_module("masters", _float32_masters(self.module))
+            self.register_module("masters", _float32_masters(self.module, shared))
         else:  # they move, but keep their dtypes
-            self.masters._apply(lambda own: moved if (moved := fn(own)).dtype == own.dtype else own.to(moved.device))
+            self.masters._apply(lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device))
         return self
 
     def _replicate_for_data_parallel(self) -> EMATeacher:
@@ -202,12 +232,34 @@ class EMATeacher(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _shared_by_id(self) -> dict[int, nn.Parameter]:
+        return {id(parameter): parameter for parameter in self._shared.values()}
+
+    def _shared_by_key(self) -> dict[str, nn.Parameter]:  # of the state dict, if they were in it
+        shared, owners = self._shared_by_id(), super().named_modules(remove_duplicate=False)
+        named = ((f"{path}.{name}", one) for path, owner in owners for name, one in owner._parameters.items())
+        return {key: shared[id(parameter)] for key, parameter in named if id(parameter) in shared}
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """The copy, the masters and the counters, without what is shared with the student."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for key in self._shared_by_key():
+            del state[prefix + key]
+        return state
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for counter in ("step", "updates"):
             destination[prefix + counter] = torch.tensor(getattr(self, counter))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        shared = {prefix + key: parameter for key, parameter in self._shared_by_key().items()}
+        if given := [key for key in shared if key in state_dict]:
+            args[4].append(
+                f"the state must not have what share_frozen=True shares with the student, got {given[0]} and "
+                f"{len(given) - 1} more; load one that was saved with share_frozen=True"
+            )
+        state_dict.update(shared)  # so that torch misses none of them
         for counter in ("step", "updates"):
             if (value := state_dict.pop(prefix + counter, None)) is None:
                 args[2].append(prefix + counter)  # torch's list of missing names
@@ -254,13 +306,13 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
         torch._foreach_lerp_(teachers, students, weight)
 
 
-def _float32_masters(module: nn.Module) -> nn.Module | None:
+def _float32_masters(module: nn.Module, shared: dict[int, Any]) -> nn.Module | None:
     """A copy with float32 in place of every lower precision, or ``None`` if the module has none."""
-    state = tensors(module)[0]
-    low = {name for name, one in state.items() if one.is_floating_point() and torch.finfo(one.dtype).bits < 32}
+    own = {name: one for name, one in tensors(module)[0].items() if id(one) not in shared}
+    low = {name for name, one in own.items() if one.is_floating_point() and torch.finfo(one.dtype).bits < 32}
     if not low:
         return None
-    masters = deepcopy(module)
+    masters = deepcopy(module, shared.copy())
     for name, tensor in tensors(masters)[0].items():
         if name in low:
             tensor.data = tensor.data.float()

@@ -87,6 +87,13 @@ TABLE: Table = [
             Wrong({"decay": torch.tensor(0.9)}, TypeError, "decay must be a real number, got Tensor tensor(0.9000)"),
             Wrong({"update_every": 0}, ValueError, "update_every must be >= 1, got 0"),
             Wrong({"update_every": 1.0}, TypeError, "update_every must be an int, got float 1.0"),
+            Wrong({"share_frozen": "no"}, TypeError, "share_frozen must be True or False, got str 'no'"),
+            Wrong(
+                {"student": nn.Linear(3, 2).requires_grad_(False), "device": "meta", "share_frozen": True},
+                ValueError,
+                "device must be the student's, whose tensors share_frozen=True uses, got meta; leave out device or "
+                "share_frozen",
+            ),
             Wrong({"copy": "model"}, TypeError, "copy must be of type Module, got str; pass a model like the student"),
             Wrong(
                 {"student": nn.Linear(2, 2, device="meta")},

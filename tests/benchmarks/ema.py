@@ -1,4 +1,4 @@
-"""EMATeacher at the shapes of a ViT-B/16 CLIP, against one copy of all parameters."""
+"""EMATeacher at the shapes of CLIP: a ViT-B/16 against one copy of all parameters, and a ViT-B/32 with LoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from benchmarks.measure import MIB, Call, Table, in_turn, missing, peak_memory, peer, share
+from benchmarks.measure import MIB, Call, Table, in_turn, missing, peak_memory, peer, share, value
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -16,16 +16,29 @@ from calrobust import EMATeacher
 VOCABULARY = 49408
 DEPTH = 12
 REPEATS = 9
+RANK = 18
 
 
 class Parameters(nn.Module):
-    """The tensors of open_clip's ViT-B-16: 302 of 150 million elements."""
+    """The tensors of open_clip's ViT-B-16: 302 of 150 million elements, or of its ViT-B-32."""
 
-    def __init__(self) -> None:
+    def __init__(self, patch: int = 16) -> None:
         super().__init__()
-        vision = [(768,), (197, 768), (768, 512), (768, 3, 16, 16), (768,), (768,), *_blocks(768), (768,), (768,)]
+        tokens = (224 // patch) ** 2 + 1
+        patches = (768, 3, patch, patch)
+        vision = [(768,), (tokens, 768), (768, 512), patches, (768,), (768,), *_blocks(768), (768,), (768,)]
         text = [(77, 512), (512, 512), (), (VOCABULARY, 512), *_blocks(512), (512,), (512,)]
         self.tensors = nn.ParameterList([torch.randn(shape) for shape in (*vision, *text)])
+
+
+class Adapted(Parameters):
+    """Frozen tensors of a ViT-B/32, and the two small factors of LoRA beside each matrix of its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(patch=32)
+        self.tensors.requires_grad_(False)
+        shapes = [shape for width in (768, 512) for shape in _blocks(width) if len(shape) == 2]
+        self.factors = nn.ParameterList([torch.randn(size, RANK) for shape in shapes for size in shape])
 
 
 def _blocks(width: int) -> list[tuple[int, ...]]:
@@ -61,21 +74,38 @@ def tables() -> Iterator[Table]:
         share("extra memory of an update / student", peak_memory(build, warm_up=()), student_size, 0.01, "MiB")
     )
     yield table
+    yield _sharing()
 
 
-def build(student: nn.Module | None = None) -> Call:
+def _sharing() -> Table:
+    adapted = Adapted()
+    trained = sum(factor.numel() for factor in adapted.factors)
+    size = trained + sum(tensor.numel() for tensor in adapted.tensors)
+    table = Table(
+        "EMATeacher with share_frozen=True",
+        f"{size / 1e6:.0f} million float32 parameters (ViT-B/32), of which {trained / 1e6:.1f} million train as LoRA; "
+        f"{torch.get_num_threads()} thread, medians of {REPEATS}.",
+    )
+    seconds = in_turn({"whole": build(adapted), "shared": build(adapted, share_frozen=True)}, REPEATS)
+    table.rows.append(value("update", 1000 * seconds["shared"], 5, peer=f"{1000 * seconds['whole']:.3g} ms", unit="ms"))
+    memory = peak_memory(build_teacher, Adapted, True, warm_up=())
+    table.rows.append(share("memory of a teacher and an update / what trains", memory, 4 * trained / MIB, 1.05, "MiB"))
+    return table
+
+
+def build(student: nn.Module | None = None, share_frozen: bool = False) -> Call:
     """One update; the teacher exists already."""
     student = student or Parameters()
-    teacher = EMATeacher(student, decay=0.999)
+    teacher = EMATeacher(student, decay=0.999, share_frozen=share_frozen)
     return lambda: teacher.update(student)
 
 
-def build_teacher() -> Call:
+def build_teacher(kind: type[nn.Module] = Parameters, share_frozen: bool = False) -> Call:
     """Making a teacher and updating it."""
-    student = Parameters()
+    student = kind()
 
     def make() -> EMATeacher:
-        teacher = EMATeacher(student, decay=0.999)
+        teacher = EMATeacher(student, decay=0.999, share_frozen=share_frozen)
         teacher.update(student)
         return teacher
 

@@ -41,7 +41,7 @@ def filled(copy: nn.Module, student: nn.Module, shared: dict[int, Any]) -> nn.Mo
     replaced = {id(pair.ours): shared[id(pair.theirs)] for pair in pairs if id(pair.theirs) in shared}
     for owner in copy.modules():
         owner._parameters.update({n: replaced[id(p)] for n, p in owner._parameters.items() if id(p) in replaced})
-    write([(pair.ours, pair.theirs) for pair in pairs if id(pair.theirs) not in shared])
+    write([(pair.ours, pair.theirs) for pair in pairs])
     return copy
 
 

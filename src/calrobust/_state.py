@@ -17,7 +17,10 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fs
 
 def unwrapped(names: Collection[str], owner: str) -> dict[str, str]:
     """Maps each name, without what wrappers add to its path, to the name as it is."""
-    own = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in names}
+    own = {}
+    for name in names:
+        parts = name.split(".")
+        own[name if _WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in _WRAPPERS)] = name
     if len(own) < len(names):
         raise ValueError(
             f"names in the {owner} must differ without the words of wrappers, such as 'module' and '_orig_mod', "
@@ -31,10 +34,12 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 
     A tied tensor has several names. Read the tensors anew at every use, because optimisers, ``.to()``,
     ``load_state_dict`` and FSDP may replace them. Hooks of ``module.state_dict()`` could rename, gather or copy them.
+    FSDP2 drops gathered parameters here, which its root keeps after a forward pass without a backward one.
     """
-    reshard(module)
     found: dict[str, tuple[Tensor, bool]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
+        if method := getattr(type(owner), "reshard", None):
+            method(owner)
         statistics = ("running_mean", "running_var") if isinstance(owner, _NormBase) else ()
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
@@ -43,13 +48,6 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
                 found[f"{path}.{name}" if path else name] = tensor, averaged
     own = unwrapped(found, type(module).__name__)
     return {key: found[name][0] for key, name in own.items()}, {key for key, name in own.items() if found[name][1]}
-
-
-def reshard(module: nn.Module) -> None:
-    """Makes FSDP2 drop gathered parameters, which its root keeps after a forward pass without a backward one."""
-    for owner in module.modules():
-        if method := getattr(type(owner), "reshard", None):
-            method(owner)
 
 
 class Pair(NamedTuple):
@@ -75,8 +73,8 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
                 f"{name} is tied to another parameter in the teacher but not in the student; "
                 "tie the student's parameters before the teacher copies it, and keep them tied"
             )
-        kinds = ["sharded" if hasattr(one, "full_tensor") else "whole" for one in (tensor, student[name])]
-        if kinds[0] != kinds[1]:
+        if hasattr(type(tensor), "full_tensor") != hasattr(type(student[name]), "full_tensor"):
+            kinds = ["sharded" if hasattr(one, "full_tensor") else "whole" for one in (tensor, student[name])]
             raise ValueError(
                 f"teacher and student must be sharded alike, got {name} {kinds[0]} in the teacher and {kinds[1]} in "
                 "the student; give teacher.module and teacher.masters the fully_shard calls of the student"

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
 from calrobust._copying import copied, filled
-from calrobust._state import Pair, paired, reshard, tensors, write
+from calrobust._state import Pair, paired, tensors, write
 
 
 class EMATeacher(nn.Module):
@@ -177,7 +177,7 @@ class EMATeacher(nn.Module):
             yield
         finally:
             self._swapped = False
-            reshard(student)  # else its next forward pass would use the teacher's weights that FSDP2 gathered
+            tensors(student)  # drops the teacher's weights that FSDP2 gathered
             write(own)
 
     def train(self, mode: bool = True) -> EMATeacher:

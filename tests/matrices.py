@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,10 +52,11 @@ def value_and_gradients(
     return outputs, list(torch.autograd.grad(total, (x, y, scale)))
 
 
-def assert_like_dense(statistics: Any, inputs: list[Factors], tolerance: float) -> None:
-    """In all statistics and both gradients, relative to their largest entry."""
-    expected, expected_gradients = value_and_gradients(dense.softmax_statistics, inputs)
-    outputs, gradients = value_and_gradients(statistics, inputs)
+def assert_like_dense(statistics: Any, inputs: list[Factors], tolerance: float, *, columns: bool = True) -> None:
+    """In all statistics and both gradients, relative to their largest entry; of rows alone without ``columns``."""
+    definition, form = (partial(each, columns=columns) for each in (dense.softmax_statistics, statistics))
+    expected, expected_gradients = value_and_gradients(definition, inputs)
+    outputs, gradients = value_and_gradients(form, inputs)
     for ours, theirs in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
         shown = theirs > -1e30
         assert torch.equal(ours > -1e30, shown)

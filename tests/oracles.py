@@ -21,6 +21,35 @@ def contrastive(
     return (rows + columns) / 2
 
 
+def directed(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    direction: str,
+    *,
+    labels: tuple[Tensor, Tensor] | None = None,
+    smoothing: float = 0.0,
+    teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """MCL, or with a teacher MKD, of each anchor of one direction: of the images or texts that have a positive."""
+    if direction == "text_to_image":
+        image, text = text, image
+        labels = None if labels is None else labels[::-1]
+        teacher = None if teacher is None else (teacher[1], teacher[0], teacher[2])
+    logits = scale * image @ text.T / temperature
+    if teacher is not None:
+        target = teacher[2] * teacher[0] @ teacher[1].T / temperature
+        terms = F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True)
+        return temperature**2 * terms.sum(1)
+    n, m = logits.shape
+    positive = torch.eye(n, m) if labels is None else labels[0][:, None] == labels[1][None]
+    positive = positive.to(logits.dtype)
+    anchors = positive.sum(1) > 0
+    target = (1 - smoothing) * positive / positive.sum(1, keepdim=True) + smoothing / m
+    return F.cross_entropy(logits[anchors], target[anchors], reduction="none")
+
+
 def distillation(
     student: tuple[Tensor, Tensor, Tensor | float],
     teacher: tuple[Tensor, Tensor, Tensor | float],

@@ -65,6 +65,29 @@ def class_labels(n: int, seed: int) -> Tensor:
     return 7 * torch.randint(-2, 1 + n // 2, (n,), generator=generator, device="cpu")
 
 
+class Candidates(NamedTuple):
+    """Images and texts that are no pairs, seen by two models."""
+
+    image: Tensor
+    text: Tensor
+    scale: float
+    teacher: tuple[Tensor, Tensor, float]
+    labels: tuple[Tensor, Tensor]  # each image has a text, not each text an image
+
+
+@st.composite
+def candidates(draw: st.DrawFn, max_rows: int = 300) -> Candidates:
+    """Of 1 to ``max_rows`` float64 images and of as many texts, more or fewer, with labels of both."""
+    sizes = st.integers(1, max_rows)
+    n, m = draw(sizes), draw(sizes)
+    width, seed = draw(st.integers(1, 20)), draw(seeds())
+    image, text, frozen_image, frozen_text = (unit_rows(k, width, seed + i) for i, k in enumerate((n, m, n, m)))
+    of_texts = class_labels(m, seed) if draw(st.booleans()) else torch.arange(m).flip(0)
+    chosen = torch.randint(0, m, (n,), generator=torch.Generator().manual_seed(seed), device="cpu")
+    teacher = frozen_image, frozen_text, draw(scales())
+    return Candidates(image, text, draw(scales()), teacher, (of_texts[chosen], of_texts))
+
+
 class Predictions(NamedTuple):
     """What every metric and the temperature take."""
 

@@ -28,6 +28,8 @@ from torch.testing import assert_close
 from calrobust import CaRotLoss, EMATeacher, MultimodalContrastiveLoss, MultimodalDistillationLoss, functional
 
 SIZES = {2: [5, 3], 3: [4, 1, 6]}  # uneven, one of them a single pair
+TEXTS = {2: [2, 9], 3: [1, 8, 3]}  # where texts are no partners: fewer than images, or more
+DIRECTIONS: tuple[Any, ...] = ("both", "image_to_text", "text_to_image")
 
 
 class TwoTowers(nn.Module):
@@ -54,10 +56,10 @@ def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return unit_rows(n, 6, 0), unit_rows(n, 5, 1), class_labels(n, 2) % 3
 
 
-def own_rows(world: int, rank: int) -> slice:
+def own_rows(world: int, rank: int, sizes: dict[int, list[int]] = SIZES) -> slice:
     """Those of this rank in the whole batch."""
-    start = sum(SIZES[world][:rank])
-    return slice(start, start + SIZES[world][rank])
+    start = sum(sizes[world][:rank])
+    return slice(start, start + sizes[world][rank])
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -129,6 +131,45 @@ def check_values_of_pairs(rank: int, world: int) -> None:
         (weights @ expected / world).backward()
         for a, b in zip(averaged(model), gradients(whole), strict=True):
             assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def check_candidates(rank: int, world: int) -> None:
+    """Images and texts of other numbers on each rank: labels of both sides, one or two directions, and a teacher."""
+    n, m = sum(SIZES[world]), sum(TEXTS[world])
+    rows, texts = own_rows(world, rank), own_rows(world, rank, TEXTS)
+    images, others = unit_rows(n, 4, 0), unit_rows(m, 4, 1)
+    of_texts = class_labels(m, 2) % 5
+    of_images = of_texts[torch.arange(n) * 5 % m]
+    teacher = unit_rows(n, 3, 2), unit_rows(m, 3, 3)
+    for impl, first, second in itertools.product(("auto", "dense"), DIRECTIONS, DIRECTIONS):
+        found = []
+        for whole in (False, True):
+            mine, theirs = (slice(None), slice(None)) if whole else (rows, texts)
+            options: Any = {"impl": impl, "gather": not whole}
+            contrastive = MultimodalContrastiveLoss(label_smoothing=0.1, direction=first, **options)
+            criterion = contrastive + 0.7 * MultimodalDistillationLoss(direction=second, **options)
+            features = images[mine].clone().requires_grad_(), others[theirs].clone().requires_grad_()
+            labels = of_images[mine], of_texts[theirs]
+            loss = criterion(*features, 5.0, teacher[0][mine], teacher[1][theirs], 4.0, labels=labels)
+            found.append((loss, *torch.autograd.grad(loss, features)))
+        (loss, *ours), (expected, *exact) = found
+        assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        for a, b, part in zip(ours, exact, (rows, texts), strict=True):
+            assert_close(a, world * b[part], rtol=1e-12, atol=1e-12)
+
+
+def check_lonely_images(rank: int, world: int) -> None:
+    """Its text may be on another rank; if it is on none, all ranks say so. Further texts need no image."""
+    image, text = unit_rows(2, 4, rank), unit_rows(3, 4, 10 + rank)
+    criterion: Any = MultimodalContrastiveLoss(gather=True)
+    elsewhere = (rank + 1) % world
+    of_texts = 3 * rank + torch.arange(3)
+    assert criterion(image, text, 5.0, labels=(3 * elsewhere + torch.arange(2), of_texts)).isfinite()
+    assert criterion(image, text, 5.0).isfinite()
+    with pytest.raises(ValueError, match=rf"got none for 1 of {2 * world} images"):
+        criterion(image, text, 5.0, labels=(3 * elsewhere + torch.tensor([0, 99 if rank == 0 else 1]), of_texts))
+    with pytest.raises(ValueError, match="text_features must hold a text for each image" if rank == 0 else "its own"):
+        criterion(image, text[: 1 if rank == 0 else 3], 5.0)
 
 
 def check_ddp(rank: int, world: int) -> None:
@@ -256,7 +297,7 @@ def check_subgroup(rank: int, world: int) -> None:
         assert_close(value(own), value(own, gather=False), rtol=0, atol=0)
     if rank < 2:  # what is wrong is told within the group
         brought = own if rank == 0 else own[:0]
-        with pytest.raises(ValueError, match=r"rank \[1\] did not" if rank == 0 else "at least one pair"):
+        with pytest.raises(ValueError, match=r"rank \[1\] did not" if rank == 0 else "at least one row"):
             MultimodalContrastiveLoss(gather=True, group=group)(*TwoTowers(0)(images[brought], texts[brought]))
 
 
@@ -285,7 +326,7 @@ def check_bytes(rank: int, world: int) -> None:
     vectors = 8 * world * n
     assert features <= sent["all_gather"] <= features + 4 * vectors
     assert features <= sent["reduce_scatter"] <= features + 4 * vectors
-    assert sent["all_reduce"] <= 2 * vectors
+    assert sent["all_reduce"] <= 3 * vectors
 
 
 def check_refusals(rank: int, world: int) -> None:
@@ -315,7 +356,7 @@ def check_refusals(rank: int, world: int) -> None:
 
     wrong: list[tuple[Any, Any, tuple[str, str]]] = [
         # what the last rank calls, what the others call, their errors
-        (lambda: contrastive(good[0][:0], good[1][:0], 5.0), lambda: contrastive(*good), ("one pair", refused)),
+        (lambda: contrastive(good[0][:0], good[1][:0], 5.0), lambda: contrastive(*good), ("at least one row", refused)),
         (lambda: contrastive(*good[:2], -1.0), lambda: contrastive(*good), ("logit_scale must be > 0", refused)),
         (lambda: both(*good), lambda: both(*good, *good), ("needs teacher_image_features", refused)),
         (lambda: contrastive(*good, *good), lambda: contrastive(*good), ("no distillation term", refused)),
@@ -332,6 +373,12 @@ def check_refusals(rank: int, world: int) -> None:
         (lambda: contrastive(*single), lambda: contrastive(*good), differs("the dtype of features")),
         (lambda: contrastive(*good[:2], 6.0), lambda: contrastive(*good), differs("logit_scale, if it is a number")),
         (lambda: labelled(*good), lambda: contrastive(*good), differs("whether labels are given")),
+        (
+            lambda: contrastive(*good, labels=(torch.arange(3), torch.arange(3))),
+            lambda: labelled(*good),
+            differs("whether labels are a pair"),
+        ),
+        (lambda: function(*good, direction="image_to_text"), lambda: function(*good), differs("the loss")),
         (lambda: contrastive(*trained), lambda: contrastive(*good), differs("whether image_features need a gradient")),
         (
             lambda: without_gradient(*trained),
@@ -406,6 +453,8 @@ CHECKS = {
     2: [
         check_losses,
         check_values_of_pairs,
+        check_candidates,
+        check_lonely_images,
         check_ddp,
         check_fsdp,
         check_teacher,
@@ -419,6 +468,8 @@ CHECKS = {
     3: [
         check_losses,
         check_values_of_pairs,
+        check_candidates,
+        check_lonely_images,
         check_ddp,
         check_subgroup,
         check_refusals,

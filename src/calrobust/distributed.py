@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -56,13 +57,6 @@ class Ranks:
         total: Tensor = _Sum.apply(value, self)
         return total
 
-    def reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
-        """The mean or the sum of values ``[n]`` over the rows of all ranks, or the values as they are."""
-        if reduction == "none":
-            return values
-        total = self.sum(values.sum())
-        return total / self.total if reduction == "mean" else total
-
     @torch.no_grad()
     def maximum(self, values: Tensor) -> Tensor:
         """The largest over ranks, entry by entry, without gradient."""
@@ -72,43 +66,48 @@ class Ranks:
         return values
 
 
-def agree(n: int, group: ProcessGroup | None, facts: dict[str, object], device: torch.device) -> Ranks:
-    """Tells all ranks of the group the number of rows here, and facts that must be the same on all of them.
+def agree(
+    here: Sequence[int], group: ProcessGroup | None, facts: dict[str, object], device: torch.device
+) -> tuple[Ranks, ...]:
+    """Tells all ranks of the group the numbers of rows here, and facts that must be the same on all of them.
 
     Args:
-        n: number of rows here, or `REFUSED`.
+        here: number of rows of each of several batches, or `REFUSED` for each.
         group: the process group; None is the world.
         facts: what must be the same, by a name that an error can show.
         device: of the rows; the message travels on it where the backend wants a CUDA device.
 
     Raises:
         ValueError: a rank has refused its batch, or the facts differ. All ranks raise, so that none waits for another.
+
+    Returns:
+        The ranks of each batch.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return Ranks([n])
+        return tuple(Ranks([n]) for n in here)
     if dist.get_backend(group) != "nccl":
         device = torch.device("cpu")
     elif device.type != "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     digest = int.from_bytes(blake2b(repr(facts).encode(), digest_size=7).digest())
-    mine = torch.tensor([n, digest], device=device)
+    mine = torch.tensor([*here, digest], device=device)
     told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(told, mine, group)
-    sizes, digests = torch.stack(told).T.tolist()
-    if REFUSED in sizes:
-        if n == REFUSED:
-            return Ranks(sizes)  # the caller raises its own error
-        refused = [rank for rank, size in enumerate(sizes) if size == REFUSED]
+    *sizes, digests = torch.stack(told).T.tolist()
+    refused = [rank for rank, size in enumerate(sizes[0]) if size == REFUSED]
+    if refused and here[0] == REFUSED:
+        return ()  # the caller raises its own error
+    if refused:
         raise ValueError(f"every rank must bring a valid batch, but rank {refused} did not; its own error says why")
     if len(set(digests)) > 1:
-        every: list[dict[str, object]] = [{} for _ in sizes]
+        every: list[dict[str, object]] = [{} for _ in told]
         with torch.cuda.device_of(mine):
             dist.all_gather_object(every, facts, group)
         for name in facts:
             values = [theirs[name] for theirs in every]
             if any(value != values[0] for value in values):
                 raise ValueError(f"{name} must be the same on every rank, got {values}")
-    return Ranks(sizes, dist.get_rank(group), group)
+    return tuple(Ranks(each, dist.get_rank(group), group) for each in sizes)
 
 
 class _Gather(torch.autograd.Function):

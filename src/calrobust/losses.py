@@ -11,8 +11,8 @@ from calrobust._checks import check_flag, check_number
 from calrobust.functional.contrastive import Contrastive
 from calrobust.functional.distillation import Distillation
 from calrobust.functional.orthogonality import orthogonality_loss
-from calrobust.functional.pairs import OPTIONS, Options, PairOptions, Request, Term, weighted_terms
-from calrobust.kernels import Features
+from calrobust.functional.pairs import OPTIONS, Directions, Options, PairOptions, Request, Term, weighted_terms
+from calrobust.kernels import Features, Labels
 
 __all__ = [
     "CaRotLoss",
@@ -55,24 +55,24 @@ class PairLoss(nn.Module, ABC):
         text_features: Tensor,
         logit_scale: Tensor | float,
         *others: Tensor | float | None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         **named: Tensor | float | None,
     ) -> Tensor:
         """The sum of the terms.
 
         Args:
             image_features: shape ``[N, D]``, floating, unit norm.
-            text_features: shape ``[N, D]``; row ``i`` belongs to row ``i`` of the images.
+            text_features: shape ``[M, D]``; without labels, row ``i`` belongs to row ``i`` of the images.
             logit_scale: > 0, already exponentiated.
             *others: the student's logit bias, if it has one; then the teacher's image features ``[N, E]``, text
-                features ``[N, E]``, logit scale and maybe logit bias. The teacher's are required if a term distils,
+                features ``[M, E]``, logit scale and maybe logit bias. The teacher's are required if a term distils,
                 and an error if none does.
-            labels: shape ``[N]``, ``int64``: pairs with equal labels are positives of each other in contrastive terms.
+            labels: ``int64``, for contrastive terms: one ``[N]`` for pairs, or ``(image_labels [N], text_labels [M])``.
             **named: the others by name: ``logit_bias``, ``teacher_image_features``, ``teacher_text_features``,
                 ``teacher_logit_scale``, ``teacher_logit_bias``.
 
         Returns:
-            A scalar in nats, or ``[N]`` for ``reduction="none"``.
+            A scalar in nats, or for ``reduction="none"`` a value of each pair, image or text.
 
         Raises:
             TypeError: there are too few or too many arguments, or one has a wrong type.
@@ -88,7 +88,7 @@ class PairLoss(nn.Module, ABC):
         text_features: Tensor,
         logit_scale: Tensor | float,
         *others: Tensor | float | None,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         **named: Tensor | float | None,
     ) -> dict[str, Tensor]:
         """The weighted terms by name, for logging; ``forward`` has the arguments and errors, and gives their sum.
@@ -164,18 +164,17 @@ class _TermLoss(PairLoss):
     """A loss of one term. Its arguments are attributes, which are read and checked at every call."""
 
     _kind: type[Term]
-    _argument: str  # the one that `_kind` takes
 
-    def __init__(self, argument: float, options: PairOptions) -> None:
+    def __init__(self, options: PairOptions, **arguments: Any) -> None:
         super().__init__()
-        setattr(self, self._argument, argument)
-        for name, value in vars(Options.of(options)).items():
+        self._arguments = tuple(arguments)
+        for name, value in {**arguments, **vars(Options.of(options))}.items():
             setattr(self, name, value)
         self.term()
 
     def term(self) -> Term:
-        """The term with today's argument, checked."""
-        return self._kind(**{self._argument: getattr(self, self._argument)})
+        """The term with today's arguments, checked."""
+        return self._kind(**{name: getattr(self, name) for name in self._arguments})
 
     def options(self) -> PairOptions:
         """Today's options, in which all terms of a sum agree."""
@@ -193,17 +192,10 @@ class _TermLoss(PairLoss):
 
 
 class MultimodalContrastiveLoss(_TermLoss):
-    """Contrastive loss over both directions of a batch of pairs (MCL), with label smoothing.
+    """Contrastive loss over one or both directions of images and texts (MCL), with label smoothing.
 
     Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has formula, shapes and errors.
-
-    Args:
-        label_smoothing: ε in [0, 1), as in torch. An attribute, which may change while training.
-        **options: see :class:`~calrobust.functional.PairOptions`.
-
-    Raises:
-        ValueError: an argument is outside its range.
-        TypeError: an option is unknown.
+    The keyword arguments are attributes, which may change while training.
 
     Example:
         >>> import torch
@@ -213,25 +205,21 @@ class MultimodalContrastiveLoss(_TermLoss):
         tensor(0.3633)
     """
 
-    _kind, _argument = Contrastive, "label_smoothing"
+    _kind = Contrastive
     label_smoothing: float
+    direction: Directions
 
-    def __init__(self, *, label_smoothing: float = 0.0, **options: Unpack[PairOptions]) -> None:
-        super().__init__(label_smoothing, options)
+    def __init__(
+        self, *, label_smoothing: float = 0.0, direction: Directions = "both", **options: Unpack[PairOptions]
+    ) -> None:
+        super().__init__(options, label_smoothing=label_smoothing, direction=direction)
 
 
 class MultimodalDistillationLoss(_TermLoss):
-    """Divergence of the student's similarity maps from a teacher's, summed over both directions (MKD).
+    """Divergence of the student's similarity maps from a teacher's, summed over its directions (MKD).
 
     Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has formula, shapes and errors.
-
-    Args:
-        temperature: τ > 0, which softens both maps; the value is multiplied by τ². An attribute, which may change.
-        **options: see :class:`~calrobust.functional.PairOptions`.
-
-    Raises:
-        ValueError: an argument is outside its range.
-        TypeError: an option is unknown.
+    The keyword arguments are attributes, which may change while training.
 
     Example:
         >>> import torch
@@ -242,11 +230,14 @@ class MultimodalDistillationLoss(_TermLoss):
         {'contrastive': tensor(0.3133), 'distillation': tensor(0.)}
     """
 
-    _kind, _argument = Distillation, "temperature"
+    _kind = Distillation
     temperature: float
+    direction: Directions
 
-    def __init__(self, *, temperature: float = 1.0, **options: Unpack[PairOptions]) -> None:
-        super().__init__(temperature, options)
+    def __init__(
+        self, *, temperature: float = 1.0, direction: Directions = "both", **options: Unpack[PairOptions]
+    ) -> None:
+        super().__init__(options, temperature=temperature, direction=direction)
 
 
 class LossSum(PairLoss):
@@ -314,15 +305,8 @@ class CaRotLoss(LossSum):
     """MCL with label smoothing plus a weight times MKD: CaRot's objective on pairs.
 
     The sum ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``
-    under its own name. :func:`~calrobust.functional.carot_loss` has formula, shapes and errors.
-
-    Args:
-        label_smoothing: ε in [0, 1), of MCL. An attribute, which may change while training, as is the next.
-        distillation_weight: λ, finite; 1.5 in the paper.
-        **options: see :class:`~calrobust.functional.PairOptions`.
-
-    Raises:
-        ValueError: an argument is outside its range.
+    under its own name. :func:`~calrobust.functional.carot_loss` has formula, shapes and errors. ``label_smoothing`` and
+    ``distillation_weight`` are attributes, which may change while training.
 
     Example:
         >>> import torch
@@ -333,10 +317,18 @@ class CaRotLoss(LossSum):
         tensor(0.3633)
     """
 
-    def __init__(self, *, label_smoothing: float, distillation_weight: float, **options: Unpack[PairOptions]) -> None:
+    def __init__(
+        self,
+        *,
+        label_smoothing: float,
+        distillation_weight: float,
+        direction: Directions = "both",
+        **options: Unpack[PairOptions],
+    ) -> None:
         check_number(distillation_weight=distillation_weight)
-        contrastive = MultimodalContrastiveLoss(label_smoothing=label_smoothing, **options)
-        super().__init__((1.0, contrastive), (distillation_weight, MultimodalDistillationLoss(**options)))
+        contrastive = MultimodalContrastiveLoss(label_smoothing=label_smoothing, direction=direction, **options)
+        distillation = MultimodalDistillationLoss(direction=direction, **options)
+        super().__init__((1.0, contrastive), (distillation_weight, distillation))
 
     @property
     def label_smoothing(self) -> float:

@@ -91,10 +91,28 @@ TABLE: Table = [
                 "image_features must have shape [N, D], got [3]; flatten or pool it to one row a pair",
             ),
             Wrong(
-                {"text_features": MORE},
+                {"text_features": ROWS[:, :2]},
                 ValueError,
-                "image_features and text_features must have the same shape [N, D], got [4, 3] and [5, 3];"
-                " row i of one is the partner of row i of the other",
+                "image_features and text_features must have the same width D, got [4, 3] and [4, 2];"
+                " pass what one model gives for both",
+            ),
+            Wrong(
+                {"text_features": ROWS[:3]},
+                ValueError,
+                "text_features must hold a text for each image, got 3 texts for 4 images; "
+                "pass labels=(image_labels, text_labels) to say which text belongs to which image",
+            ),
+            Wrong(
+                {"text_features": MORE, "reduction": "none"},
+                ValueError,
+                "reduction='none' must be of pairs or of one direction, got both with 4 images and 5 texts that are "
+                "no pairs; pass direction='image_to_text' or 'text_to_image'",
+            ),
+            Wrong(
+                {"text_features": MORE, "labels": torch.arange(4)},
+                ValueError,
+                "labels must be a pair where images and texts differ in number, got one tensor for 4 images and 5 "
+                "texts; pass labels=(image_labels, text_labels)",
             ),
             Wrong(
                 {"text_features": ROWS.double()},
@@ -131,11 +149,12 @@ TABLE: Table = [
             Wrong(
                 {"image_features": ROWS[:0], "text_features": ROWS[:0]},
                 ValueError,
-                "image_features and text_features must hold at least one pair and one dimension, got [0, 3]",
+                "image_features must hold at least one row and one dimension, got [0, 3]",
             ),
             Wrong({"image_features": ROWS[:, :0], "text_features": ROWS[:, :0]}, ValueError),
             *several("text_features", ValueError, ROWS[None]),
-            *several("image_features", ValueError, ROWS[:, :2], MORE),
+            *several("image_features", ValueError, ROWS[:, :2]),
+            *several("text_features", ValueError, ROWS[:0]),
             *several("text_features", TypeError, ROWS > 0, ROWS.numpy()),
             *several("image_features", TypeError, ROWS.to(torch.complex64), None),
             Wrong({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
@@ -188,6 +207,23 @@ TABLE: Table = [
                 ValueError,
                 "labels must be on cpu, as the rows it labels, got meta; move it with .to()",
             ),
+            Wrong(
+                {"labels": (torch.arange(4), torch.arange(5))},
+                ValueError,
+                "labels[1] must have shape [4], one label for each row, got [5]",
+            ),
+            Wrong(
+                {"labels": (torch.arange(4),)},
+                ValueError,
+                "labels must be one tensor or a pair, of images and of texts, got 1 of them",
+            ),
+            Wrong(
+                {"labels": (torch.arange(4), torch.arange(4) % 2)},
+                ValueError,
+                "labels must give each image a text of the same label, got none for 2 of 4 images; "
+                "add their texts, or pass direction='text_to_image'",
+            ),
+            *several("labels", TypeError, (torch.arange(4), [0, 1, 2, 3]), (None, torch.arange(4))),
             *several("labels", ValueError, torch.eye(4, dtype=torch.int64)),
             *several(
                 "labels", TypeError, torch.arange(4, dtype=torch.int32), torch.arange(4).to_sparse(), [0, 1, 2, 3]
@@ -200,9 +236,10 @@ TABLE: Table = [
             Wrong(
                 {"teacher_image_features": MORE[:3], "teacher_text_features": MORE[:3]},
                 ValueError,
-                "teacher_image_features and image_features must hold the same pairs, got [3, 3] and [4, "
-                "3]; run the teacher on the same batch",
+                "teacher_image_features and image_features must have as many rows, got [3, 3] and [4, 3]; "
+                "run the teacher on the same batch",
             ),
+            *several("teacher_text_features", ValueError, MORE, MORE[:3]),
             *several("teacher_image_features", ValueError, MORE[:3], MORE[:4].double()),
             *several("teacher_image_features", TypeError, MORE[:4].long(), MORE[:4].tolist()),
             *several("teacher_text_features", TypeError, None),
@@ -290,6 +327,17 @@ TABLE: Table = [
     (
         [CAROT, NEW_CAROT],
         [*several("distillation_weight", ValueError, math.inf), *several("distillation_weight", TypeError, "1.5")],
+    ),
+    (
+        [CONTRASTIVE, DISTILLATION, *NEW],
+        [
+            Wrong(
+                {"direction": "texts"},
+                ValueError,
+                "direction must be one of 'both', 'image_to_text', 'text_to_image', got 'texts'",
+            ),
+            *several("direction", ValueError, None, ("image_to_text",)),
+        ],
     ),
     (
         [CONTRASTIVE, *NEW],
@@ -433,8 +481,8 @@ TABLE: Table = [
             Wrong(
                 {"dist_image_features": MORE},
                 ValueError,
-                "teacher_image_features and teacher_text_features must have the same shape [N, D], got "
-                "[5, 3] and [4, 3]; row i of one is the partner of row i of the other",
+                "teacher_image_features and image_features must have as many rows, got [5, 3] and [4, 3]; "
+                "run the teacher on the same batch",
             ),
         ],
     ),

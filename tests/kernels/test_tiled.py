@@ -37,16 +37,18 @@ def tiled_with(memory_budget: int) -> Any:
     rows=st.integers(1, 300),
     scale=st.sampled_from([0.01, 1.0, 30.0, 100.0]),
     teacher=st.booleans(),
+    columns=st.booleans(),
     budget=st.sampled_from([KEEP, RECOMPUTE]),
     seed=seeds(),
 )
 def test_equals_the_dense_definition_for_every_tile_size(
-    n: int, m: int, width: int, rows: int, scale: float, teacher: bool, budget: int, seed: int
+    n: int, m: int, width: int, rows: int, scale: float, teacher: bool, columns: bool, budget: int, seed: int
 ) -> None:
     """Value and gradients for any shape, tile and upstream gradient, with kept and with recomputed exponentials."""
+    inputs = factors(n, m, width, seed, scale=scale, teacher=teacher)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_tile_rows", lambda *_: min(n, rows))
-        assert_like_dense(tiled_with(budget), factors(n, m, width, seed, scale=scale, teacher=teacher), 1e-12)
+        assert_like_dense(tiled_with(budget), inputs, 1e-12, columns=columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,11 +87,12 @@ def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_operators_pass_opcheck(teacher: bool, keep: bool) -> None:
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_operators_pass_opcheck(teacher: bool, keep: bool, columns: bool) -> None:
     """Schema, fake tensors and tracing, as torch.library checks them."""
     each = [factor for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher) for factor in model]
     checks = ("test_schema", "test_faketensor")  # the derivative is that of an autograd function around them
-    inputs = (each, partners(7, 5), "tiled", keep, torch.float64)
+    inputs = (each, partners(7, 5), "tiled", columns, keep, torch.float64)
     torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
     found = torch.ops.calrobust.softmax_statistics(*inputs)
     upstream = [torch.ones_like(found[k]) for k in (0, 1, 4, 5)]
@@ -142,9 +145,9 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
     kept: list[bool] = []
     original = tiled.forward
 
-    def noted(*inputs: Any, keep: bool) -> Any:
+    def noted(*inputs: Any, keep: bool, **options: Any) -> Any:
         kept.append(keep)
-        return original(*inputs, keep=keep)
+        return original(*inputs, keep=keep, **options)
 
     monkeypatch.setattr(tiled, "forward", noted)
     ((x, y, scale),) = factors(9, 9, 3, 0, scale=1.0, teacher=False)
@@ -184,7 +187,7 @@ def test_the_form_gets_the_options_and_the_dtype_of_the_features(monkeypatch: py
     multimodal_contrastive_loss(x, y, 2.0, impl="dense")
     assert got == []
     multimodal_contrastive_loss(x, y, 2.0, impl="tiled", memory_budget=7)
-    assert got == [{"impl": "tiled", "memory_budget": 7, "operands": torch.bfloat16}]
+    assert got == [{"columns": True, "impl": "tiled", "memory_budget": 7, "operands": torch.bfloat16}]
 
 
 def test_only_what_autograd_cannot_keep_is_copied() -> None:
@@ -319,8 +322,9 @@ def test_exports_with_a_batch_of_any_size(impl: Any) -> None:
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("frozen", ["", "x", "y"])
 @pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+@pytest.mark.parametrize("columns", [True, False])
 def test_products_are_as_many_as_documented(
-    budget: int, teacher: bool, frozen: str, device: str, monkeypatch: pytest.MonkeyPatch
+    budget: int, teacher: bool, frozen: str, device: str, columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units: forward 1 (2), backward 2, again 1 (2) if nothing was kept, 1 less for a frozen tower; on a device too."""
     monkeypatch.setattr(tiled, "_is_looked_at", lambda _: device == "cpu")
@@ -330,7 +334,7 @@ def test_products_are_as_many_as_documented(
     student = Factors(x.requires_grad_(frozen != "x"), y.requires_grad_(frozen != "y"), scale.requires_grad_())
     counter: Any = Products()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with counter:
-        strip = tiled_with(budget)(student, others[0] if others else None, partners(6, 6))
+        strip = tiled_with(budget)(student, others[0] if others else None, partners(6, 6), columns=columns)
         torch.stack([v.sum() for v in vectors(strip) if v.requires_grad]).sum().backward()
     widths = 3 + 4 * teacher  # the teacher's features are one wider
     assert counter.width == widths * (1 if budget else 2) + 3 * (1 if frozen else 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +19,20 @@ from calrobust._checks import (
     check_positive,
 )
 from calrobust.distributed import REDUCTIONS, REFUSED, ProcessGroup, Ranks, Reduction, agree
-from calrobust.kernels import IMPLS, MEMORY_BUDGET, Features, Impl, PairBatch, PairStatistics, pair_statistics
+from calrobust.kernels import (
+    IMPLS,
+    MEMORY_BUDGET,
+    Direction,
+    Features,
+    Impl,
+    Labels,
+    PairBatch,
+    pair_statistics,
+)
 from calrobust.kernels.operators import obstacle_to_triton
+
+Directions = Literal["both", "image_to_text", "text_to_image"]
+DIRECTIONS: tuple[str, ...] = get_args(Directions)
 
 
 class PairOptions(TypedDict, total=False):
@@ -35,9 +47,11 @@ class PairOptions(TypedDict, total=False):
     """
 
     reduction: Reduction
-    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each pair."""
+    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. Where images and texts
+    are no pairs, as they differ in number or have labels of their own, mean and sum of image to text are over images,
+    those of text to image over texts, and ``"none"`` is for one direction."""
     gather: bool
-    """Contrast against the pairs of every rank (default False); see :ref:`many-processes`."""
+    """Contrast against the images and texts of every rank (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
@@ -81,17 +95,25 @@ OPTIONS = tuple(field.name for field in fields(Options))
 
 
 class Term(Protocol):
-    """A summand: a value for each pair, read off the statistics of the pair matrix at the term's temperature."""
+    """A summand: values of images and texts, read off the statistics of the pair matrix at the term's temperature."""
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool]
+    needs_positives: ClassVar[bool]
 
     @property
     def temperature(self) -> float:
         """What divides the logits."""
 
-    def values(self, statistics: PairStatistics) -> Tensor:
-        """The term of each pair, shape ``[N]``."""
+    @property
+    def direction(self) -> Directions:
+        """Whose candidates are compared: those of images, of texts or of both."""
+
+    def values(self, statistics: Direction) -> tuple[Tensor, Tensor | int]:
+        """Of each anchor of a direction, and the number of anchors over all ranks, by which a mean divides.
+
+        The term is the sum over its directions.
+        """
 
 
 class Request(NamedTuple):
@@ -100,11 +122,11 @@ class Request(NamedTuple):
     weighted: Sequence[tuple[float, Term]]
     student: Features
     teacher: Features | None
-    labels: Tensor | None
+    labels: Labels | None
 
 
 def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
-    """Each term times its weight, reduced over the pairs of all ranks; terms of one temperature share one pass.
+    """Each term times its weight, reduced over all ranks; terms of one temperature share one pass.
 
     With ``gather``, an error on one rank must raise on all of them, or the others would wait for it forever. So the
     request is a function: errors that it raises are told to the other ranks too.
@@ -126,37 +148,63 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
         checked = Options.of(options)
         weighted, student, teacher, labels = request()
         _check(student, teacher, labels, checked)
+        _check_anchors([term for _, term in weighted], student, labels, checked)
     except (TypeError, ValueError):
         if gather:
-            agree(REFUSED, group, {}, torch.device("cpu"))
+            agree([REFUSED, REFUSED], group, {}, torch.device("cpu"))
         raise
-    n, device = student[0].shape[0], student[0].device
-    ranks = Ranks([n])
+    n, m = student[0].shape[0], student[1].shape[0]
+    ranks = Ranks([n]), Ranks([m])
     if gather:
-        ranks = agree(n, group, _facts(weighted, student, teacher, labels, checked), device)
-    batch = PairBatch(student, teacher, labels, ranks)
-    statistics: dict[float, PairStatistics] = {}
+        images, texts = agree([n, m], group, _facts(weighted, student, teacher, labels, checked), student[0].device)
+        ranks = images, texts
+    batches: dict[bool, PairBatch] = {}
+    statistics: dict[float, dict[str, Direction]] = {}
     terms = []
     for weight, term in weighted:
         temperature = float(term.temperature)
+        sharing = [other for _, other in weighted if other.temperature == temperature]
+        # Text to image alone is image to text with the two exchanged.
+        swapped = all(other.direction == "text_to_image" for other in sharing)
+        if swapped not in batches:
+            batches[swapped] = PairBatch(student, teacher, labels, ranks, swapped=swapped)
+        batch = batches[swapped]
+        if term.needs_positives and term.direction != "text_to_image":
+            _check_positives(batch)
         if temperature not in statistics:
-            statistics[temperature] = pair_statistics(
+            found = pair_statistics(
                 batch,
                 temperature=temperature,
-                distils=any(other.needs_teacher for _, other in weighted if other.temperature == temperature),
+                distils=any(other.needs_teacher for other in sharing),
+                columns=not swapped and any(other.direction != "image_to_text" for other in sharing),
                 impl=checked.impl,
                 memory_budget=checked.memory_budget,
             )
-        value = ranks.reduce(term.values(statistics[temperature]), checked.reduction)
-        terms.append((float(weight) * value).to(batch.dtype))
+            names = DIRECTIONS[2:] if swapped else DIRECTIONS[1:]
+            statistics[temperature] = {way: each for way, each in zip(names, found, strict=False) if each is not None}
+        wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
+        values = [term.values(statistics[temperature][way]) for way in wanted]
+        terms.append((float(weight) * _reduce(values, checked.reduction, ranks[0])).to(batch.dtype))
     return terms
+
+
+def _reduce(each: Sequence[tuple[Tensor, Tensor | int]], reduction: Reduction, ranks: Ranks) -> Tensor:
+    """The sum over directions of their values, or of the mean or sum over the anchors of all ranks."""
+    if reduction != "none":
+        return ranks.sum(_total([values.sum() / (number if reduction == "mean" else 1) for values, number in each]))
+    return _total([values for values, _ in each])
+
+
+def _total(values: Sequence[Tensor]) -> Tensor:
+    first, *rest = values
+    return sum(rest, first)
 
 
 def _facts(
     weighted: Sequence[tuple[float, Term]],
     student: Features,
     teacher: Features | None,
-    labels: Tensor | None,
+    labels: Labels | None,
     options: Options,
 ) -> dict[str, object]:
     """What must be the same on all ranks: otherwise their collectives do not fit, or their losses differ."""
@@ -164,6 +212,7 @@ def _facts(
         "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in weighted),
         "reduction": options.reduction,
         "whether labels are given": labels is not None,
+        "whether labels are a pair": isinstance(labels, tuple),
     }
     for whose, features in (("", student), ("the teacher's ", teacher)):
         facts[f"whether {whose or 'the '}features are given"] = features is not None
@@ -179,22 +228,31 @@ def _facts(
     return facts
 
 
-def _check(student: Features, teacher: Features | None, labels: Tensor | None, options: Options) -> None:
+def _check(student: Features, teacher: Features | None, labels: Labels | None, options: Options) -> None:
     image_features, text_features, logit_scale = student
     _check_features(image_features=image_features, text_features=text_features)
     _check_logit_scale(logit_scale=logit_scale)
-    if labels is not None:
+    if isinstance(labels, tuple):
+        if len(labels) != 2:
+            raise ValueError(f"labels must be one tensor or a pair, of images and of texts, got {len(labels)} of them")
+        for k, features in enumerate((image_features, text_features)):
+            named: dict[str, Any] = {f"labels[{k}]": labels[k]}
+            check_labels(features.shape[0], features.device, **named)
+    elif labels is not None:
         check_labels(image_features.shape[0], image_features.device, labels=labels)
     if teacher is not None:
         teacher_image_features, teacher_text_features, teacher_logit_scale = teacher
         _check_features(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
         _check_logit_scale(teacher_logit_scale=teacher_logit_scale)
-        if teacher_image_features.shape[0] != image_features.shape[0]:
-            raise ValueError(
-                "teacher_image_features and image_features must hold the same pairs, got "
-                f"{list(teacher_image_features.shape)} and {list(image_features.shape)}; "
-                "run the teacher on the same batch"
-            )
+        for name, theirs, ours in (
+            ("image_features", teacher_image_features, image_features),
+            ("text_features", teacher_text_features, text_features),
+        ):
+            if theirs.shape[0] != ours.shape[0]:
+                raise ValueError(
+                    f"teacher_{name} and {name} must have as many rows, got {list(theirs.shape)} and "
+                    f"{list(ours.shape)}; run the teacher on the same batch"
+                )
         check_one_device(teacher_image_features=teacher_image_features, image_features=image_features)
     if options.impl == "triton" and (obstacle := obstacle_to_triton(image_features.device)):
         raise ValueError(
@@ -203,8 +261,42 @@ def _check(student: Features, teacher: Features | None, labels: Tensor | None, o
         )
 
 
+def _check_anchors(terms: list[Term], student: Features, labels: Labels | None, options: Options) -> None:
+    """Raises where images and texts that do not pair up are treated as pairs."""
+    n, m = student[0].shape[0], student[1].shape[0]
+    if isinstance(labels, Tensor) and n != m:
+        raise ValueError(
+            f"labels must be a pair where images and texts differ in number, got one tensor for {n} images and {m} "
+            "texts; pass labels=(image_labels, text_labels)"
+        )
+    if n > m and labels is None and any(term.needs_positives for term in terms):
+        raise ValueError(
+            f"text_features must hold a text for each image, got {m} texts for {n} images; "
+            "pass labels=(image_labels, text_labels) to say which text belongs to which image"
+        )
+    directions = {term.direction for term in terms}
+    several = len(directions) > 1 or "both" in directions
+    if options.reduction == "none" and several and (n != m or isinstance(labels, tuple)):
+        raise ValueError(
+            f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(directions))} with "
+            f"{n} images and {m} texts that are no pairs; pass direction='image_to_text' or 'text_to_image'"
+        )
+
+
+def _check_positives(batch: PairBatch) -> None:
+    """Raises on all ranks for an image without a text, where values may be looked at; elsewhere its loss is NaN."""
+    number, total = batch.of_rows.number, batch.rows.total
+    if not isinstance(number, Tensor) or number.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if int(number) < total:
+        raise ValueError(
+            f"labels must give each image a text of the same label, got none for {total - int(number)} of {total} "
+            "images; add their texts, or pass direction='text_to_image'"
+        )
+
+
 def _check_features(**features: Any) -> None:
-    """Raises unless the two arguments are floating ``[N, D]`` tensors, N ≥ 1, alike in shape, dtype and device."""
+    """Raises unless the arguments are floating ``[N, D]`` and ``[M, D]``, not empty, alike in dtype and device."""
     check_floating(**features)
     (first, a), (second, b) = features.items()
     for name, value in features.items():
@@ -212,18 +304,18 @@ def _check_features(**features: Any) -> None:
             raise ValueError(
                 f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair"
             )
-    if a.shape != b.shape:
+        if value.numel() == 0:
+            raise ValueError(f"{name} must hold at least one row and one dimension, got {list(value.shape)}")
+    if a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"{first} and {second} must have the same shape [N, D], got {list(a.shape)} and {list(b.shape)}; "
-            "row i of one is the partner of row i of the other"
+            f"{first} and {second} must have the same width D, got {list(a.shape)} and {list(b.shape)}; "
+            "pass what one model gives for both"
         )
     if a.dtype != b.dtype:
         raise ValueError(
             f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()"
         )
     check_one_device(**features)
-    if a.numel() == 0:
-        raise ValueError(f"{first} and {second} must hold at least one pair and one dimension, got {list(a.shape)}")
 
 
 def _check_logit_scale(**scales: Any) -> None:

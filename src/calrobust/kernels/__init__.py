@@ -2,9 +2,10 @@
 
 The words of every file here, for the *factors* ``x [N, D]``, ``y [M, D]`` and ``scale`` of ``S = scale · x yᵀ [N, M]``:
 
-- *anchor*: a row or a column of S, whose *candidates* are its entries. *partner*: the column of the pair of a row.
-- *own* entry: that of a row and its partner. It is kept apart from all *other* entries of its row and column, so that
-  a loss near zero is not the small difference of two large numbers.
+- *anchor*: a row or a column of S, whose *candidates* are its entries. *partner*: a column chosen for a row among its
+  positives, or -1 for none. Several rows may have one partner, and a column need not be the partner of any row.
+- *own* entries: that of a row and its partner, for both of them. They are kept apart from all *other* entries of the
+  row and the column, so that a loss near zero is not the small difference of two large numbers.
 - *lse*: the log-sum-exp of some entries of a row or column. *divergence*: the Kullback-Leibler divergence from a
   teacher's softmax over the same entries to the student's. *part*: these statistics of disjoint sets of entries, which
   `parts.merge` joins.
@@ -12,8 +13,8 @@ The words of every file here, for the *factors* ``x [N, D]``, ``y [M, D]`` and `
   that is in memory at a time. *block*: the rectangle that a program of a CUDA kernel holds on the chip.
 - *operands*: the dtype in which the features came. *unit*: the cost of one matrix product of the size of S.
 
-The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.backward`; `products` takes it on to the
-factors.
+The statistics of rows are always found, those of columns if they are asked for. The gradient in S is formed in
+`tiled.backward`, and by a kernel in `triton.backward`; `products` takes it on to the factors.
 """
 
 from __future__ import annotations
@@ -23,53 +24,109 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from calrobust.distributed import Ranks
 from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import Part, divergence_terms, merge, wide
+from calrobust.kernels.parts import EXCLUDED, Part, divergence_terms, merge, wide
 
-__all__ = ["IMPLS", "MEMORY_BUDGET", "Direction", "Features", "Impl", "PairBatch", "PairStatistics", "pair_statistics"]
+__all__ = [
+    "IMPLS",
+    "MEMORY_BUDGET",
+    "Anchors",
+    "Direction",
+    "Features",
+    "Impl",
+    "Labels",
+    "PairBatch",
+    "PairStatistics",
+    "pair_statistics",
+]
 
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 MEMORY_BUDGET = 256 * 2**20  # bytes of temporary logits
 Features = tuple[Tensor, Tensor, Tensor | float]  # of images and of texts, and the logit scale
+Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
+
+
+class Anchors(NamedTuple):
+    """Which rows or columns of this rank have positives."""
+
+    weights: Tensor  # [length]: 1 with positives; without, 0 for a text, and NaN for an image, which must have one
+    number: Tensor | int  # of anchors with positives, over all ranks
+    positives: Tensor  # [length]: how many, at least 1
 
 
 class Direction(NamedTuple):
-    """Statistics of each anchor against all its candidates, of shape ``[N]`` and in the dtype of `parts.wide`."""
+    """Statistics of each anchor against all its candidates, of shape ``[length]`` and in the dtype of `parts.wide`."""
 
-    negative_log_likelihood: Tensor  # −log of the softmax at the own entry
-    above_positives: Tensor  # own logit − mean logit of the candidates of the same label
-    above_mean: Tensor  # own logit − mean logit
+    negative_log_likelihood: Tensor  # −log of the softmax at the own entries; 0 without any
+    above_positives: Tensor  # lse of the own entries (without any: of all entries) − mean logit of the positives
+    above_mean: Tensor  # the same − mean logit
     divergence: Tensor  # from the teacher's softmax to the student's, in nats; empty without a teacher
+    anchors: Anchors
+    total: int  # number of anchors over all ranks, with and without positives
 
 
 class PairStatistics(NamedTuple):
-    """Rows are this rank's images against all texts, columns are its texts against all images."""
+    """Rows are those of this rank against all columns, columns are those of this rank against all rows."""
 
     rows: Direction
-    columns: Direction
+    columns: Direction | None  # None if they were not asked for
 
 
 class PairBatch:
-    """A batch of pairs, seen by a student and maybe by a teacher: this rank's images and the texts of all ranks."""
+    """Images and texts of this rank and of all ranks, seen by a student and maybe by a teacher.
 
-    def __init__(self, student: Features, teacher: Features | None, labels: Tensor | None, ranks: Ranks) -> None:
-        """Casts to the dtype of the softmaxes, at least float32, and gathers over the ranks."""
-        images = student[0]
+    Rows of the pair matrix are images and columns are texts, or the other way round if the batch is ``swapped``. Rows
+    stay on their rank, and columns are gathered. Without labels, or with one label for each pair, image i of a rank is
+    the partner of its text i. With labels for both sides, the first candidate of the same label is the partner.
+    """
+
+    def __init__(
+        self,
+        student: Features,
+        teacher: Features | None,
+        labels: Labels | None,
+        ranks: tuple[Ranks, Ranks],
+        *,
+        swapped: bool = False,
+    ) -> None:
+        """Casts to the dtype of the softmaxes, at least float32, and gathers; ``ranks`` of images and of texts."""
+        images, texts, _ = student
         self.operands = torch.promote_types(images.dtype, (teacher or student)[0].dtype)
         self.dtype = torch.promote_types(self.operands, torch.float32)
-        self.ranks = ranks
+        self.swapped = swapped
+        self.rows, self.columns = ranks[::-1] if swapped else ranks
         with torch.autocast(images.device.type, enabled=False):
             self.student = self._factors(student)
             self.teacher = None
             if teacher is not None:
                 with torch.no_grad():
                     self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher)))
-            self.partner = torch.arange(ranks.here.start, ranks.here.stop, device=images.device)
-            self.classes = None if labels is None else _classes(ranks.gather(labels, labels.dtype))
+        n, m = images.shape[0], texts.shape[0]
+        self.pairs = n if n <= m else 0  # of this rank, one after the other; a bank of few texts has none
+        self.in_order = not isinstance(labels, tuple)
+        self.classes: tuple[Tensor, Tensor] | None = None  # of rows and of columns, if there are labels
+        rows, columns = (torch.arange(k, device=images.device) for k in ((m, n) if swapped else (n, m)))
+        self.partner = torch.where(rows < self.pairs, rows + self.columns.here.start, -1)
+        self.of_rows = self._anchors((rows < self.pairs).long(), ranks[0].total, are_images=not swapped)
+        self.of_columns = self._anchors((columns < self.pairs).long(), ranks[0].total, are_images=swapped)
+        if labels is not None:
+            self._label(*labels[:: -1 if swapped else 1]) if isinstance(labels, tuple) else self._label(labels, labels)
+
+    def own(self, factors: Factors) -> Tensor:
+        """``[n]``: the logit of each row and its partner, `EXCLUDED` if there is none."""
+        x, y, scale = factors
+        if self.in_order:
+            start = self.columns.here.start
+            x, partners = x[: self.pairs], y[start : start + self.pairs]
+        else:
+            partners = y.index_select(0, self.partner.clamp(min=0))
+        own = scale * torch.linalg.vecdot(x, partners)
+        return F.pad(own, (0, self.partner.shape[0] - own.shape[0])).masked_fill(self.partner < 0, EXCLUDED)
 
     def _factors(self, features: Features) -> Factors:
         images, texts, scale = features
@@ -78,73 +135,124 @@ class PairBatch:
         else:  # What the dtype cannot hold becomes infinite, and the loss NaN; torch would raise an error of its own.
             scale = math.inf if float(scale) > torch.finfo(self.dtype).max else float(scale)
             scale = torch.full((), scale, dtype=self.dtype, device=images.device)
-        return Factors(_tracked(images).to(self.dtype), self.ranks.gather(_tracked(texts), self.dtype), scale)
+        x, y = (texts, images) if self.swapped else (images, texts)
+        return Factors(_tracked(x).to(self.dtype), self.columns.gather(_tracked(y), self.dtype), scale)
+
+    def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:
+        """Rows and columns of equal labels are positives. Shapes depend on no value: no device is waited for."""
+        of_rows, of_columns = self.rows.gather(of_rows, torch.int64), self.columns.gather(of_columns, torch.int64)
+        row_classes, of_row, order = _occurrences(of_columns, of_rows)
+        column_classes, _, _ = _occurrences(of_columns, of_columns)
+        _, of_column, _ = _occurrences(of_rows, of_columns)
+        rows, columns = self.rows.here, self.columns.here
+        self.classes = row_classes[rows], column_classes
+        self.of_rows = self._anchors(of_row[rows], (of_row > 0).sum(), are_images=not self.swapped)
+        self.of_columns = self._anchors(of_column[columns], (of_column > 0).sum(), are_images=self.swapped)
+        if not self.in_order:
+            first = order.index_select(0, row_classes[rows].clamp(max=order.shape[0] - 1))
+            self.partner = torch.where(of_row[rows] > 0, first, -1)
+
+    def _anchors(self, positives: Tensor, number: Tensor | int, *, are_images: bool) -> Anchors:
+        weights = torch.ones_like(positives, dtype=wide(positives.device))
+        weights = weights.masked_fill(positives == 0, math.nan if are_images else 0)
+        return Anchors(weights, number, positives.clamp(min=1))
 
 
 def pair_statistics(
-    batch: PairBatch, *, temperature: float, distils: bool, impl: Impl, memory_budget: int
+    batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
 ) -> PairStatistics:
-    """The statistics of ``S = scale / temperature · x yᵀ`` along rows and columns, with divergences if a term distils.
+    """The statistics of ``S = scale / temperature · x yᵀ`` of rows and maybe of columns.
 
-    What is linear in ``S`` is a product of feature sums, costs O(N·D), and is differentiated by autograd. What is not
-    comes from `dense`, `tiled` or `triton`. Statistics of columns are vectors, which merge over the strips of ranks.
+    What is linear in ``S`` is a product of feature sums, costs O(N·D + M·D), and is differentiated by autograd. What is
+    not comes from `dense`, `tiled` or `triton`. Statistics of columns are vectors, which merge over the ranks' strips.
     """
     x, y, scale = student = batch.student._replace(scale=batch.student.scale / temperature)
     teacher = None
     if distils and batch.teacher is not None:
         teacher = batch.teacher._replace(scale=batch.teacher.scale / temperature)
-    ranks, partner = batch.ranks, batch.partner
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
-        own = scale * torch.linalg.vecdot(x, y[ranks.here])
-        row_mean = scale * (x @ y.mean(0))
-        column_mean = scale * (y @ (x.sum(0) / ranks.total))
-        if batch.classes is None:
-            row_positive = column_positive = own
-            column_mean = ranks.scatter_sum(column_mean)
-        else:
-            classes, counts = batch.classes
-            of_images = classes[ranks.here]
-            row_positive = scale * torch.linalg.vecdot(x, _class_sums(y, classes, of_images)) / counts[ranks.here]
-            of_texts = scale * torch.linalg.vecdot(y, _class_sums(x, of_images, classes)) / counts
-            column_mean, column_positive = ranks.scatter_sum(torch.stack([column_mean, of_texts], 1)).T
+        own = Part.without_teacher(batch.own(student).to(precise))
+        if teacher is not None:
+            own = Part(own.lse, batch.own(teacher).to(precise), torch.zeros_like(own.lse))
+        row_sums, column_sums = [scale * (x @ y.sum(0))], [scale * (y @ x.sum(0))]
+        if batch.classes is not None:
+            row_classes, column_classes = batch.classes
+            of_positives = _class_sums(y, column_classes, row_classes, y.shape[0])
+            row_sums.append(scale * torch.linalg.vecdot(x, of_positives))
+            if columns:
+                of_positives = _class_sums(x, row_classes, column_classes, y.shape[0])
+                column_sums.append(scale * torch.linalg.vecdot(y, of_positives))
         if impl == "dense":
-            strip = dense.softmax_statistics(student, teacher, partner)
+            strip = dense.softmax_statistics(student, teacher, batch.partner, columns=columns)
         else:
             strip = operators.softmax_statistics(
-                student, teacher, partner, impl=impl, memory_budget=memory_budget, operands=batch.operands
+                student,
+                teacher,
+                batch.partner,
+                columns=columns,
+                impl=impl,
+                memory_budget=memory_budget,
+                operands=batch.operands,
             )
-        own_part = Part.without_teacher(own.to(precise))
-        if teacher is not None:
-            teacher_own = teacher.scale * torch.linalg.vecdot(teacher.x, teacher.y[ranks.here])
-            own_part = Part(own_part.lse, teacher_own.to(precise), torch.zeros_like(own_part.lse))
-        rows, columns = (
-            Direction(
-                -torch.nn.functional.logsigmoid(own_part.lse - other.lse),
-                (own - positive).to(precise),
-                (own - mean).to(precise),
-                merge([other, own_part]).divergence,
-            )
-            for other, positive, mean in (
-                (strip.rows.to(precise), row_positive, row_mean),
-                (_over_ranks(strip.columns.to(precise), ranks), column_positive, column_mean),
-            )
-        )
-        return PairStatistics(rows, columns)
+        totals = batch.rows.total, batch.columns.total
+        rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), totals[1], batch.of_rows, totals[0])
+        if not columns:
+            return PairStatistics(rows, None)
+        parts = [_own_of_columns(own, batch.partner, y.shape[0]), strip.columns.to(precise)]
+        sums = batch.columns.scatter_sum(torch.stack(column_sums, 1)).T
+        own, other = _over_ranks(parts, batch.columns)
+        return PairStatistics(rows, _direction(own, other, sums, totals[0], batch.of_columns, totals[1]))
 
 
-def _over_ranks(part: Part, ranks: Ranks) -> Part:
-    """The columns of this rank's own texts against the images of all ranks, from those of its strip."""
+def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:
+    """From own and other entries, and from sums of logits: over all candidates, and maybe over the positives."""
+    has_own = own.lse != EXCLUDED
+    base = torch.where(has_own, own.lse, other.lse)
+    mean, *positive = sums.to(base.dtype)
+    return Direction(
+        torch.where(has_own, -F.logsigmoid(own.lse - other.lse), 0),
+        base - positive[0] / anchors.positives if positive else torch.zeros_like(base),
+        base - mean / candidates,
+        merge([other, own]).divergence,
+        anchors,
+        total,
+    )
+
+
+def _own_of_columns(own: Part, partner: Tensor, m: int) -> Part:
+    """``[m]`` each: of the own entries of each column, which are those of the rows whose partner it is."""
+    slot = partner.remainder(m + 1)  # the last one is for rows without a partner
+
+    def sums(values: Tensor) -> Tensor:
+        return values.new_zeros(m + 1).index_add(0, slot, values)
+
+    def lse(values: Tensor) -> Tensor:
+        top = values.new_full((m + 1,), EXCLUDED).scatter_reduce(0, slot, values.detach(), "amax")
+        total = sums((values - top.index_select(0, slot)).exp())
+        return top + total.masked_fill(total == 0, 1).log()  # `EXCLUDED` where there is no entry
+
+    total = lse(own.lse)
+    if own.teacher_lse.shape[0] == 0:
+        return Part.without_teacher(total[:m])
+    teacher_total = lse(own.teacher_lse)
+    shares = own.teacher_lse - teacher_total.index_select(0, slot), own.lse - total.index_select(0, slot)
+    return Part(total[:m], teacher_total[:m], sums(divergence_terms(*shares))[:m])
+
+
+def _over_ranks(several: list[Part], ranks: Ranks) -> list[Part]:
+    """Of this rank's columns over the rows of all ranks, from those of all columns over the rows of its strip."""
     if len(ranks.sizes) == 1:
-        return part
-    if part.teacher_lse.shape[0] == 0:
-        return Part.without_teacher(_total(part.lse[:, None], ranks)[:, 0])
-    parts = torch.stack([part.lse, part.teacher_lse], 1)
+        return several
+    lse, teacher_lse, divergence = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))
+    if teacher_lse.shape[0] == 0:
+        return [Part.without_teacher(each) for each in _total(lse, ranks).unbind(1)]
+    parts = torch.stack([lse, teacher_lse], 2)
     total = _total(parts, ranks)
-    share, teacher_share = (parts - ranks.gather(total, total.dtype)).T
-    terms = teacher_share.exp() * part.divergence + divergence_terms(teacher_share, share)
-    return Part(total[:, 0], total[:, 1], ranks.scatter_sum(terms))
+    share, teacher_share = (parts - ranks.gather(total, total.dtype)).unbind(2)
+    terms = ranks.scatter_sum(teacher_share.exp() * divergence + divergence_terms(teacher_share, share))
+    return [Part(*each) for each in zip(*(v.unbind(1) for v in (*total.unbind(2), terms)), strict=True)]
 
 
 def _total(parts: Tensor, ranks: Ranks) -> Tensor:
@@ -159,17 +267,19 @@ def _tracked(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The class of each row, from 0, and its size, ``[N]`` each. Shapes depend on no value: no device is waited for."""
-    ordered, order = labels.sort()
-    first = torch.ones_like(ordered)
-    first[1:] = ordered[1:] != ordered[:-1]
-    classes = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
-    ones = torch.ones_like(labels)
-    return classes, torch.zeros_like(ones).index_add(0, classes, ones)[classes]
+def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The class of each wanted label and how often it is among ``labels``, and their order by class.
+
+    The class is the place of its first label in that order; that of a label that is not there is ``len(labels)``.
+    """
+    ordered, order = labels.sort(stable=True)
+    wanted = wanted.contiguous()
+    first = torch.searchsorted(ordered, wanted)
+    number = torch.searchsorted(ordered, wanted, right=True) - first
+    return torch.where(number > 0, first, labels.shape[0]), number, order
 
 
-def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor) -> Tensor:
+def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor, absent: int) -> Tensor:
     """For each of the ``wanted`` classes ``[K]`` the sum ``[K, D]`` of its features, zero if there are none."""
-    sums = features.new_zeros(max(classes.shape[0], wanted.shape[0]), features.shape[1])
+    sums = features.new_zeros(absent + 1, features.shape[1])
     return sums.index_add(0, classes, features).index_select(0, wanted)  # its backward is cheaper than that of indexing

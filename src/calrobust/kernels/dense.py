@@ -18,11 +18,11 @@ class Factors(NamedTuple):
     scale: Tensor  # []
 
 
-def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor) -> Strip:
-    """Of rows and of columns, without the own entry of row i in column ``partner[i]``; a partner of -1 is none."""
+def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor, *, columns: bool = True) -> Strip:
+    """Of rows and maybe columns, without the own entry of row i in column ``partner[i]``; a partner of -1 is none."""
     s = _logits(student, partner)
     t = None if teacher is None else _logits(teacher, partner)
-    return Strip(along(1, s, t), along(0, s, t))
+    return Strip(along(1, s, t), along(0, s, t) if columns else Part.without_teacher(s.new_empty(0)))
 
 
 def along(dim: int, s: Tensor, t: Tensor | None) -> Part:

@@ -25,6 +25,7 @@ def softmax_statistics(
     teacher: Factors | None,
     partner: Tensor,
     *,
+    columns: bool = True,
     impl: str = "auto",
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
@@ -37,11 +38,14 @@ def softmax_statistics(
     """
     x, y, _ = student
     factors = [*student, *(teacher or ())]
-    keep = impl == "auto" and torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
+    differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
+    keep = impl == "auto" and differentiated
     if keep and not torch.compiler.is_exporting():  # an export leaves the sizes open
         keep = len(factors) // 3 * x.shape[0] * y.shape[0] * x.element_size() <= memory_budget
-    function = _Compiled if torch.compiler.is_compiling() else _Eager
-    found = function.apply(impl, keep, operands or x.dtype, partner, *factors)
+    run = _Eager.apply
+    if torch.compiler.is_compiling():  # the compiler fails on an autograd function none of whose inputs has a gradient
+        run = _Compiled.apply if differentiated else _Compiled.forward
+    found = run(impl, columns, keep, operands or x.dtype, partner, *factors)
     return Strip(Part(*found[0:6:2]), Part(*found[1:6:2]))
 
 
@@ -66,7 +70,9 @@ def _takes_triton(impl: str, x: Tensor) -> bool:
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(factors: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype) -> list[Tensor]:
+def _forward(
+    factors: list[Tensor], partner: Tensor, impl: str, columns: bool, keep: bool, operands: torch.dtype
+) -> list[Tensor]:
     """Row and column lse, the teacher's, the divergences, then the logits that are kept of both; empty if absent.
 
     ``factors`` are x, y and scale of the student, then of the teacher if there is one.
@@ -76,20 +82,24 @@ def _forward(factors: list[Tensor], partner: Tensor, impl: str, keep: bool, oper
     if _takes_triton(impl, x):
         from calrobust.kernels import triton
 
-        strip = triton.forward(_models(factors), partner, operands)
+        only_rows = {} if columns else {"columns": False}
+        strip = triton.forward(_models(factors), partner, operands, **only_rows)
     else:
-        strip, kept = tiled.forward(_models(factors), partner, operands, keep=keep)
+        strip, kept = tiled.forward(_models(factors), partner, operands, columns=columns, keep=keep)
     vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]
     return [*vectors, *kept, *(x.new_empty(0, len(y)) for _ in range(2 - len(kept)))]
 
 
 @_forward.register_fake
-def _(factors: list[Tensor], partner: Tensor, impl: str, keep: bool, operands: torch.dtype) -> list[Tensor]:
+def _(
+    factors: list[Tensor], partner: Tensor, impl: str, columns: bool, keep: bool, operands: torch.dtype
+) -> list[Tensor]:
     x, y, *_ = factors
     n, m = x.shape[0], y.shape[0]
     teacher = len(factors) == 6
     kept = (n if keep and not _takes_triton(impl, x) else 0, m)
-    shapes = [(n,), (m,), *([(n,), (m,)] * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
+    each = [(n,), (m if columns else 0,)]
+    shapes = [*each, *(each * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
     return [x.new_empty(shape) for shape in shapes]
 
 
@@ -144,14 +154,14 @@ class _Compiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(impl: str, keep: bool, operands: torch.dtype, partner: Tensor, *factors: Tensor) -> Any:
+    def forward(impl: str, columns: bool, keep: bool, operands: torch.dtype, partner: Tensor, *factors: Tensor) -> Any:
         """The outputs of the forward operator; lse and divergences of the student have a gradient."""
-        return tuple(_forward(list(factors), partner, impl, keep, operands))
+        return tuple(_forward(list(factors), partner, impl, columns, keep, operands))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Saves all that backward needs."""
-        ctx.impl, _, ctx.operands, *tensors = inputs
+        ctx.impl, _, _, ctx.operands, *tensors = inputs
         ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
         ctx.mark_non_differentiable(*output[2:4], *output[6:])
         ctx.save_for_backward(*output, *tensors)
@@ -164,11 +174,11 @@ class _Compiled(torch.autograd.Function):
             torch.zeros_like(output) if gradient is None else gradient.contiguous()
             for gradient, output in ((gradients[k], saved[k]) for k in (0, 1, 4, 5))
         ]
-        needs = list(ctx.needs_input_grad[4:7])
+        needs = list(ctx.needs_input_grad[5:8])
         run = _differentiated if torch.compiler.is_compiling() else _Derivative.apply
         student = run(ctx.impl, ctx.operands, needs, *upstream, *saved)
         wanted = (gradient if needed else None for gradient, needed in zip(student, needs, strict=True))
-        return *[None] * 4, *wanted, *[None] * (len(ctx.needs_input_grad) - 7)
+        return *[None] * 5, *wanted, *[None] * (len(ctx.needs_input_grad) - 8)
 
 
 class _Eager(_Compiled):

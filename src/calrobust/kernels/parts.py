@@ -44,7 +44,7 @@ class Strip(NamedTuple):
     """Statistics of some rows of the pair matrix and, over these rows, of its columns; own entries are left out."""
 
     rows: Part
-    columns: Part
+    columns: Part  # of no anchors if they were not asked for
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -52,9 +52,9 @@ class Softmaxes(NamedTuple):
     """The row and column softmaxes of one matrix, with their weights in the gradient in S."""
 
     row_lse: Tensor  # [N]
-    column_lse: Tensor  # [M]
+    column_lse: Tensor  # [M], or [0] if columns were not asked for
     row_weights: Tensor  # [N]
-    column_weights: Tensor  # [M]
+    column_weights: Tensor  # like column_lse
     logits: Tensor  # [N, M] where they were kept for backward, else [0, M]
 
 
@@ -82,6 +82,8 @@ class _Matrix:
         _, column_lse, _, column_weights, kept = softmaxes
         s = kept[tile] if len(kept) else self.logits(tile, out)
         p = torch.softmax(s, 1, out=scratch)
+        if not len(column_lse):
+            return torch.mul(p, row_weights, out=out)
         pivot = column_lse.min()
         if _is_looked_at(s) and _representable((pivot - row_lse.max()).exp()):
             column_factor = column_weights * (pivot - column_lse).exp()
@@ -89,21 +91,24 @@ class _Matrix:
         return torch.sub(s, column_lse, out=out).exp_().mul_(column_weights).addcmul_(p, row_weights)
 
 
-def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, keep: bool) -> tuple[Strip, list[Tensor]]:
+def forward(
+    models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, keep: bool
+) -> tuple[Strip, list[Tensor]]:
     """The statistics of the student and of a teacher if there is one, and the logits ``[N, M]`` of each if kept."""
     x, y, _ = models[0]
     matrices = [_Matrix(factors, partner, operands) for factors in models]
     tiles = _tiles(x, y)
     buffers = [x.new_empty(len(x) if keep else tiles[0].stop, len(y)) for _ in models]
-    rows: list[Part] = []
-    columns: list[Part] = []
+    of_rows: list[Part] = []
+    of_columns: list[Part] = []
     for tile in tiles:
         place = tile if keep else slice(tile.stop - tile.start)
-        strip = _statistics(*(m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=True)))
-        rows.append(strip.rows)
-        columns = [merge([*columns, strip.columns])]
-    joined = Part(*map(torch.cat, zip(*rows, strict=True)))
-    return Strip(joined.to(x.dtype), columns[0].to(x.dtype)), buffers if keep else []
+        logits = [m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=True)]
+        strip = _statistics(columns, *logits)
+        of_rows.append(strip.rows)
+        of_columns = [merge([*of_columns, strip.columns]) if columns else strip.columns]
+    joined = Part(*map(torch.cat, zip(*of_rows, strict=True)))
+    return Strip(joined.to(x.dtype), of_columns[0].to(x.dtype)), buffers if keep else []
 
 
 def backward(
@@ -116,7 +121,7 @@ def backward(
     buffers = x.new_empty(1 + len(models), tiles[0].stop, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
     rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, len(y), dtype=dtype)
-    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
+    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4] if len(w)], needs, dtype)
     for tile in tiles:
         scratch, *outs = buffers[:, : tile.stop - tile.start]
         gradient, *others = (
@@ -131,14 +136,15 @@ def backward(
     return gradients.results()
 
 
-def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
-    """Of the rows of a tile, and of its columns over these rows; a band of rows at a time, in the cache."""
+def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
+    """Of the rows of a tile, and maybe of its columns over these rows; a band of rows at a time, in the cache."""
     precise = wide(s.device)
-    on_cpu = _is_looked_at(s)  # elsewhere columns are taken from the logits
+    on_cpu = _is_looked_at(s)
+    by_band = columns and on_cpu  # elsewhere columns are taken from the logits
     height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
     lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
     # Of columns: Σ w_i p_ij; then Σ w̃_i p̃_ij and, up to that factor, the first sum of the divergence, and the b_j.
-    sums, *_ = all_sums = s.new_zeros(4, s.shape[1])
+    sums, *_ = all_sums = s.new_zeros(4, s.shape[1] if by_band else 0)
     pivot = teacher_pivot = lse.new_zeros(())  # then the mean lse of the first band
     buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
     for start in range(0, s.shape[0], height):
@@ -146,7 +152,7 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
         p, scratch, *spare = buffers[:, : band.stop - band.start]
         lse[band] = _softmax(s[band], p)
         pivot = lse[band].mean() if start == 0 else pivot
-        if on_cpu:
+        if by_band:
             sums.addmv_(p.T, (lse[band] - pivot).exp().to(s.dtype))
         if t is None:
             continue
@@ -157,7 +163,7 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
         torch.sub(s[band], t[band], out=ratio).add_(shift.to(s.dtype)[:, None])
         terms = _divergence_terms(ratio, p, teacher_p, excess, scratch)
         torch.sum(terms, 1, dtype=precise, out=divergence[band])
-        if on_cpu:
+        if by_band:
             weights = (teacher_lse[band] - teacher_pivot).exp()
             distance = (teacher_pivot - pivot) - shift
             growth = torch.expm1(distance)
@@ -168,24 +174,24 @@ def _statistics(s: Tensor, t: Tensor | None = None) -> Strip:
             all_sums[2:].addmm_(of_excess, excess)
             all_sums[2].addmv_(terms.T, of_p[0])
     rows = Part.without_teacher(lse) if t is None else Part(lse, teacher_lse, divergence.clamp_(min=0))
-    if not on_cpu:
-        return Strip(rows, dense.along(0, s, t).to(precise))
-    columns = Part.without_teacher(pivot + sums.to(precise).log())
+    if not by_band:
+        return Strip(rows, dense.along(0, s, t).to(precise) if columns else Part.without_teacher(lse.new_empty(0)))
+    found = Part.without_teacher(pivot + sums.to(precise).log())
     lost = ~_representable(sums)
     if t is not None:
         teacher_sums = all_sums[1]
         first, second = all_sums[2:].to(precise) / teacher_sums
-        columns = Part(
-            columns.lse, teacher_pivot + teacher_sums.to(precise).log(), (first + second.log1p() - second).clamp(min=0)
+        found = Part(
+            found.lse, teacher_pivot + teacher_sums.to(precise).log(), (first + second.log1p() - second).clamp(min=0)
         )
         lost |= ~_representable(teacher_sums) | ~(second.log1p().abs() < FAR)
         lost |= ~((lse - teacher_lse - pivot + teacher_pivot).abs().max() < FAR)
     where = lost.nonzero()[:, 0]
     if len(where):
-        found = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)
-        for vector, values in zip(columns, found, strict=True):
+        exact = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)
+        for vector, values in zip(found, exact, strict=True):
             vector[where[: len(values)]] = values  # none of a teacher's without a teacher
-    return Strip(rows, columns)
+    return Strip(rows, found)
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def make_report(methods: tuple[str, ...] = METHODS[:3], domains: tuple[str, ...]
     """Of methods that differ, in domains that differ."""
     report = ShiftReport(id_domain="photo")
     for (i, method), (j, domain) in itertools.product(enumerate(methods), enumerate(domains)):
-        report.add(method, domain, *classifier(200, 5, 10 * i + j, sharpness=0.4 + 0.1 * i))
+        report.add(method, domain, *classifier(400, 5, 10 * i + j, sharpness=0.4 + 0.1 * i))
     return report
 
 

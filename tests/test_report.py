@@ -263,20 +263,34 @@ class TestIntervals:
                 expected = calibration_interval(*top_label(logits, p.target))
                 found = [row[f"{group}_{name}{part}"] for part in ECE_PARTS]
                 assert found == pytest.approx([float(figure) for figure in expected], abs=1e-6)
-                value, low, high, floor, _ = (100 * figure for figure in found)
+                value, _, low, high, floor, _ = (100 * figure for figure in found)
                 assert f"{value:.1f} ({low:.1f}\N{EN DASH}{high:.1f}; {floor:.1f})" in str(report)
 
-    def test_the_mean_ece_of_several_domains_has_a_floor_and_no_interval(self) -> None:
-        """The floor is the mean of the domains' floors; the table prints it alone."""
+    def test_the_mean_ece_of_several_domains_has_no_interval(self) -> None:
+        """The table prints the mean of debiased values and of floors, and the p-value instead."""
         report = make_report("FT")
-        row, floors = report.summary()[0], [r["ece_floor"] for r in report.per_domain()[1:]]
-        assert row["ood_ece_floor"] == pytest.approx(sum(floors) / 2)
+        row, rows = report.summary()[0], report.per_domain()[1:]
+        for part in ("_debiased", "_floor"):
+            assert row["ood_ece" + part] == pytest.approx(sum(r["ece" + part] for r in rows) / 2)
         assert math.isnan(row["ood_ece_low"])
         everything = report.to_dict()
         assert everything["summary"]["FT"]["ood_ece_high"] is None
         for said in (str(report), report.to_latex(), everything["caption"]):
-            assert "The mean ECE of several domains has no interval, only a noise floor." in said
-        assert f"{100 * row['ood_ece']:.1f} ({100 * row['ood_ece_floor']:.1f})" in str(report)
+            assert "has in brackets its debiased value, noise floor and p-value against perfect calibration." in said
+        value, debiased, floor = (100 * row["ood_ece" + part] for part in ("", "_debiased", "_floor"))
+        assert row["ood_ece_p"] < 0.001
+        assert f"| {value:.1f} ({debiased:.1f}; {floor:.1f}; p < 0.001) |" in str(report)
+        assert rf"{value:.1f} ({debiased:.1f}; {floor:.1f}; p \textless{{}} 0.001) &" in report.to_latex()
+
+    def test_an_ece_of_few_samples_has_no_interval_either(self) -> None:
+        """Nor does its cell; a p-value has three decimals."""
+        report = ShiftReport(id_domain="photo")
+        report.add("FT", "photo", *scored_set("photo", 20, sharpness=1.0))
+        row = report.summary()[0]
+        value, debiased, floor = (100 * row["id_ece" + part] for part in ("", "_debiased", "_floor"))
+        assert math.isnan(row["id_ece_low"])
+        assert 0.001 < row["id_ece_p"] < 1
+        assert f"| {value:.1f} ({debiased:.1f}; {floor:.1f}; p = {row['id_ece_p']:.3f}) |" in str(report)
 
     @pytest.mark.parametrize("group", ["id", "ood"])
     def test_of_the_accuracy_has_the_width_of_the_binomial(self, group: str) -> None:
@@ -453,7 +467,7 @@ class TestTables:
         assert row.count(" \N{EN DASH} |") == 3  # T and two ECEs
         assert caption.startswith("Accuracy and ECE (15 bins) in per cent; ID: photo; OOD: plain mean over sketch,")
         assert caption.count(". ") + 1 <= 3  # sentences that a reader of a table reads
-        for printed in ("95 % interval", "noise floor"):
+        for printed in ("95 % interval", "noise floor", "debiased value", "p-value"):
             assert printed in caption
 
     @pytest.mark.parametrize("fit", [True, False])
@@ -478,6 +492,7 @@ class TestTables:
             assert "(" not in text.replace("(15 bins)", "")
             assert "interval" not in text
             assert "floor" not in text
+            assert "p-value" not in text
 
     def test_names_are_escaped(self) -> None:
         """A method's name is text, not markup, in Markdown and in LaTeX."""
@@ -530,7 +545,7 @@ class TestTables:
         """Both forms."""
         report = make_report()
         assert report.to_pandas()["method"].tolist() == ["FT", "CaRot"]
-        assert report.to_pandas(per_domain=True).shape == (6, 17)
+        assert report.to_pandas(per_domain=True).shape == (6, 19)
 
     def test_without_pandas_the_error_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And says how to get it."""

@@ -36,7 +36,9 @@ figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.7), sharey=True)
 for ax, (name, scores) in zip(axes, versions.items(), strict=True):
     confidences, correct = top_label(scores, target[test])
     bins = bin_confidences(confidences, correct, n_bins=n_bins)
-    value, low, high, floor, p_value = calibration_interval(confidences, correct, n_bins=n_bins)
+    value, debiased, low, high, floor, p_value = calibration_interval(
+        confidences, correct, n_bins=n_bins
+    )
     shown = f"ECE {100 * value:4.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
     print(f"{name:20}  {shown}, noise floor {100 * floor:.1f} %, p = {p_value:.2g}")
 

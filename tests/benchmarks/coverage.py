@@ -1,4 +1,4 @@
-"""How often 95 % intervals hold the true value: a simulation over models that are calibrated and models that are not.
+"""How often 95 % intervals hold the true value, and the bias of an ECE, for models that are calibrated or not.
 
 Confidences lie on a grid of a few points in each bin, so that the true error is known exactly and a data set is drawn
 as counts, whatever its size.
@@ -6,18 +6,20 @@ as counts, whatever its size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from benchmarks.measure import Row, Table
 
-from calrobust.functional.intervals import ece_interval, mean_accuracy
+from calrobust.functional.intervals import mean_accuracy, mean_interval
 
-SIZES = (300, 1_000, 5_000, 50_000)
-DATA_SETS = 3_000  # the share that is measured has a standard error of 0.4 %
+SIZES = (300, 1_000, 2_000, 5_000, 50_000)
+DATA_SETS = 5_000  # the share that is measured has a standard error of 0.3 %
 N_BINS, POINTS = 15, 8  # points of the grid in a bin
 DOMAINS = 4
+BIASED = 1_000  # samples
 LEVEL, LEAST, MOST = 0.95, 92, 98  # per cent
 GRID = (np.arange(N_BINS * POINTS) + 0.5) / (N_BINS * POINTS)
 ODDS = np.log(GRID / (1 - GRID))
@@ -40,6 +42,9 @@ MODELS: dict[str, Callable[[], np.ndarray]] = {  # how often a prediction of tha
     "T = 2 would calibrate": lambda: 1 / (1 + np.exp(-ODDS / 2)),
     "T = 0.8 would calibrate": lambda: 1 / (1 + np.exp(-ODDS / 0.8)),
     "T = 0.5 would calibrate": lambda: 1 / (1 + np.exp(-ODDS / 0.5)),
+    "T = 0.3 would calibrate": lambda: 1 / (1 + np.exp(-ODDS / 0.3)),
+    "underconfident by 0.02": lambda: GRID + 0.02,
+    "underconfident by 0.05": lambda: GRID + 0.05,
     "gaps of 0.02, signs alternate": lambda: GRID + 0.02 * np.where(BIN % 2, 1, -1),
     "gaps of 0.05, signs alternate": lambda: GRID + 0.05 * np.where(BIN % 2, 1, -1),
     "gap of 0.03 in the last bin only": lambda: GRID - 0.03 * (BIN == N_BINS - 1),
@@ -48,22 +53,34 @@ MODELS: dict[str, Callable[[], np.ndarray]] = {  # how often a prediction of tha
 
 
 def tables() -> Iterator[Table]:
-    """Of the ECE and of the accuracy."""
+    """Coverage of the ECE and of the accuracy, and bias of the ECE."""
     torch.set_num_threads(1)
     conditions = (
         f"Per cent of {DATA_SETS:,} data sets whose {100 * LEVEL:g} % interval holds the true value: least and most "
         f"over N = {', '.join(f'{n:,}' for n in SIZES)}"
     )
     table = Table(
-        "Coverage: ECE", f"{conditions} and all of {', '.join(CONFIDENCES)} confidences; float64, {N_BINS} bins."
+        "Coverage: ECE",
+        f"{conditions} and all of {', '.join(CONFIDENCES)} confidences, where there is an interval; float64, {N_BINS} "
+        "bins.",
     )
     for model in MODELS:
-        table.rows += _rows(model, [ece_coverage(model, kind, n) for kind in CONFIDENCES for n in SIZES])
+        shares = [ece_coverage(model, kind, n) for kind in CONFIDENCES for n in SIZES]
+        table.rows += _rows(model, [share for share in shares if not math.isnan(share)])
     yield table
     table = Table("Coverage: accuracy", f"{conditions}, and over one data set and the mean of {DOMAINS}; float64.")
     for accuracy in (0.5, 0.8, 0.95, 0.99):
         shares = [accuracy_coverage(accuracy, n, domains) for domains in (1, DOMAINS) for n in SIZES]
         table.rows += _rows(f"accuracy {accuracy}", shares)
+    yield table
+    table = Table(
+        "Bias: ECE",
+        f"Mean distance from the true ECE in per cent, of the debiased value and of the value, over {DATA_SETS:,} data "
+        f"sets of N = {BIASED:,} with {', '.join(CONFIDENCES)} confidences; the largest.",
+    )
+    for model in MODELS:
+        debiased, plain = (max(map(abs, biases)) for biases in zip(*(bias(model, k) for k in CONFIDENCES), strict=True))
+        table.rows.append(Row(model, f"{debiased:.2f} %", f"{plain:.2f} %", debiased / plain, "≤", 1))
     yield table
 
 
@@ -76,11 +93,24 @@ def _rows(what: str, shares: list[float]) -> list[Row]:
 
 
 def ece_coverage(model: str, confidences: str, n: int) -> float:
-    """Per cent of data sets of n samples whose interval for the ECE holds the true one."""
+    """Per cent of intervals for the ECE of n samples that hold the true one; NaN if few data sets have an interval.
+
+    Whether there is one depends on confidences alone, so the others are not a selection by their outcome.
+    """
     moments, truth = data_sets(model, confidences, n)
-    interval = ece_interval(moments, LEVEL)
-    held = (interval.low <= truth + 1e-12) & (truth - 1e-12 <= interval.high)
-    return 100 * float(held.double().mean())
+    found = mean_interval(moments[:, :, None], LEVEL)
+    given = ~found.low.isnan()
+    if given.double().mean() < 0.1:
+        return math.nan
+    held = (found.low <= truth + 1e-12) & (truth - 1e-12 <= found.high)
+    return 100 * float(held[given].double().mean())
+
+
+def bias(model: str, confidences: str) -> tuple[float, float]:
+    """Of the debiased value and of the value, in per cent."""
+    moments, truth = data_sets(model, confidences, BIASED)
+    found = mean_interval(moments[:, :, None], LEVEL)
+    return 100 * (float(found.debiased.mean()) - truth), 100 * (float(found.value.mean()) - truth)
 
 
 def data_sets(model: str, confidences: str, n: int) -> tuple[torch.Tensor, float]:

@@ -14,7 +14,7 @@ from calrobust._checks import check_choice, check_n_bins
 from calrobust.functional.calibration import Bins
 from calrobust.functional.temperature import fit_temperature
 from calrobust.report import tables
-from calrobust.report.samples import LEVEL, Fit, Samples, check_held_out, fingerprints_of, mean_figures, on_cpu
+from calrobust.report.samples import Fit, Samples, check_held_out, fingerprints_of, mean_figures, on_cpu
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,14 +28,14 @@ class ShiftReport:
     .. math:: \mathrm{OOD} = \frac{1}{|\mathcal{D}|} \sum_{d \in \mathcal{D}} \mathrm{value}_d,
         \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id\_domain}\}
 
-    Every ECE comes with a 95 % interval, its noise floor and a p-value, which
-    :func:`~calrobust.functional.calibration_interval` defines; T is held fixed. The mean ECE of several domains has no
-    interval, because no method was found whose intervals contain the true mean as often as they claim. Its floor and
-    p-value hold. Every accuracy comes with Wilson's interval. Domains are assumed to have no samples in common.
+    :func:`~calrobust.functional.calibration_interval` defines the debiased value, 95 % interval, noise floor and
+    p-value of an ECE, for fixed T, and says when there is no interval. The mean ECE of several domains has none,
+    because no method was found whose intervals contain the true mean as often as they claim. Every accuracy has
+    Wilson's interval. Domains are assumed to have no samples in common.
 
-    Figures are Python floats, as they are to be printed or saved, and fractions; only the printed tables
-    (:meth:`to_markdown`, :meth:`to_latex`, ``print(report)``) are in per cent. Whatever makes a table raises
-    ``ValueError`` if there are no data, none of ``id_domain``, or if a method lacks a domain that others have.
+    Figures are Python floats and fractions; only printed tables (:meth:`to_markdown`, :meth:`to_latex`,
+    ``print(report)``) are in per cent. Whatever makes a table raises ``ValueError`` if there are no data, none of
+    ``id_domain``, or if a method lacks a domain that others have.
 
     Memory, on the CPU: a method without a temperature keeps its logits, because a temperature may still come. Once it
     is fitted, 8 bytes for each sample remain. So call :meth:`fit_temperature` before :meth:`add` for large data sets.
@@ -85,15 +85,15 @@ class ShiftReport:
         Args:
             method: the row of the table.
             domain: the data set.
-            logits: shape ``[N, C]``, floating, N ≥ 1, on any device; ``-inf`` masks a class. C may differ by domain.
-                Further dimensions, ``[N, C, ...]``, hold more samples.
+            logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, not empty; ``-inf`` masks a class. C may differ by
+                domain.
             target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
         Raises:
             TypeError: a name is not a string, ``logits`` is not floating or ``target`` is not int64.
-            ValueError: shapes or devices do not fit, there are no samples, a logit is NaN or +inf, a label is outside
-                [0, C), or more than 1 % of the samples that the method's temperature was fitted on are scored in this
-                domain. The report is left as it was.
+            ValueError: shapes or devices do not fit, a logit is NaN or +inf, a label is outside [0, C), or more than
+                1 % of the samples that the method's temperature was fitted on are scored in this domain. The report
+                is left as it was.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
@@ -108,19 +108,15 @@ class ShiftReport:
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
         """Gives a method its temperature and so its "+ TS" columns, before or after its data are added.
 
-        Args:
-            method: the row of the table.
-            logits: as in :meth:`add`, of held-out data in distribution.
-            target: labels.
+        Arguments are those of :meth:`add`, of held-out data in distribution. A T that was chosen on the test set makes
+        its ECE look better than it is, so samples are compared by logits and label. The 1 % leaves room for duplicates.
 
         Returns:
             T, as :func:`~calrobust.functional.fit_temperature` finds it.
 
         Raises:
-            TypeError: as :meth:`add`.
-            ValueError: as :meth:`add` and :func:`~calrobust.functional.fit_temperature`, or the method already has a
-                temperature. Samples are compared by logits and label, because a T that was chosen on the test set
-                makes its ECE look better than it is. The 1 % leaves room for duplicates.
+            TypeError, ValueError: as :meth:`add` and :func:`~calrobust.functional.fit_temperature`, or the method
+                already has a temperature.
         """
         _check_names(method=method)
         if method in self._fits:
@@ -142,13 +138,8 @@ class ShiftReport:
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
         """Sums over ``n_bins`` bins, for :func:`~calrobust.plotting.reliability_diagram`; those of two domains add up.
 
-        Args:
-            method: one of :attr:`methods`.
-            domain: one of :attr:`domains`.
-            scaled: whether logits are divided by the method's temperature.
-
-        Raises:
-            ValueError: there are no such data, or no temperature.
+        ``scaled`` divides logits by the method's temperature. Raises ``ValueError`` if there are no such data, or no
+        temperature.
         """
         self._check_has_data()
         check_choice(tuple(self._samples), method=method)
@@ -163,9 +154,8 @@ class ShiftReport:
 
         Returns:
             Dicts of ``method``, ``temperature``, ``id_accuracy`` and ``ood_accuracy`` with ``…_low`` and ``…_high``,
-            and ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_low``, ``…_high``, ``…_floor`` and
-            ``…_p``. NaN where there is no temperature or no OOD domain. ``ood_ece_low``, ``ood_ece_high`` and the same
-            with ``ts`` are NaN if there are several OOD domains.
+            and ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_debiased``, ``…_low``, ``…_high``,
+            ``…_floor`` and ``…_p``. NaN where there is no temperature, no OOD domain or no interval.
         """
         self._check_complete()
         groups = {"id": [self.id_domain], "ood": self.domains[1:]}
@@ -184,7 +174,7 @@ class ShiftReport:
 
         Returns:
             Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, ``accuracy``, ``ece`` and ``ece_ts``, the
-            last three also with the endings of :meth:`summary`. NaN where there is no temperature.
+            last three also with the endings of :meth:`summary`.
         """
         self._check_has_data()
         return [
@@ -196,7 +186,7 @@ class ShiftReport:
         ]
 
     def to_markdown(self, *, intervals: bool = True) -> str:
-        """The summary in per cent as a Markdown table with a caption; ``intervals`` shows them and noise floors."""
+        """The summary as a Markdown table with a caption; ``intervals`` shows intervals, noise floors and p-values."""
         return tables.markdown(self.summary(), self._caption(intervals), intervals)
 
     def to_latex(self, *, intervals: bool = True) -> str:
@@ -217,13 +207,11 @@ class ShiftReport:
             ``id_domain``; ``n_bins``; ``caption``, which says what the figures are; ``summary``, a dict
             ``[method][column]``; and ``per_domain``, a dict ``[method][domain][column]``.
         """
-        summary: dict[str, Any] = {}
-        for row in map(tables.without_nan, self.summary()):
-            summary[row.pop("method")] = row
         domains: dict[str, Any] = {}
         for row in map(tables.without_nan, self.per_domain()):
             domains.setdefault(row.pop("method"), {})[row.pop("domain")] = row
         head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(True)}
+        summary = {row.pop("method"): row for row in map(tables.without_nan, self.summary())}
         return {**head, "summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> pd.DataFrame:
@@ -251,18 +239,7 @@ class ShiftReport:
         return self._fits[method].temperature if method in self._fits else math.nan
 
     def _caption(self, intervals: bool) -> str:
-        ood = f"plain mean over {', '.join(self.domains[1:])}" if self.domains[1:] else "no data"
-        caption = (
-            f"Accuracy and ECE ({self.n_bins} bins) in per cent; ID: {self.id_domain}; OOD: {ood}; "
-            "+ TS: logits divided by T, which was fitted on held-out data."
-        )
-        if intervals:
-            caption += (
-                f" In brackets: the {100 * LEVEL:g} % interval of the accuracy, or of the ECE without noise, which can "
-                "lie below the value; then the noise floor, which is the ECE that a perfectly calibrated model shows. "
-                "The mean ECE of several domains has no interval, only a noise floor."
-            )
-        return " ".join(caption.split())
+        return tables.caption(self.n_bins, self.id_domain, self.domains[1:], intervals)
 
     def _check_has_data(self) -> None:
         if not self._samples:

@@ -14,10 +14,9 @@ from calrobust.functional._rows import block_rows
 from calrobust.functional.calibration import top_label
 from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
 
-LEVEL = 0.95  # the level of every interval
-ECE_PARTS = ("", "_low", "_high", "_floor", "_p")
-ECES = [name + part for name in ("ece", "ece_ts") for part in ECE_PARTS]
-FIGURES = ("accuracy", "accuracy_low", "accuracy_high", *ECES)
+LEVEL = 0.95  # of every interval, and named in captions
+ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")
+FIGURES = ("accuracy", "accuracy_low", "accuracy_high", *(f"ece{ts}{part}" for ts in ("", "_ts") for part in ECE_PARTS))
 DUPLICATES = 0.01  # share of samples that a data set may have in common with the one that T was fitted on
 
 

@@ -21,11 +21,25 @@ HEADINGS = {  # column of the summary -> of the printed tables
     "ood_ece_ts": "OOD ECE + TS",
 }
 MISSING = "\N{EN DASH}"
+BRACKETS = (
+    " In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
+    "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as the "
+    "mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect calibration."
+)
 MARKDOWN = str.maketrans({"|": r"\|"})
 LATEX = str.maketrans(
     {mark: "\\" + mark for mark in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}"}
 )
+
+
+def caption(n_bins: int, id_domain: str, ood_domains: Sequence[str], intervals: bool) -> str:
+    """What the figures of the printed tables are, in one line."""
+    ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
+    figures = f"Accuracy and ECE ({n_bins} bins) in per cent; ID: {id_domain}; OOD: {ood}; "
+    scaling = "+ TS: logits divided by T, which was fitted on held-out data."
+    return " ".join((figures + scaling + BRACKETS * intervals).split())
 
 
 def markdown(rows: Sequence[Row], caption: str, intervals: bool) -> str:
@@ -66,15 +80,11 @@ def without_nan(row: Row) -> Row:
 
 
 def _cells(rows: Sequence[Row], intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
-    table = [["Method", *HEADINGS.values()]]
-    for row in rows:
-        cells = [" ".join(row["method"].split()), *(_cell(row, column, intervals) for column in HEADINGS)]
-        table.append([cell.translate(escapes) for cell in cells])
-    return table
+    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in HEADINGS)] for row in rows]
+    return [["Method", *HEADINGS.values()], *([cell.translate(escapes) for cell in cells] for cells in body)]
 
 
 def _cell(row: Row, column: str, intervals: bool) -> str:
-    """A figure; in brackets its interval, if there is one, and the noise floor of an ECE."""
     value = row[column]
     if math.isnan(value):
         return MISSING
@@ -83,7 +93,11 @@ def _cell(row: Row, column: str, intervals: bool) -> str:
     shown = f"{100 * value:.1f}"
     if not intervals:
         return shown
-    low, high, floor = (row.get(column + end, math.nan) for end in ("_low", "_high", "_floor"))
-    parts = [] if math.isnan(low) else [f"{100 * low:.1f}{MISSING}{100 * high:.1f}"]
-    parts += [] if math.isnan(floor) else [f"{100 * floor:.1f}"]
-    return f"{shown} ({'; '.join(parts)})"
+    ends = (f"{100 * row.get(column + end, math.nan):.1f}" for end in ("_low", "_high", "_debiased", "_floor"))
+    low, high, debiased, floor = ends
+    if "accuracy" in column:
+        return f"{shown} ({low}{MISSING}{high})"
+    if low != "nan":
+        return f"{shown} ({low}{MISSING}{high}; {floor})"
+    p = row[column + "_p"]
+    return f"{shown} ({debiased}; {floor}; " + (f"p = {p:.3f})" if p >= 0.001 else "p < 0.001)")

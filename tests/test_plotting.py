@@ -28,11 +28,13 @@ from calrobust.report import ShiftReport
 METHODS = ("ZS", "FT", "FT w/ LS", "WiSE-FT", "WiSE-FT w/ LS", "FLYP", "FLYP w/ LS", "CaRot", "CaRot (NeurIPS)")
 
 
-def make_report(methods: tuple[str, ...] = METHODS[:3], domains: tuple[str, ...] = ("photo", "sketch")) -> ShiftReport:
+def make_report(
+    methods: tuple[str, ...] = METHODS[:3], domains: tuple[str, ...] = ("photo", "sketch"), n: int = 200
+) -> ShiftReport:
     """Of methods that differ, in domains that differ."""
     report = ShiftReport(id_domain="photo")
     for (i, method), (j, domain) in itertools.product(enumerate(methods), enumerate(domains)):
-        report.add(method, domain, *classifier(400, 5, 10 * i + j, sharpness=0.4 + 0.1 * i))
+        report.add(method, domain, *classifier(n, 5, 10 * i + j, sharpness=0.4 + 0.1 * i))
     return report
 
 
@@ -191,7 +193,7 @@ def test_a_grid_without_ood_domains_has_one_column() -> None:
 @pytest.mark.parametrize("domains", [("photo", "sketch"), ("photo", "sketch", "clipart")])
 def test_a_scatter_has_a_marker_in_the_legend_for_each_method(domains: tuple[str, ...]) -> None:
     """At its OOD accuracy and ECE in per cent, with lines as long as the intervals, and a dash at the noise floor."""
-    report = make_report(METHODS, domains)
+    report = make_report(METHODS, domains, 400)  # fewer would have no interval
     ax = shift_scatter(report)
     handles, labels = ax.get_legend_handles_labels()
     assert labels == report.methods

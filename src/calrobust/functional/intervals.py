@@ -155,7 +155,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
     def gaps(t: Tensor) -> Tensor:
         steps = t[..., None] * deviations
         tried = torch.where(steps > 0, (observed - steps).clamp(min=0), observed.hypot(steps))
-        return torch.minimum(tried, largest_gaps)
+        return tried.minimum(largest_gaps)
 
     def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the sum of ``|d|``, and the standard deviation of its difference from the observed sum."""
@@ -185,7 +185,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         mean, deviation = distribution(gaps(t))
         too_small = mean + quantiles * deviation < observed.sum(-1)
         fewest, most = torch.where(too_small, fewest, t), torch.where(too_small, t, most)
-    return gaps(most).sum(-1) / total
+    return torch.div(gaps(most).sum(-1), total)
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,8 +23,9 @@ HEADINGS = {  # column of the summary -> of the printed tables
 MISSING = "\N{EN DASH}"
 BRACKETS = (
     " In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
-    "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as the "
-    "mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect calibration."
+    "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as "
+    "the mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect "
+    "calibration."
 )
 MARKDOWN = str.maketrans({"|": r"\|"})
 LATEX = str.maketrans(

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +48,78 @@ def test_the_ends_of_the_line_are_the_models(models: list[State]) -> None:
         ends = [{"weight": torch.full_like(model["weight"], torch.inf)}] * 2
         ends[alpha] = {"weight": model["weight"]}
         assert torch.equal(interpolate(ends[0], ends[1], alpha)["weight"], model["weight"])
+
+
+@given(seeds(), st.lists(st.floats(-3, 3), min_size=4, max_size=4))
+def test_alpha_may_be_a_function_of_the_name_and_leave_the_line(seed: int, alphas: list[float]) -> None:
+    """Each tensor is (1 − α) θ₀ + α θ₁ at its own α; integers do not ask for one, and wrappers' words are left out."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ["a.weight", "a.bias", "b.weight", "b.bias"]
+    zero_shot, fine_tuned = (
+        {name: torch.randn(3, generator=generator, dtype=torch.float64) for name in names} for _ in range(2)
+    )
+    given, asked = dict(zip(names, alphas, strict=True)), []
+
+    def alpha(name: str) -> float:
+        asked.append(name)
+        return given[name]
+
+    wrapped = {f"module.{name}": value for name, value in zero_shot.items()} | {"module.n": torch.tensor(1)}
+    result = interpolate(wrapped, {**fine_tuned, "n": torch.tensor(2)}, alpha, extrapolate=True)
+    assert sorted(asked) == sorted(names)
+    assert result.pop("module.n") == 2
+    for name in names:
+        expected = (1 - given[name]) * zero_shot[name] + given[name] * fine_tuned[name]
+        assert_close(result[f"module.{name}"], expected, rtol=1e-12, atol=1e-12)
+        alone = interpolate({"w": zero_shot[name]}, {"w": fine_tuned[name]}, given[name], extrapolate=True)
+        assert torch.equal(alone["w"], result[f"module.{name}"])
+
+
+def test_lines_scales_each_layer_by_its_depth() -> None:
+    """θ₀ + (α + β(l − 1)/(L − 1))(θ − θ₀) at layer l of L; a layer with α = 0 or 1 is one of the two, bit for bit."""
+    zero_shot, fine_tuned = (nn.Sequential(*(nn.Linear(2, 2).double() for _ in range(5))) for _ in range(2))
+    with torch.no_grad():
+        fine_tuned.get_parameter("0.weight")[0, 0] = torch.inf  # of which the first layer takes nothing
+    result = interpolate(zero_shot, fine_tuned, lambda name: int(name.split(".")[0]) / 4)  # α = 0, β = 1
+    start, end = zero_shot.state_dict(), fine_tuned.state_dict()
+    for layer in range(5):
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            expected = start[name] + layer / 4 * (end[name] - start[name]) if layer else start[name]
+            assert_close(result[name], expected, rtol=0 if layer in (0, 4) else 1e-12, atol=1e-15 if layer else 0)
+    assert torch.equal(result["0.weight"], start["0.weight"])
+    assert torch.equal(result["4.weight"], end["4.weight"])
+
+
+@given(seeds(), st.lists(st.floats(0, 100) | st.integers(0, 9), min_size=1, max_size=6).filter(any))
+def test_a_weighted_average_is_its_formula(seed: int, weights: list[float]) -> None:
+    """Σ wₖ θₖ / Σ wₖ, from generators too; a model of weight 0 takes no part, so it may have diverged."""
+    generator = torch.Generator().manual_seed(seed)
+    models = [{"w": torch.randn(4, generator=generator, dtype=torch.float64), "n": torch.tensor(k)} for k in range(6)]
+    models = models[: len(weights)]
+    for model, weight in zip(models, weights, strict=True):
+        if weight == 0:
+            model["w"].fill_(torch.nan)
+    expected = sum(
+        (w * m["w"] for w, m in zip(weights, models, strict=True) if w), torch.zeros(4, dtype=torch.float64)
+    ) / sum(weights)
+    result = average((model for model in models), (weight for weight in weights))
+    assert_close(result["w"], expected, rtol=1e-12, atol=1e-12)
+    assert result["n"] == max(k for k, weight in enumerate(weights) if weight)
+
+
+@given(st.integers(1, 6).flatmap(state_dicts), st.floats(1e-300, 1e300))
+def test_equal_weights_are_no_weights(models: list[State], weight: float) -> None:
+    """Only their ratios count, whatever their size, and halves meet on the line."""
+    assert_close(average(models, [weight] * len(models)), average(models), rtol=1e-12, atol=1e-12)
+    between = average([models[0], models[-1]], [weight, weight])
+    assert_close(between["weight"], interpolate(models[0], models[-1], 0.5)["weight"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [int, float, np.float16, np.int64])
+def test_weights_are_numbers_of_any_kind(kind: type[Any]) -> None:
+    """Their ratio is computed in float64, and a low-precision model is rounded once."""
+    models = [{"w": torch.full((2,), value, dtype=torch.bfloat16)} for value in (1.0, 7.0)]
+    assert torch.equal(average(models, [kind(2), kind(1)])["w"], torch.full((2,), 3.0, dtype=torch.bfloat16))
 
 
 @given(st.integers(1, 6).flatmap(state_dicts))

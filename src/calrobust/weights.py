@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_fraction, check_tensor
+from calrobust._checks import check_flag, check_instance, check_number, check_tensor
 from calrobust._state import check_same_state, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
@@ -20,37 +21,59 @@ _INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
 
-def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> StateDict:
+def interpolate(
+    zero_shot: Weights, fine_tuned: Weights, alpha: float | Callable[[str], float], *, extrapolate: bool = False
+) -> StateDict:
     r"""The straight line between two models (WiSE-FT).
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    for ``alpha`` in [0, 1]; the ends are exact, bit for bit. Models, result and errors are as for :func:`average` of
-    ``[zero_shot, fine_tuned]``. Give both heads the same scale first: a shorter one acts as a hidden temperature.
+    for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact, bit for bit. ``alpha``
+    may be a function that gives it for the name of each floating tensor, without wrappers' words. LiNeS, for one, takes
+    :math:`\alpha + \beta (l - 1) / (L - 1)` at layer l of L.
+
+    Models, result and errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale
+    first: a shorter one acts as a hidden temperature.
 
     Example:
         >>> import torch
         >>> from calrobust import interpolate
-        >>> interpolate({"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}, alpha=0.25)
-        {'w': tensor([1.])}
+        >>> zero_shot, fine_tuned = ({f"{l}.w": torch.tensor([w]) for l in (1, 2, 3)} for w in (0.0, 4.0))
+        >>> interpolate(zero_shot, fine_tuned, alpha=0.25)
+        {'1.w': tensor([1.]), '2.w': tensor([1.]), '3.w': tensor([1.])}
+        >>> interpolate(zero_shot, fine_tuned, lambda name: 0.5 + 0.5 * (int(name[0]) - 1) / 2)  # 1/2, 3/4 and 1
+        {'1.w': tensor([2.]), '2.w': tensor([3.]), '3.w': tensor([4.])}
 
-    Reference: Wortsman et al., 2022, :arxiv:`2109.01903`, equation 1.
+    Reference: Wortsman et al., 2022, :arxiv:`2109.01903`, equation 1; Wang et al., 2024, :arxiv:`2410.17146` (LiNeS).
     """
-    check_fraction(closed=True, alpha=alpha)
-    models, weight = {"zero_shot": zero_shot, "fine_tuned": fine_tuned}, float(alpha)
-    if weight in (0, 1):
-        end = int(weight)
-        return _combine(models, lambda tensors: tensors[end], fallback=end)
-    return _combine(models, lambda tensors: tensors[0].lerp(tensors[1], weight))
+    check_flag(extrapolate=extrapolate)
+
+    @cache
+    def share(name: str) -> float:
+        value = alpha(name) if callable(alpha) else alpha
+        what = f"alpha({name!r})" if callable(alpha) else "alpha"
+        check_number(**{what: value})
+        if not (extrapolate or 0 <= value <= 1):
+            raise ValueError(f"{what} must be in [0, 1], got {value!r}; pass extrapolate=True to leave the line")
+        return float(value)
+
+    def between(name: str, tensors: list[Tensor]) -> Tensor:
+        return tensors[int(share(name))] if share(name) in (0, 1) else tensors[0].lerp(tensors[1], share(name))
+
+    if not callable(alpha):
+        share("")
+    models = {"zero_shot": zero_shot, "fine_tuned": fine_tuned}
+    return _combine(models, between, fallback=lambda name: 0 if share(name) == 0 else 1)
 
 
-def average(models: Iterable[Weights]) -> StateDict:
-    r"""The uniform mean of models (a model soup).
+def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -> StateDict:
+    r"""The weighted mean of models, by default the uniform one (a model soup).
 
-    .. math:: \theta = \tfrac{1}{K} \sum_{k=1}^{K} \theta_k
+    .. math:: \theta = \frac{\sum_{k=1}^{K} w_k\, \theta_k}{\sum_{k=1}^{K} w_k}
 
-    Models are K ≥ 1 state dicts or modules of the same names and shapes, in a list or another iterable, and stay as
-    they are. The result is a new state dict with the names, dtypes and devices of the first.
+    with one of the ``weights``, numbers ≥ 0, for each model. Models are K ≥ 1 state dicts or modules of the same names
+    and shapes, in a list or another iterable, and stay as they are; one of weight 0 takes no part. The result is a new
+    state dict with the names, dtypes and devices of the first.
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are those of the last model. A plain state dict does
@@ -58,18 +81,32 @@ def average(models: Iterable[Weights]) -> StateDict:
     the vectors of ``spectral_norm``. Prefixes that wrappers such as DDP add to names are ignored.
 
     Raises:
-        ValueError: there is no model, or names or shapes differ.
-        TypeError: ``models`` is not an iterable, or one of them is not a module or a state dict, or it is quantised.
+        ValueError: there is no model, names or shapes differ, or ``weights`` break their rule.
+        TypeError: ``models`` or ``weights`` cannot be iterated, or a model is no module or state dict, or is quantised.
 
     Example:
         >>> import torch
         >>> from calrobust import average
         >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, {"w": torch.tensor([6.0])}])
         {'w': tensor([3.])}
+        >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}], weights=[3, 1])  # 0.75 * 1 + 0.25 * 5
+        {'w': tensor([2.])}
 
     Reference: Wortsman et al., 2022, :arxiv:`2203.05482`, uniform soup.
     """
-    return _combine(_listed(models, at_least=1), _mean)
+    listed = _listed(models, at_least=1)
+    shares = [1.0] * len(listed)
+    if weights is not None:
+        check_instance(Iterable, "pass a list with a number for each model", weights=weights)
+        given = {f"weights[{k}]": share for k, share in enumerate(weights)}
+        check_number(**given)
+        shares = [float(share) for share in given.values()]
+        if len(shares) != len(listed) or min(shares) < 0 or max(shares) == 0:
+            rule = f"numbers >= 0, one for each of the {len(listed)} models, and not all 0"
+            raise ValueError(f"weights must be {rule}, got {shares}")
+        listed = {name: model for (name, model), share in zip(listed.items(), shares, strict=True) if share}
+        shares = [share / max(shares) for share in shares if share]  # so that their sum does not overflow
+    return _combine(listed, lambda _, tensors: reduce(torch.add, map(torch.mul, tensors, shares)) / sum(shares))
 
 
 def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
@@ -97,17 +134,13 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     return _combine({"pretrained": pretrained, **_listed(models, at_least=2)}, _stock)
 
 
-def _mean(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).mean(0)
-
-
-def _stock(tensors: list[Tensor]) -> Tensor:
+def _stock(name: str, tensors: list[Tensor]) -> Tensor:
     start, *models = tensors
     k = len(models)
     directions = torch.stack([nn.functional.normalize((model - start).flatten(), dim=0) for model in models])
     gram = directions @ directions.T
     cosine = ((gram.sum() - gram.trace()) / (k * (k - 1))).clamp(min=0)
-    return start.lerp(_mean(models), k * cosine / (1 + (k - 1) * cosine))
+    return start.lerp(torch.stack(models).mean(0), k * cosine / (1 + (k - 1) * cosine))
 
 
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
@@ -121,9 +154,12 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 
 @torch.no_grad()
 def _combine(
-    models: Mapping[str, Weights], combination: Callable[[list[Tensor]], Tensor], *, fallback: int = -1
+    models: Mapping[str, Weights],
+    combination: Callable[[str, list[Tensor]], Tensor],
+    *,
+    fallback: Callable[[str], int] = lambda name: -1,
 ) -> StateDict:
-    """Applies ``combination`` to the tensors of each name; what is not averaged is that of the ``fallback`` model."""
+    """Applies ``combination`` to each name's tensors; what is not averaged is that of the model ``fallback(name)``."""
     given = {model: _checked(model, weights) for model, weights in models.items()}
     keys = {model: unwrapped(state, model) for model, state in given.items()}
     states = {model: {name: given[model][key] for name, key in keys[model].items()} for model in given}
@@ -144,10 +180,10 @@ def _combine(
         device, dtype = entries[0].device, entries[0].dtype
         if dtype.is_floating_point or dtype.is_complex:
             values = [entry.to(device, torch.promote_types(dtype, torch.float32)) for entry in entries]
-            result = values[fallback]
+            result = values[fallback(name)]
             if name not in copied:
                 finite = torch.stack([value.isfinite() for value in values]).all(0)
-                result = combination([value.where(finite, 0) for value in values]).where(finite, result)
+                result = combination(name, [value.where(finite, 0) for value in values]).where(finite, result)
         else:
             result = entries[-1].to(device)
             few = result.ndim < 2 and (dtype.itemsize > 1 or result.numel() < 2)

@@ -190,7 +190,21 @@ TABLE: Table = [
     (
         [Target("interpolate", interpolate, lambda: {"zero_shot": weights(), "fine_tuned": weights(), "alpha": 0.5})],
         [
-            Wrong({"alpha": -0.5}, ValueError, "alpha must be in [0, 1], got -0.5"),
+            Wrong(
+                {"alpha": -0.5},
+                ValueError,
+                "alpha must be in [0, 1], got -0.5; pass extrapolate=True to leave the line",
+            ),
+            Wrong({"alpha": math.nan}, ValueError, "alpha must be finite, got nan"),
+            Wrong({"alpha": "0.5"}, TypeError, "alpha must be a real number, got str '0.5'"),
+            Wrong({"alpha": math.inf, "extrapolate": True}, ValueError, "alpha must be finite, got inf"),
+            Wrong({"extrapolate": 1}, TypeError, "extrapolate must be True or False, got int 1"),
+            Wrong(
+                {"alpha": lambda name: 1.5},
+                ValueError,
+                "alpha('w') must be in [0, 1], got 1.5; pass extrapolate=True to leave the line",
+            ),
+            Wrong({"alpha": lambda name: None}, TypeError, "alpha('w') must be a real number, got NoneType None"),
             Wrong({"zero_shot": "a.pt"}, TypeError, "zero_shot must be a state dict or a torch.nn.Module, got str"),
             Wrong(
                 {"fine_tuned": weights(extra=A["w"])},
@@ -233,6 +247,22 @@ TABLE: Table = [
         [
             Wrong({"models": []}, ValueError, "models must hold at least 1 of them, got 0; is it a used generator?"),
             Wrong({"models": [A, 3]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got int"),
+            Wrong(
+                {"weights": 0.5},
+                TypeError,
+                "weights must be of type Iterable, got float; pass a list with a number for each model",
+            ),
+            Wrong({"weights": [1, None]}, TypeError, "weights[1] must be a real number, got NoneType None"),
+            Wrong({"weights": [1, math.nan]}, ValueError, "weights[1] must be finite, got nan"),
+            *(
+                Wrong(
+                    {"weights": given},
+                    ValueError,
+                    "weights must be numbers >= 0, one for each of the 2 models, and not all 0, got "
+                    f"{[float(share) for share in given]}",
+                )
+                for given in ([1], [1, 2, 3], [], [2, -1], [0, 0])
+            ),
         ],
     ),
     (

@@ -67,21 +67,21 @@ every_maker = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MA
 
 
 def updated(metric: Metric, *batches: tuple[Tensor, Tensor]) -> Metric:
-    """After the batches."""
+    """Updates the metric with the batches and returns it."""
     for batch in batches:
         metric.update(*batch)
     return metric
 
 
 def pieces(p: Predictions, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of ``size``, the last one smaller."""
+    """Cuts samples into batches of ``size``; the last one may be smaller."""
     return list(zip(p.logits.split(size), p.target.split(size), strict=True))
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_is_its_function_of_all_samples(name: str, from_logits: bool) -> None:
-    """Logits or probabilities, with samples to ignore, over batches of any size (trap 20)."""
+    """This holds for logits and probabilities, with samples to ignore, and for batches of any size (trap 20)."""
     logits, target = classifier(200, 5, 0, dtype=torch.float64)
     p = Predictions(logits if from_logits else logits.softmax(1), target.where(target != 4, -100))
     options: dict[str, Any] = {"from_logits": from_logits, "ignore_index": -100}
@@ -114,7 +114,7 @@ def test_summary_is_its_parts() -> None:
 
 @every_maker
 def test_state_does_not_grow_with_the_samples(make: Make) -> None:
-    """Sums stay as they are: at most 400 bytes for 15 bins. The adaptive metric alone keeps eight bytes a sample."""
+    """Sums take at most 400 bytes for 15 bins. The adaptive metric alone keeps eight bytes a sample."""
     metric, batch = make(), classifier(100, 5, 0)
     sizes = []
     for _ in range(3):
@@ -129,7 +129,7 @@ def test_state_does_not_grow_with_the_samples(make: Make) -> None:
 
 @every_maker
 def test_compute_before_update_is_nan_with_torchmetrics_warning(make: Make) -> None:
-    """Never 0: at the start, after a reset and after nothing but refused batches."""
+    """It is never 0: at the start, after a reset and after batches that were all refused."""
     metric = make()
     reset = updated(make(), classifier(10, 5, 0))
     reset.reset()
@@ -201,7 +201,7 @@ def test_logits_where_probabilities_are_due_are_refused() -> None:
 
 
 def test_cosines_are_taken_for_logits() -> None:
-    """They lie in [0, 1], and their softmax is taken all the same, in one batch or in four (trap 20)."""
+    """They lie in [0, 1], but their softmax is taken, in one batch or in four (trap 20)."""
     p = Predictions(torch.rand(40, 5, dtype=torch.float64), torch.arange(40) % 5)
     expected = updated(CalibrationError(), Predictions(p.logits + 100, p.target)).compute()
     for size in (40, 10):
@@ -209,7 +209,7 @@ def test_cosines_are_taken_for_logits() -> None:
 
 
 def test_validation_can_be_switched_off() -> None:
-    """Then NaN goes through to the value, still never a finite wrong one (trap 21)."""
+    """Then NaN reaches the value, which is never finite and wrong (trap 21)."""
     metric = CalibrationError(validate_args=False)
     metric.update(torch.full((2, 3), 1 / 3), torch.tensor([0, 1]))
     assert metric.compute().isfinite()
@@ -218,7 +218,7 @@ def test_validation_can_be_switched_off() -> None:
 
 
 def test_ignored_rows_are_not_validated() -> None:
-    """Their rows may hold anything."""
+    """They may hold anything."""
     metric = CalibrationError(ignore_index=-1)
     logits, target = classifier(20, 3, 0)
     metric.update(torch.cat([logits, torch.full((1, 3), torch.nan)]), torch.cat([target, torch.tensor([-1])]))
@@ -237,7 +237,7 @@ def test_forward_gives_the_batch_and_keeps_the_whole(make: Make) -> None:
 
 @every_maker
 def test_clone_pickle_and_state_dict_keep_the_state(make: Make) -> None:
-    """The state_dict when the state is persistent."""
+    """The state_dict holds the state if it is persistent."""
     metric = updated(make(), classifier(20, 5, 0))
     expected = metric.compute()
     copies = [metric.clone(), pickle.loads(pickle.dumps(metric))]
@@ -252,7 +252,7 @@ def test_clone_pickle_and_state_dict_keep_the_state(make: Make) -> None:
 
 @every_maker
 def test_a_state_saved_while_synchronised_is_loaded_and_merged(make: Make) -> None:
-    """Then the samples of `AdaptiveCalibrationError` are one tensor, not a list (as torchmetrics leaves them)."""
+    """Then the samples of `AdaptiveCalibrationError` are one tensor instead of a list."""
     p, more = classifier(20, 5, 0), classifier(10, 5, 1)
     metric = updated(make(), p)
     metric.persistent(True)
@@ -283,7 +283,7 @@ class Judged(nn.Module):
 @every_maker
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:", "ignore:This property will be removed:DeprecationWarning")
 def test_scripts_alone_and_inside_a_module(make: Make) -> None:
-    """As torchmetrics asks of every metric; the scripted module gives what the module gives."""
+    """Every metric of torchmetrics can be scripted. The scripted module gives what the module gives."""
     torch.jit.script(make())
     module, x = Judged(make()), torch.randn(3, 4)
     assert_close(torch.jit.script(module)(x), module(x))
@@ -291,7 +291,7 @@ def test_scripts_alone_and_inside_a_module(make: Make) -> None:
 
 @every_maker
 def test_a_device_without_float64_is_refused_by_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches on it, and a move of the metric there (`meta` plays the device)."""
+    """This holds for batches there and for a move of the metric there (`meta` plays the device)."""
     monkeypatch.setattr(_checks, "WITHOUT_FLOAT64", {"meta"})
     metric, p = make(), classifier(20, 5, 0)
     message = r"must be on a device that has float64, in which sums are taken, got meta; move it with \.cpu\(\)$"
@@ -305,7 +305,7 @@ def test_a_device_without_float64_is_refused_by_name(make: Make, monkeypatch: py
 
 @every_maker
 def test_further_dimensions_are_samples(make: Make) -> None:
-    """``[N, C, H, W]`` with ``[N, H, W]``, as torch's cross-entropy takes them."""
+    """Metrics take ``[N, C, H, W]`` with ``[N, H, W]``, as torch's cross-entropy does."""
     logits, target = classifier(24, 5, 0)
     image, labels = logits.view(2, 3, 4, 5).movedim(-1, 1), target.view(2, 3, 4)
     assert_close(updated(make(), (image, labels)).compute(), updated(make(), (logits, target)).compute())
@@ -323,7 +323,7 @@ def test_a_number_of_classes_is_not_taken_for_a_number_of_bins(make: Any) -> Non
 
 
 def test_a_state_of_another_shape_is_not_loaded() -> None:
-    """Ten bins are no state of a metric of fifteen, which stays as it was."""
+    """A state of ten bins does not fit a metric of fifteen, which stays as it was."""
     metric, other = updated(CalibrationError(), classifier(20, 5, 0)), CalibrationError(n_bins=10)
     expected = metric.compute()
     for each in (metric, other):
@@ -346,7 +346,7 @@ CASTS: list[Callable[[Metric], object]] = [
 @every_maker
 @pytest.mark.parametrize("cast", CASTS)
 def test_no_cast_lowers_the_precision_of_the_sums(make: Make, cast: Callable[[Metric], object]) -> None:
-    """Before and after a reset: half-precision counters would stop at 2,048 (trap 19)."""
+    """This holds before and after a reset; half-precision counters would stop at 2,048 (trap 19)."""
     p = classifier(50, 5, 0)
     metric = updated(make(), p)
     expected, before = metric.compute(), copy.deepcopy(metric.metric_state)
@@ -358,7 +358,7 @@ def test_no_cast_lowers_the_precision_of_the_sums(make: Make, cast: Callable[[Me
 
 
 def test_counts_and_small_terms_are_not_lost_in_full_bins() -> None:
-    """A million confident samples over batches: within 1e-9 of one float64 sum (trap 19)."""
+    """A million confident samples in batches give the value of one float64 sum, to 1e-9 (trap 19)."""
     generator = torch.Generator().manual_seed(0)
     confidences = torch.sigmoid((2 * torch.randn(10**6, generator=generator) + 3).abs())
     target = (torch.rand(10**6, generator=generator) > confidences).long()
@@ -371,7 +371,7 @@ def test_counts_and_small_terms_are_not_lost_in_full_bins() -> None:
 
 
 def test_collection_shares_sums_only_between_metrics_of_the_same_sums() -> None:
-    """Perfect predictions make the Brier score and the likelihood equal, 0, but not the same."""
+    """Perfect predictions make both the Brier score and the likelihood 0, but they are different sums."""
     makers = {**MAKERS, "mean": lambda: AdaptiveCalibrationError(n_bins=3)}
     collection = MetricCollection({name: make() for name, make in makers.items() if name != "summary"})
     perfect = Predictions(200.0 * torch.eye(5), torch.arange(5))
@@ -388,7 +388,7 @@ def test_collection_shares_sums_only_between_metrics_of_the_same_sums() -> None:
 
 
 def test_a_collection_forwards_resets_and_is_copied_as_its_metrics() -> None:
-    """Batch values by name, values of all by compute, also after a reset and in a clone, while groups share states."""
+    """It gives batch values by name, and values of all samples after a reset or in a clone, while states are shared."""
     makers = {name: make for name, make in MAKERS.items() if name != "summary"}
     collection = MetricCollection({name: make() for name, make in makers.items()}, prefix="val/")
     batches = [classifier(n, 5, n) for n in (30, 40, 50)]
@@ -407,7 +407,7 @@ def test_a_collection_forwards_resets_and_is_copied_as_its_metrics() -> None:
 @every_maker
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_batches_are_summed_as_their_float32_values(make: Make, dtype: torch.dtype) -> None:
-    """The only loss is the rounding of the logits; the value is float64, also of a metric that was cast itself."""
+    """The only loss is the rounding of the logits. The value is float64, also after a cast of the metric."""
     batches = [classifier(30, 5, seed, dtype=dtype) for seed in range(2)]
     expected = updated(make(), *((logits.float(), target) for logits, target in batches)).compute()
     for metric in (make(), make().to(dtype)):
@@ -418,7 +418,7 @@ def test_half_precision_batches_are_summed_as_their_float32_values(make: Make, d
 
 @every_maker
 def test_is_a_torchmetrics_metric_in_all_else(make: Make) -> None:
-    """Constants that cannot be set, a hash of its own, no state_dict unless asked for, arithmetic, no gradient."""
+    """It has fixed constants, a hash, arithmetic, no gradient, and a state_dict that is empty unless asked for."""
     metric, p = make(), classifier(20, 5, 0)
     for constant in ("is_differentiable", "higher_is_better"):
         with pytest.raises(RuntimeError, match="Can't change const"):
@@ -443,7 +443,7 @@ def test_is_a_torchmetrics_metric_in_all_else(make: Make) -> None:
 
 
 def test_ranks_give_the_value_of_all_samples(tmp_path: Path) -> None:
-    """Every metric in two gloo processes: with uneven shares and none, read on the way, synced, and in a collection."""
+    """Two gloo processes with uneven shares, or none, give it: read on the way, synchronised, and in a collection."""
     script = Path(__file__).with_name("metrics_on_a_rank.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [

@@ -33,7 +33,7 @@ COPIES: list[Callable[[Metric], Metric]] = [
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Two metrics of a kind, and the samples that each of them should know."""
+    """Two metrics of one kind, and the samples that each of them should have seen."""
 
     @initialize(name=st.sampled_from(list(MAKERS)))
     def make(self, name: str) -> None:

@@ -31,7 +31,7 @@ METHODS = ("ZS", "FT", "FT w/ LS", "WiSE-FT", "WiSE-FT w/ LS", "FLYP", "FLYP w/ 
 def make_report(
     methods: tuple[str, ...] = METHODS[:3], domains: tuple[str, ...] = ("photo", "sketch"), n: int = 200
 ) -> ShiftReport:
-    """Of methods that differ, in domains that differ."""
+    """Makes a report of methods that differ, in domains that differ."""
     report = ShiftReport(id_domain="photo")
     for (i, method), (j, domain) in itertools.product(enumerate(methods), enumerate(domains)):
         report.add(method, domain, *classifier(n, 5, 10 * i + j, sharpness=0.4 + 0.1 * i))
@@ -39,13 +39,13 @@ def make_report(
 
 
 def toy_bins() -> Bins:
-    """Of four bins: one empty, one overconfident by 1/4, one underconfident by 0.1, one exact."""
+    """Makes four bins: one empty, one overconfident by 1/4, one underconfident by 0.1, one exact."""
     counts, confidences, correct = [0.0, 4.0, 2.0, 1.0], [0.0, 2.0, 0.8, 1.0], [0.0, 1.0, 1.0, 1.0]
     return Bins(*torch.tensor([counts, confidences, correct], dtype=torch.float64))
 
 
 def bars(ax: Axes, index: int) -> list[tuple[float, float, float]]:
-    """Of one container: centre, lower and upper end."""
+    """Returns centre, lower and upper end of each bar of a container."""
     container = cast(BarContainer, ax.containers[index])
     return [(p.get_x() + p.get_width() / 2, p.get_y(), p.get_y() + p.get_height()) for p in container]
 
@@ -69,13 +69,13 @@ def test_a_plot_can_be_read_at_the_width_of_a_column(draw: Callable[[], Figure])
 
 
 def shown(ax: Axes, index: int) -> list[tuple[float, float, float]]:
-    """Bars of one container that are drawn."""
+    """Returns the visible bars of a container."""
     container = cast(BarContainer, ax.containers[index])
     return [bar for bar, patch in zip(bars(ax, index), container, strict=True) if patch.get_visible()]
 
 
 def test_a_diagram_shows_accuracy_and_the_gap_to_confidence_of_each_bin_that_has_samples() -> None:
-    """Bars end at the accuracy; what is too confident lies beyond, what is not confident enough at their end."""
+    """Bars end at the accuracy. Overconfidence is hatched beyond the end, and underconfidence below it."""
     ax = reliability_diagram(toy_bins())
     assert shown(ax, 0) == [pytest.approx(bar) for bar in ((0.375, 0, 0.25), (0.625, 0, 0.5), (0.875, 0, 1))]
     assert shown(ax, 1) == [pytest.approx((0.375, 0.25, 0.5))]
@@ -84,7 +84,7 @@ def test_a_diagram_shows_accuracy_and_the_gap_to_confidence_of_each_bin_that_has
 
 
 def test_bins_of_few_samples_are_faint() -> None:
-    """Opacity is the root of the count over the largest, and never so low that a bar is lost."""
+    """Opacity is the root of the count over the largest count, and never so low that a bar is lost."""
     ax = reliability_diagram(Bins(*(sums * torch.tensor([1, 1, 1, 1e-4]) for sums in toy_bins())))
     for index in range(3):
         alphas = [bar.get_alpha() for bar in cast(BarContainer, ax.containers[index])]
@@ -95,7 +95,7 @@ def test_bins_of_few_samples_are_faint() -> None:
     "draw", [lambda: reliability_diagram(toy_bins()).figure, lambda: reliability_grid(make_report())]
 )
 def test_no_word_lies_over_the_bars(draw: Callable[[], Any]) -> None:
-    """Legends and titles are above the axes, clear of each other, also of an underconfident model (top left)."""
+    """Legends and titles are above the axes and do not overlap, also for an underconfident model."""
     figure = cast(Figure, draw())
     figure.draw_without_rendering()
     words = [legend.get_window_extent() for ax in figure.axes if (legend := ax.get_legend())]
@@ -110,7 +110,7 @@ def test_no_word_lies_over_the_bars(draw: Callable[[], Any]) -> None:
 
 
 def test_a_legend_names_what_bars_and_hatching_are() -> None:
-    """Its keys are painted as the bars of the same name, in a diagram of its own and once over a grid."""
+    """Its keys look like the bars of the same name, in a single diagram and over a grid."""
     ax = reliability_diagram(toy_bins())
     for legend in (cast(Legend, ax.get_legend()), *reliability_grid(make_report()).legends):
         assert [text.get_text() for text in legend.get_texts()] == [
@@ -124,7 +124,7 @@ def test_a_legend_names_what_bars_and_hatching_are() -> None:
 
 
 def test_a_diagram_shows_where_the_samples_are() -> None:
-    """A histogram below the axis, its bars in proportion to the counts, and the number of samples."""
+    """A histogram below the axis has bars in proportion to the counts, and the title has their number."""
     ax = reliability_diagram(toy_bins())
     heights = [upper - lower for _, lower, upper in bars(ax, 3)]
     assert [height / heights[0] for height in heights] == pytest.approx([1, 2 / 4, 1 / 4])
@@ -134,7 +134,7 @@ def test_a_diagram_shows_where_the_samples_are() -> None:
 
 
 def test_the_diagonal_is_where_confidence_is_accuracy() -> None:
-    """From corner to corner, in square units."""
+    """It runs from corner to corner."""
     ax = reliability_diagram(toy_bins())
     assert cast(Any, ax.lines[0].get_xydata()).tolist() == [[0, 0], [1, 1]]
     assert ax.get_xlim() == (0, 1)
@@ -142,7 +142,7 @@ def test_the_diagonal_is_where_confidence_is_accuracy() -> None:
 
 
 def test_bins_without_samples_give_an_empty_diagram() -> None:
-    """Which says so; no division by zero on the way."""
+    """The diagram says so, and nothing is divided by zero."""
     ax = reliability_diagram(bin_confidences(torch.empty(0), torch.empty(0, dtype=torch.bool)))
     assert ax.get_title(loc="right") == "no samples"
     assert all(bars(ax, index) == [] for index in range(4))
@@ -152,7 +152,7 @@ def test_bins_without_samples_give_an_empty_diagram() -> None:
     "draw", [lambda ax: reliability_diagram(toy_bins(), ax), lambda ax: shift_scatter(make_report(), ax)]
 )
 def test_given_axes_are_drawn_into_and_returned(draw: Callable[[Axes], Axes]) -> None:
-    """One panel of somebody's own figure, a subfigure included; nothing else is created."""
+    """They may be a panel of the user's own figure or subfigure. Nothing else is created."""
     figure = Figure()
     ax = cast(Any, figure.subfigures(1, 2))[1].subplots()
     assert draw(ax) is ax
@@ -161,7 +161,7 @@ def test_given_axes_are_drawn_into_and_returned(draw: Callable[[Axes], Axes]) ->
 
 
 def test_a_grid_has_a_row_for_each_method_and_a_column_for_id_and_ood() -> None:
-    """Rows named by method in the order asked for; the right column pools every OOD domain."""
+    """Rows are named by method, in the order asked for. The right column pools all OOD domains."""
     report, methods = make_report(domains=("photo", "sketch", "clipart")), ["FT w/ LS", "ZS"]
     axes = reliability_grid(report, methods).axes
     assert [ax.get_ylabel() for ax in axes[::2]] == methods
@@ -178,7 +178,7 @@ def test_a_grid_has_a_row_for_each_method_and_a_column_for_id_and_ood() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9])
 def test_a_grid_has_three_rows_at_most_unless_asked(n: int) -> None:
-    """The first method, with which others are compared, and the last two."""
+    """They are the first method, with which others are compared, and the last two."""
     shown = [ax.get_ylabel() for ax in reliability_grid(make_report(METHODS[:n])).axes[::2]]
     assert shown == list(METHODS[:n] if n <= 3 else (METHODS[0], *METHODS[n - 2 : n]))
 
@@ -192,7 +192,7 @@ def test_a_grid_without_ood_domains_has_one_column() -> None:
 
 @pytest.mark.parametrize("domains", [("photo", "sketch"), ("photo", "sketch", "clipart")])
 def test_a_scatter_has_a_marker_in_the_legend_for_each_method(domains: tuple[str, ...]) -> None:
-    """At its OOD accuracy and ECE in per cent, with lines as long as the intervals, and a dash at the noise floor."""
+    """It is at OOD accuracy and ECE in per cent. Lines are as long as the intervals, and a dash is the noise floor."""
     report = make_report(METHODS, domains, 400)  # fewer would have no interval
     ax = shift_scatter(report)
     handles, labels = ax.get_legend_handles_labels()
@@ -212,7 +212,7 @@ def test_a_scatter_has_a_marker_in_the_legend_for_each_method(domains: tuple[str
 
 
 def test_the_legend_of_a_scatter_is_above_its_axes() -> None:
-    """Nine methods, some at the same place: no name hides a marker."""
+    """No name hides a marker, even of nine methods at nearly the same place."""
     ax = shift_scatter(make_report(METHODS))
     cast(Figure, ax.figure).draw_without_rendering()
     assert not cast(Legend, ax.get_legend()).get_window_extent().overlaps(ax.get_window_extent())
@@ -220,7 +220,7 @@ def test_the_legend_of_a_scatter_is_above_its_axes() -> None:
 
 @pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
 def test_every_plot_renders_and_leaves_settings_alone(draw: Callable[[], Figure]) -> None:
-    """As a PNG without a warning; rcParams are the user's."""
+    """It makes a PNG without a warning, and rcParams stay the user's."""
     before = dict(mpl.rcParams)
     picture = io.BytesIO()
     draw().savefig(picture, format="png")
@@ -230,7 +230,7 @@ def test_every_plot_renders_and_leaves_settings_alone(draw: Callable[[], Figure]
 
 @pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
 def test_text_stays_text_in_files_saved_as_the_guide_says(draw: Callable[[], Figure]) -> None:
-    """Words in an SVG, TrueType in a PDF, where matplotlib's defaults have outlines and Type 3."""
+    """An SVG holds words and a PDF holds TrueType. By default matplotlib writes outlines and Type 3."""
     guide = (Path(__file__).parent.parent / "docs" / "guides" / "shift.md").read_text(encoding="utf-8")
     recommended = ast.literal_eval(guide.split("rc_context(")[1].split(")")[0])
     svg, pdf = io.StringIO(), io.BytesIO()
@@ -248,7 +248,7 @@ def test_text_stays_text_in_files_saved_as_the_guide_says(draw: Callable[[], Fig
 
 
 def test_pyplot_is_never_imported() -> None:
-    """So there is no current figure to disturb, and none to close."""
+    """So there is no current figure to change and none to close."""
     program = (
         "import sys, torch; from calrobust.report import ShiftReport; from calrobust import plotting\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -262,7 +262,7 @@ def test_pyplot_is_never_imported() -> None:
 
 @pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
 def test_without_matplotlib_the_error_names_the_extra(draw: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one would paste it."""
+    """It can be pasted into a shell."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'calrobust\[plot\]'"):
         draw()

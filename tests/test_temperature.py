@@ -17,18 +17,18 @@ from calrobust.temperature import TemperatureScaler
 
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
-    """Overconfident logits, and their labels."""
+    """Returns overconfident logits and their labels."""
     return classifier(300, 5, 0, sharpness=0.5)
 
 
 @pytest.fixture
 def scaler(data: tuple[Tensor, Tensor]) -> TemperatureScaler:
-    """Fitted."""
+    """Returns a fitted scaler."""
     return TemperatureScaler().fit(*data)
 
 
 def test_fit_returns_the_scaler_and_holds_the_functions_temperature(data: tuple[Tensor, Tensor]) -> None:
-    """T itself, not its inverse or its logarithm (trap 27)."""
+    """It holds T itself, not its inverse or its logarithm (trap 27)."""
     scaler = TemperatureScaler()
     assert not scaler.is_fitted
     assert scaler.fit(*data) is scaler
@@ -39,7 +39,7 @@ def test_fit_returns_the_scaler_and_holds_the_functions_temperature(data: tuple[
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_divides_logits_and_keeps_their_dtype(scaler: TemperatureScaler, dtype: torch.dtype) -> None:
-    """Of any shape, masked classes included; the order of classes stays."""
+    """Logits may have any shape and masked classes. The order of the classes stays."""
     logits = torch.tensor([[[3.0, -1.0, -torch.inf]]], dtype=dtype)
     scaled = scaler(logits)
     assert scaled.dtype == dtype
@@ -49,7 +49,7 @@ def test_divides_logits_and_keeps_their_dtype(scaler: TemperatureScaler, dtype: 
 
 @given(predictions(min_classes=2), predictions(min_classes=2))
 def test_the_highest_logit_stays_the_highest(fitted: Predictions, p: Predictions) -> None:
-    """Whatever T is, and also where two logits come to be equal."""
+    """This holds for every T, and also where two logits become equal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # any T will do
         scaled = TemperatureScaler().fit(*fitted)(p.logits)
@@ -66,14 +66,14 @@ def test_is_differentiable_in_the_logits_and_has_nothing_to_train(scaler: Temper
 
 
 def test_forward_before_fit_raises() -> None:
-    """Never a silent division by one."""
+    """The scaler never divides by one silently."""
     message = r"^TemperatureScaler is not fitted; call fit\(val_logits, val_target\) or load a fitted state$"
     with pytest.raises(RuntimeError, match=message):
         TemperatureScaler()(torch.zeros(1, 2))
 
 
 def test_state_dict_keeps_temperature_and_fitted_flag_bit_for_bit(scaler: TemperatureScaler) -> None:
-    """Through a file, alone and inside a model (trap 31)."""
+    """This holds through a file, alone and inside a model (trap 31)."""
     assert set(scaler.state_dict()) == {"temperature", "is_fitted"}
     for source, fresh in (
         (scaler, TemperatureScaler()),
@@ -91,13 +91,13 @@ def test_state_dict_keeps_temperature_and_fitted_flag_bit_for_bit(scaler: Temper
 
 
 def test_an_unfitted_state_loads_as_unfitted(scaler: TemperatureScaler) -> None:
-    """The flag is loaded where it is False as well (trap 31)."""
+    """The flag is loaded even if it is False (trap 31)."""
     scaler.load_state_dict(TemperatureScaler().state_dict())
     assert not scaler.is_fitted
 
 
 def test_a_state_without_the_flag_is_refused() -> None:
-    """It is told as any missing key, unless strict=False."""
+    """The error lists it as a missing key, unless strict=False."""
     state = {"temperature": torch.tensor(2.0, dtype=torch.float64)}
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "is_fitted"'):
         TemperatureScaler().load_state_dict(state)
@@ -117,7 +117,7 @@ def test_a_state_without_the_flag_is_refused() -> None:
 def test_a_state_of_something_else_is_refused(
     scaler: TemperatureScaler, change: dict[str, Tensor | None], message: str
 ) -> None:
-    """What is missing, unexpected or of another shape is told as torch tells it."""
+    """The message of torch names a key that is missing, unexpected or of another shape."""
     state = {name: value for name, value in {**scaler.state_dict(), **change}.items() if value is not None}
     with pytest.raises(RuntimeError, match=message):
         TemperatureScaler().load_state_dict(state)
@@ -133,7 +133,7 @@ def test_the_temperature_is_where_its_scaler_is(data: tuple[Tensor, Tensor], sca
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_cast_of_the_model_leaves_the_temperature_alone(scaler: TemperatureScaler, dtype: torch.dtype) -> None:
-    """It stays float64, to the bit."""
+    """It stays float64 and keeps every bit."""
     model = nn.Sequential(nn.Linear(2, 2), copy.deepcopy(scaler)).to(dtype)
     cast = model[1]
     assert isinstance(cast, TemperatureScaler)
@@ -143,7 +143,7 @@ def test_a_cast_of_the_model_leaves_the_temperature_alone(scaler: TemperatureSca
 
 
 def test_fitting_runs_no_model() -> None:
-    """It takes logits; a model, whose BatchNorm statistics it would move, is refused (trap 30)."""
+    """It takes logits. A model is refused, because its BatchNorm statistics would change (trap 30)."""
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError, match=r"logits must be a torch\.Tensor, got Sequential"):
@@ -155,7 +155,7 @@ def test_fitting_runs_no_model() -> None:
 
 
 def test_a_failed_fit_leaves_the_scaler_as_it_was(scaler: TemperatureScaler) -> None:
-    """Neither T nor the flag moves."""
+    """Neither T nor the flag changes."""
     before = scaler.temperature.clone()
     fresh = TemperatureScaler()
     for candidate in (scaler, fresh):
@@ -167,7 +167,7 @@ def test_a_failed_fit_leaves_the_scaler_as_it_was(scaler: TemperatureScaler) -> 
 
 
 def test_a_temperature_fitted_in_inference_mode_passes_gradients_outside(data: tuple[Tensor, Tensor]) -> None:
-    """The buffer is an ordinary tensor, to save, to load into and to divide by."""
+    """The buffer is an ordinary tensor that can be saved, loaded into and divided by."""
     with torch.inference_mode():
         scaler = TemperatureScaler().fit(*data)
     logits = torch.ones(2, 3, requires_grad=True)
@@ -177,7 +177,7 @@ def test_a_temperature_fitted_in_inference_mode_passes_gradients_outside(data: t
 
 
 def test_repr_shows_the_temperature() -> None:
-    """Without a fit it says that there is none."""
+    """Before a fit it says that there is none."""
     scaler = TemperatureScaler()
     assert repr(scaler) == "TemperatureScaler(not fitted)"
     scaler.fit(torch.tensor([[8.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1]))
@@ -185,7 +185,7 @@ def test_repr_shows_the_temperature() -> None:
 
 
 def test_integer_logits_are_refused(scaler: TemperatureScaler) -> None:
-    """They are class indices, most likely."""
+    """They are probably class indices."""
     with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
         scaler(torch.zeros(2, 2, dtype=torch.int64))
 

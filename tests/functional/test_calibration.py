@@ -47,7 +47,7 @@ def test_top_label_is_the_maximum_of_a_float64_softmax(p: Predictions) -> None:
 
 
 def test_blocks_do_not_show() -> None:
-    """Many blocks, the last one uneven, give what single rows give."""
+    """Many blocks, of which the last is smaller, give what single rows give."""
     logits, target = classifier(1500, 1000, 0)
     confidences, correct = top_label(logits, target)
     rows = [top_label(logits[i : i + 1], target[i : i + 1]) for i in range(0, 1500, 37)]
@@ -58,7 +58,7 @@ def test_blocks_do_not_show() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_the_first_of_equal_scores_is_the_prediction(dtype: torch.dtype, from_logits: bool) -> None:
-    """Every tie pattern of four classes, every label: as torch.argmax decides."""
+    """torch.argmax decides every pattern of ties among four classes, for every label."""
     patterns = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))[1:]
     scores = patterns if from_logits else patterns / patterns.sum(1, keepdim=True)
     scores = scores.to(dtype).repeat_interleave(4, dim=0)
@@ -69,7 +69,7 @@ def test_the_first_of_equal_scores_is_the_prediction(dtype: torch.dtype, from_lo
 
 @pytest.mark.parametrize("n_classes", [2, 3, 50])
 def test_the_highest_logit_is_the_prediction_though_probabilities_round_to_the_same(n_classes: int) -> None:
-    """Logits that differ by less than float32's softmax can tell: as torch.argmax of the logits decides."""
+    """torch.argmax of the logits decides, even if they differ by less than float32's softmax can show."""
     generator = torch.Generator().manual_seed(0)
     logits = 1e-8 * torch.randn(300, n_classes, generator=generator)
     target = torch.randint(0, n_classes, (300,), generator=generator)
@@ -90,7 +90,7 @@ def test_half_precision_logits_get_a_float32_softmax(dtype: torch.dtype) -> None
 
 
 def test_masked_classes_have_no_probability() -> None:
-    """Logits of -inf are as good as absent."""
+    """Classes with logits of -inf count as absent."""
     logits, target = classifier(50, 5, 0)
     masked = torch.cat([logits, torch.full((50, 3), -torch.inf)], dim=1)
     assert_close(top_label(masked, target), top_label(logits, target), rtol=3e-7, atol=0)
@@ -105,14 +105,14 @@ def test_huge_logits_do_not_overflow() -> None:
 
 
 def test_logits_that_need_a_gradient_are_taken_as_they_are() -> None:
-    """A metric is a number: no graph grows through it."""
+    """A metric is a number that keeps no graph."""
     logits, target = classifier(10, 3, 0)
     for error in ERRORS:
         assert not error(logits.clone().requires_grad_(), target).requires_grad
 
 
 def test_nan_gives_nan_never_a_finite_wrong_value() -> None:
-    """A NaN row does not vanish from the value (trap 21)."""
+    """A NaN row never leaves a finite value (trap 21)."""
     logits, target = classifier(20, 3, 0)
     logits[3, 1] = torch.nan
     for error, norm in itertools.product(ERRORS, NORMS):
@@ -129,7 +129,7 @@ def test_a_confidence_that_is_no_probability_gives_nan(wrong: float, bins_of: Ca
 
 
 def test_a_label_out_of_range_is_not_counted_as_wrong() -> None:
-    """On the CPU the functional form reads the labels too, since that costs nothing there (trap 21)."""
+    """On the CPU the functions check the labels too, because that costs nothing there (trap 21)."""
     for label in (3, -1):
         with pytest.raises(ValueError, match=r"target must be in \[0, 3\).*got"):
             top_label(torch.zeros(2, 3), torch.tensor([0, label]))
@@ -165,7 +165,7 @@ def test_edges_equal_numpy_linspace_for_200_bin_counts() -> None:
 
 
 def test_a_confidence_of_one_is_in_the_last_bin_and_of_zero_in_the_first() -> None:
-    """Not in a bin of its own: .2350 on this example, not .2650 (trap 17)."""
+    """It has no bin of its own: this example gives .2350, not .2650 (trap 17)."""
     bins = bin_confidences(torch.tensor([0.0, 1.0]), torch.tensor([False, True]), n_bins=10)
     assert bins.counts.tolist() == [1.0] + [0.0] * 8 + [1.0]
     confidences = torch.tensor([1, 1, 0.97, 0.97], dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_a_confidence_of_one_is_in_the_last_bin_and_of_zero_in_the_first() -> No
 
 @given(confidences_and_correct(), st.integers(1, 20), st.sampled_from(NORMS))
 def test_is_the_definition_sample_by_sample(samples: Samples, n_bins: int, norm: Norm) -> None:
-    """Equal-width bins, three norms."""
+    """This holds for bins of equal width and all three norms."""
     value = binned_error(bin_confidences(*samples, n_bins=n_bins), norm=norm)
     assert value.item() == pytest.approx(oracles.calibration_error(*samples, n_bins, norm), rel=1e-9, abs=1e-12)
 
@@ -193,7 +193,7 @@ def test_sums_of_batches_add_up(samples: Samples, n_bins: int, cut: int) -> None
 
 @given(confidences_and_correct(), st.integers(1, 20), st.booleans())
 def test_norms_are_ordered_and_in_the_unit_interval(samples: Samples, n_bins: int, adaptive: bool) -> None:
-    """0 <= l1 <= l2 <= max <= 1."""
+    """The order is 0 <= l1 <= l2 <= max <= 1."""
     bins = (equal_mass_bins if adaptive else bin_confidences)(*samples, n_bins=n_bins)
     l1, l2, largest = (binned_error(bins, norm=norm).item() for norm in NORMS)
     assert 0 <= l1 <= l2 + 1e-12 <= largest + 2e-12 <= 1 + 3e-12
@@ -228,7 +228,7 @@ def test_an_empty_bin_weighs_nothing_and_no_samples_give_nan() -> None:
 
 
 def test_sums_are_float64_whatever_the_confidences() -> None:
-    """A bin that is full still takes small terms: a million confident samples in float32 (trap 19)."""
+    """A full bin still takes small terms, such as a million confident samples in float32 (trap 19)."""
     generator = torch.Generator().manual_seed(0)
     confidences = torch.sigmoid((2 * torch.randn(10**6, generator=generator) + 3).abs())
     correct = torch.rand(10**6, generator=generator) < confidences
@@ -239,7 +239,7 @@ def test_sums_are_float64_whatever_the_confidences() -> None:
 
 
 def test_the_value_is_that_of_all_samples_not_a_mean_over_batches() -> None:
-    """Batches of 512 averaged would read ten times the value of a calibrated model (trap 22)."""
+    """The mean over batches of 512 would be ten times the value of a calibrated model (trap 22)."""
     logits, target = classifier(2**16, 10, 0)
     confidences, correct = top_label(logits, target)
     batches = [
@@ -252,7 +252,7 @@ def test_the_value_is_that_of_all_samples_not_a_mean_over_batches() -> None:
 
 
 def test_a_calibrated_model_has_an_error_above_zero() -> None:
-    """About .029 at N = 1,000 with 15 bins: the documented bias, and its documented bound (trap 26)."""
+    """It is about .029 at N = 1,000 with 15 bins: the documented bias, below its documented bound (trap 26)."""
     values = []
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -263,7 +263,7 @@ def test_a_calibrated_model_has_an_error_above_zero() -> None:
 
 
 def test_debiased_l2_of_a_calibrated_model_is_zero_on_average_before_the_root() -> None:
-    """The plain square is not; and a negative sum of squares gives 0, not NaN."""
+    """The plain square is above zero on average, and a negative sum of squares gives 0, not NaN."""
     generator = torch.Generator().manual_seed(1)
     plain, debiased = [], []
     for _ in range(300):
@@ -280,14 +280,14 @@ def test_debiased_l2_of_a_calibrated_model_is_zero_on_average_before_the_root() 
 
 
 def test_debiased_l2_of_single_samples_is_zero() -> None:
-    """The noise of a bin of one is unknown: it is left out rather than divided by zero."""
+    """The noise of a bin of one is unknown, so the bin is left out instead of dividing by zero."""
     bins = bin_confidences(torch.tensor([0.1, 0.9]), torch.tensor([True, False]), n_bins=2)
     assert binned_error(bins, norm="l2", debiased=True) == 0
 
 
 @pytest.mark.parametrize(("norm", "debiased"), [("l1", False), ("l2", False), ("l2", True), ("max", False)])
 def test_leading_dimensions_are_errors_of_their_own(norm: Norm, debiased: bool) -> None:
-    """Sums ``[..., n_bins]`` give a value for each row, bins of one, two and no samples included."""
+    """Sums ``[..., n_bins]`` give a value for each row, also with bins of one, two and no samples."""
     confidences = torch.tensor([0.1, 0.15, 0.3, 0.6, 0.65, 0.9])
     rows = [
         bin_confidences(confidences[:n], torch.tensor([False, True, True, False, False, True])[:n], n_bins=4)
@@ -300,7 +300,7 @@ def test_leading_dimensions_are_errors_of_their_own(norm: Norm, debiased: bool) 
 
 
 def test_debiased_l2_by_hand() -> None:
-    """Of two samples at 1/4 one is right: (1/4)² less (1/4) / 1 is negative. Both are right at 3/4: (1/4)² less 0."""
+    """One of two right at 1/4: (1/4)² less (1/4) / 1 is negative. Two of two right at 3/4: (1/4)² less 0."""
     two = bin_confidences(torch.tensor([0.25, 0.25]), torch.tensor([True, False]), n_bins=1)
     assert binned_error(two, norm="l2") == 0.25
     assert binned_error(two, norm="l2", debiased=True) == 0
@@ -311,7 +311,7 @@ def test_debiased_l2_by_hand() -> None:
 
 
 def equal_mass_oracle(confidences: Tensor, correct: Tensor, n_bins: int, norm: Norm) -> float:
-    """Ranks by counting, the middle rank of a tie decides."""
+    """Finds ranks by counting; the middle rank of a tie decides."""
     values = confidences.tolist()
     middle = [sum(w < v for w in values) + sum(w <= v for w in values) - 1 for v in values]
     bins = [m * n_bins // (2 * len(values)) for m in middle]
@@ -347,13 +347,13 @@ def test_ties_are_never_split_and_order_does_not_matter() -> None:
 
 
 def class_bins(logits: Tensor, target: Tensor, n_bins: int) -> Bins:
-    """The sums that the function and the metric take."""
+    """Returns the sums that the function and the metric use."""
     return bin_classes(probability_blocks(logits, target, True, None), n_bins)
 
 
 @given(predictions(), st.integers(1, 12), st.sampled_from(NORMS))
 def test_classwise_error_is_the_definition(p: Predictions, n_bins: int, norm: Norm) -> None:
-    """Every probability of every class in its own class's bins."""
+    """Every probability of every class falls into a bin of that class."""
     probs = p.logits.softmax(1)
     n, n_classes = probs.shape
     hits = p.target[:, None] == torch.arange(n_classes)
@@ -390,7 +390,7 @@ def test_sums_over_classes_are_float64_whatever_the_logits(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_error_is_that_of_its_bins(norm: Norm) -> None:
-    """The functions of logits hand norm, bins and options on; 15 bins and "l1" unless told."""
+    """The functions of logits pass norm, bins and options on. The defaults are 15 bins and "l1"."""
     logits, target = classifier(400, 6, 0)
     samples = top_label(logits, target)
     for error, bins_of in ((calibration_error, bin_confidences), (adaptive_calibration_error, equal_mass_bins)):
@@ -424,7 +424,7 @@ def test_ignored_samples_are_as_good_as_absent(p: Predictions, error: Callable[.
 
 
 def test_probabilities_and_their_logits_agree() -> None:
-    """from_logits says which; nothing is guessed from values: cosines in [0, 1] are logits (trap 20)."""
+    """from_logits decides, and nothing is guessed from values: cosines in [0, 1] are logits (trap 20)."""
     logits, target = classifier(500, 10, 0, dtype=torch.float64)
     for error in ERRORS:
         assert_close(error(logits.softmax(1), target, from_logits=False), error(logits, target))

@@ -13,7 +13,7 @@ from calrobust.functional.scoring import brier_score, log_losses, negative_log_l
 
 
 def tolerance(p: Predictions) -> float:
-    """The rounding of one row's arithmetic."""
+    """Returns the rounding error of one row's arithmetic."""
     return 1e-6 if p.logits.dtype == torch.float32 else 1e-13
 
 
@@ -27,7 +27,7 @@ def test_likelihood_is_torchs_cross_entropy(p: Predictions) -> None:
 
 @given(predictions())
 def test_brier_score_is_the_squared_distance_to_the_indicator(p: Predictions) -> None:
-    """Summed over classes, averaged over samples, in [0, 2]."""
+    """It is summed over classes and averaged over samples, and lies in [0, 2]."""
     probs = p.logits.double().softmax(1)
     expected = (probs - F.one_hot(p.target, probs.shape[1])).square().sum(1).mean()
     value = brier_score(*p)
@@ -46,14 +46,14 @@ def test_a_confident_row_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_a_square_is_not_rounded_twice(from_logits: bool) -> None:
-    """Half and half scores exactly 1/2, and all on a wrong class exactly 2, which the square of a root does not."""
+    """Probabilities of one half score exactly 1/2, and certainty of a wrong class scores exactly 2."""
     preds = torch.tensor([[0.0, 0.0], [200.0, 0.0]] if from_logits else [[0.5, 0.5], [1.0, 0.0]])
     assert brier_score(preds[:1], torch.tensor([1]), from_logits=from_logits) == 0.5
     assert brier_score(preds[1:], torch.tensor([1]), from_logits=from_logits) == 2
 
 
 def test_the_squares_of_a_thousand_classes_keep_float32s_digits() -> None:
-    """Each row within three units in the last place of its probabilities' own score in float64."""
+    """Each row is within three units in the last place of the float64 score of its probabilities."""
     logits, target = classifier(200, 1000, 0)
     (block,) = probability_blocks(logits, target, True, None)
     exact = (block.probs.double() - F.one_hot(target, 1000)).square().sum(1)
@@ -62,7 +62,7 @@ def test_the_squares_of_a_thousand_classes_keep_float32s_digits() -> None:
 
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_a_block_may_be_read_in_any_order(from_logits: bool) -> None:
-    """Scores leave its probabilities as they are, which may be the caller's."""
+    """Scores do not change the block's probabilities, which may be the caller's own tensor."""
     logits, target = classifier(20, 5, 0)
     preds = logits if from_logits else logits.softmax(1)
     before = preds.clone()
@@ -73,7 +73,7 @@ def test_a_block_may_be_read_in_any_order(from_logits: bool) -> None:
 
 
 def test_likelihood_from_logits_does_not_underflow() -> None:
-    """Logits times eight, or a label 1e4 nats under the top: finite; from probabilities it is inf (trap 25)."""
+    """From logits it is finite, even 1e4 nats below the top. From probabilities it is inf (trap 25)."""
     logits, target = classifier(100, 50, 0, sharpness=0.0, spread=8 * 4.0)
     assert negative_log_likelihood(logits.softmax(1), target, from_logits=False) == torch.inf
     assert_close(

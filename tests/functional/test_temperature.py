@@ -19,7 +19,7 @@ from calrobust.functional.temperature import fit_temperature
 
 
 def quietly(logits: Tensor, target: Tensor) -> float:
-    """T, with or without a warning."""
+    """Returns T, with or without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fit_temperature(logits, target).item()
@@ -41,7 +41,7 @@ ORDINARY = [  # samples, classes, sharpness, spread
 def test_is_the_optimum_to_one_part_in_a_million(
     n: int, n_classes: int, sharpness: float, spread: float, dtype: torch.dtype
 ) -> None:
-    """Against bisection of the float64 derivative on the same logits."""
+    """Bisection of the float64 derivative on the same logits gives the same T."""
     logits, target = classifier(n, n_classes, 0, sharpness=sharpness, spread=spread, dtype=dtype)
     temperature = fit_temperature(logits, target)
     assert temperature.dtype == torch.float64
@@ -59,7 +59,7 @@ def test_few_samples_that_say_little_are_fitted_as_exactly() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 1e2, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_finds_the_optimum_at_every_scale_of_the_logits(scale: float, dtype: torch.dtype) -> None:
-    """Neither stops early nor diverges, and T scales with the logits (trap 28)."""
+    """It neither stops early nor diverges, and T scales with the logits (trap 28)."""
     logits, target = classifier(1000, 20, 0, sharpness=0.5, spread=3.0, dtype=dtype)
     temperature = fit_temperature(scale * logits, target).item()
     assert temperature == pytest.approx(scale * fit_temperature(logits, target).item(), rel=1e-6)
@@ -68,7 +68,7 @@ def test_finds_the_optimum_at_every_scale_of_the_logits(scale: float, dtype: tor
 
 @given(predictions(min_classes=2), st.integers(-3, 3))
 def test_scales_with_the_logits(p: Predictions, exponent: int) -> None:
-    """T(k z) = k T(z), for data that have an optimum."""
+    """T(k z) = k T(z) for data that have an optimum."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         temperature = fit_temperature(*p).item()
@@ -79,7 +79,7 @@ def test_scales_with_the_logits(p: Predictions, exponent: int) -> None:
 
 @given(seeds())
 def test_a_shift_of_a_row_changes_nothing(seed: int) -> None:
-    """T(z + c) = T(z), c of each row."""
+    """T(z + c) = T(z) for any c of each row."""
     logits, target = classifier(200, 5, seed, sharpness=0.5, dtype=torch.float64)
     shift = 100 * torch.randn(200, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     assert fit_temperature(logits + shift, target).item() == pytest.approx(quietly(logits, target), rel=1e-8)
@@ -100,7 +100,7 @@ def test_order_of_samples_and_of_classes_does_not_matter(p: Predictions, seed: i
 
 @given(predictions())
 def test_is_positive_finite_and_never_worse_than_one(p: Predictions) -> None:
-    """Whatever the data, degenerate ones included (trap 29)."""
+    """This holds for all data, also degenerate ones (trap 29)."""
     temperature = quietly(*p)
     assert 0 < temperature < float("inf")
     best, plain = (oracles.negative_log_likelihood(*p, temperature=t) for t in (temperature, 1.0))
@@ -108,7 +108,7 @@ def test_is_positive_finite_and_never_worse_than_one(p: Predictions) -> None:
 
 
 def test_a_step_too_far_does_not_make_it_go_round_in_circles() -> None:
-    """One class against 999 equal ones: Newton's method alone would jump from one flat side to the other for ever."""
+    """With one class against 999 equal ones, Newton's method alone would jump between two flat sides for ever."""
     logits = torch.zeros(10, 1000, dtype=torch.float64)
     logits[:, 1:] = -1
     target = torch.tensor([0] * 5 + [1] * 5)  # the top class is right half of the time: exp(1 / T) = 999
@@ -116,7 +116,7 @@ def test_a_step_too_far_does_not_make_it_go_round_in_circles() -> None:
 
 
 def test_a_start_where_all_is_flat_finds_its_way_back() -> None:
-    """Rows that know nothing make the spread small and 1/T start so high that no probability changes with it."""
+    """Uninformative rows make the spread small, so 1/T starts so high that no probability changes with it."""
     logits = torch.zeros(10_004, 2, dtype=torch.float64)
     logits[:4, 1] = -1
     target = torch.arange(10_004) % 2
@@ -132,7 +132,7 @@ def test_a_fitted_temperature_is_fitted_again_as_one() -> None:
 
 @pytest.mark.parametrize("masked", [0, 3])
 def test_few_passes_over_many_rows(masked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to look and at most three to solve, after a start on a subset; also where classes are masked."""
+    """After a start on a subset at most three passes follow, also where classes are masked."""
     passes = []
     derivatives = module._derivatives
 
@@ -149,19 +149,19 @@ def test_few_passes_over_many_rows(masked: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_overconfident_logits_give_a_temperature_above_one() -> None:
-    """T divides: it is not its own inverse. And float32 logits are not left alone (trap 27)."""
+    """T divides the logits, so it is not its inverse, and float32 logits change as well (trap 27)."""
     logits, target = classifier(5000, 10, 0, sharpness=0.5)
     assert fit_temperature(logits, target).item() == pytest.approx(2, rel=0.05)
 
 
 def separable() -> Predictions:
-    """Every label has the highest logit."""
+    """Returns data in which every label has the highest logit."""
     logits, _ = classifier(50, 4, 0)
     return Predictions(logits, logits.argmax(1))
 
 
 def test_separable_data_give_a_small_temperature_and_say_so() -> None:
-    """A hundredth of the logits' spread, at most 1."""
+    """T is a hundredth of the logits' spread, and at most 1."""
     logits, target = separable()
     spread = (logits.amax(1, keepdim=True) - logits).mean().item()
     with pytest.warns(UserWarning, match="they are separable, every label has the highest logit; T = "):
@@ -171,7 +171,7 @@ def test_separable_data_give_a_small_temperature_and_say_so() -> None:
 
 
 def test_a_near_tie_does_not_make_masks_of_all_other_logits() -> None:
-    """Masks are far from the distances that are usual, not from the smallest one."""
+    """Masks are far beyond the usual distances, not beyond the smallest one."""
     logits, target = separable()
     top, second = logits[7].topk(2).indices
     logits[7, second] = logits[7, top] - 1e-5
@@ -181,7 +181,7 @@ def test_a_near_tie_does_not_make_masks_of_all_other_logits() -> None:
 
 
 def test_one_wrong_label_among_separable_data_has_an_optimum() -> None:
-    """Nearly degenerate is not degenerate."""
+    """Nearly degenerate data are fitted without a warning."""
     logits, target = separable()
     target[7] = logits[7].argsort(descending=True)[1]
     assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
@@ -189,7 +189,7 @@ def test_one_wrong_label_among_separable_data_has_an_optimum() -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_anti_correlated_labels_give_a_large_positive_temperature_and_say_so(scale: float) -> None:
-    """Not a negative one: a hundred times the logits' spread, at least 1 (trap 29)."""
+    """It is a hundred times the logits' spread and at least 1, never negative (trap 29)."""
     logits, _ = classifier(50, 4, 0)
     logits, target = scale * logits, logits.argmin(1)
     spread = (logits.amax(1, keepdim=True) - logits).mean().item()
@@ -198,7 +198,7 @@ def test_anti_correlated_labels_give_a_large_positive_temperature_and_say_so(sca
 
 
 def test_labels_that_logits_say_nothing_of_give_a_large_temperature() -> None:
-    """Right as often as wrong, so that the likelihood has its maximum at T = ∞ only: 100 times the spread of 1/2."""
+    """They are right as often as wrong, so the likelihood is highest at T = ∞. T is 100 times the spread of 1/2."""
     with pytest.warns(UserWarning, match="not or negatively correlated"):
         assert fit_temperature(torch.tensor([[1.0, 0.0]]).expand(2, 2), torch.tensor([0, 1])) == 50
 
@@ -223,7 +223,7 @@ def test_constant_logits_leave_the_temperature_at_one_and_say_so(logits: Tensor)
 
 
 def test_labels_of_one_class_are_fitted_with_a_warning() -> None:
-    """The optimum exists, and says little."""
+    """The optimum exists, but it says little."""
     logits, _ = classifier(50, 3, 0)
     target = torch.full((50,), 2)
     logits[:, 2] += 1
@@ -237,7 +237,7 @@ def test_labels_of_one_class_are_fitted_with_a_warning() -> None:
     ("row", "expected"), [([0.0, 2.0, -9.0], None), ([3.0, 1.0, 0.0], 5 / 3 / 100), ([0.0, 1.0, 5.0], 300)]
 )
 def test_a_single_sample_is_fitted_with_a_warning(row: list[float], expected: float | None) -> None:
-    """One row has an optimum, one is right and one is wrong."""
+    """The three rows have an optimum, a right label and a wrong label."""
     logits, target = torch.tensor([row]), torch.tensor([0])
     with pytest.warns(UserWarning, match="there is a single sample"):
         temperature = fit_temperature(logits, target).item()
@@ -245,7 +245,7 @@ def test_a_single_sample_is_fitted_with_a_warning(row: list[float], expected: fl
 
 
 def test_masked_classes_are_as_good_as_absent() -> None:
-    """-inf logits, other ones in every row."""
+    """Logits of -inf may differ from row to row."""
     logits, target = classifier(300, 6, 0, sharpness=0.5, dtype=torch.float64)
     padded = torch.cat([logits, torch.full((300, 2), -torch.inf, dtype=torch.float64)], dim=1)
     assert fit_temperature(padded, target).item() == pytest.approx(fit_temperature(logits, target).item(), rel=1e-8)
@@ -267,7 +267,7 @@ def test_masked_classes_do_not_change_what_degenerate_data_give() -> None:
 
 
 def test_no_graph_and_no_change_of_the_inputs() -> None:
-    """Logits that need a gradient are read, and nothing else."""
+    """Logits that need a gradient are only read."""
     logits, target = classifier(30, 3, 0, sharpness=0.5)
     before = logits.clone()
     assert not fit_temperature(logits.requires_grad_(), target).requires_grad
@@ -315,14 +315,14 @@ def test_a_finite_mask_does_not_change_what_degenerate_data_give(value: float) -
 
 
 def test_a_far_logit_is_no_mask_where_its_probability_counts() -> None:
-    """Ten rows know little and are wrong, one knows 500 times as much: the optimum weighs both."""
+    """Ten rows know little and are wrong, and one knows 500 times as much. The optimum weighs both."""
     logits = torch.tensor([[0.01, 0.0]] * 10 + [[5.0, 0.0]], dtype=torch.float64)
     target = torch.tensor([1] * 10 + [0])
     assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
 
 
 def test_a_label_far_below_all_others_counts_as_it_is() -> None:
-    """It is finite, so it has a likelihood. One on the least number of the dtype makes data look anti-correlated."""
+    """A finite label has a likelihood. A label on the least number of the dtype makes data look anti-correlated."""
     logits, target = classifier(3000, 4, 0, sharpness=0.5, dtype=torch.float64)
     logits[3, target[3]] = -1e3
     assert fit_temperature(logits, target).item() == pytest.approx(oracles.best_temperature(logits, target), rel=1e-6)
@@ -332,21 +332,21 @@ def test_a_label_far_below_all_others_counts_as_it_is() -> None:
 
 
 def test_a_cap_that_is_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A T that Newton's method has not settled on comes with a warning."""
+    """A T on which Newton's method has not settled comes with a warning."""
     monkeypatch.setattr(module, "MAX_STEPS", 1)
     with pytest.warns(UserWarning, match="Newton's method did not converge in 1 steps; T = "):
         fit_temperature(*classifier(300, 10, 0, sharpness=0.3))
 
 
 def test_further_dimensions_are_samples() -> None:
-    """``[N, C, ...]`` with ``[N, ...]``, as torch's cross-entropy takes them."""
+    """``fit_temperature`` takes ``[N, C, ...]`` with ``[N, ...]``, as torch's cross-entropy does."""
     logits, target = classifier(300, 5, 0, sharpness=0.5)
     image = logits.view(10, 6, 5, 5).movedim(-1, 1)
     assert_close(fit_temperature(image, target.view(10, 6, 5)), fit_temperature(logits, target), rtol=1e-7, atol=0)
 
 
 def test_a_device_without_float64_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums are float64 (`meta` plays the device)."""
+    """Sums need float64 (`meta` plays the device)."""
     monkeypatch.setattr(_checks, "WITHOUT_FLOAT64", {"meta"})
     logits, target = classifier(30, 3, 0)
     with pytest.raises(ValueError, match=r"^logits must be on a device that has float64.* got meta; .*\.cpu\(\)$"):

@@ -173,11 +173,6 @@ class BinnedMetric(PredictionMetric):
         return Bins(self.counts, self.confidence_sums, self.correct_sums)
 
 
-def _any_samples(states: dict[str, Any]) -> int:
-    """1 if samples have left anything in states, else 0."""
-    return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))
-
-
 class MeanMetric(PredictionMetric):
     """A metric that is the mean of one value for each sample; ``scalar_sums`` names their sum and their number."""
 
@@ -194,3 +189,8 @@ class MeanMetric(PredictionMetric):
         total, count = (getattr(self, name) for name in self.scalar_sums)
         mean: Tensor = total / count
         return mean
+
+
+def _any_samples(states: dict[str, Any]) -> int:
+    """1 if samples have left anything in states, else 0."""
+    return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))

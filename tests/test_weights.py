@@ -107,7 +107,7 @@ def test_a_weighted_average_is_its_formula(seed: int, weights: list[float]) -> N
     assert result["n"] == max(k for k, weight in enumerate(weights) if weight)
 
 
-@given(st.integers(1, 6).flatmap(state_dicts), st.floats(1e-300, 1e300))
+@given(st.integers(1, 6).flatmap(state_dicts), st.floats(1e-300, 1e300) | st.just(1.7e308))
 def test_equal_weights_are_no_weights(models: list[State], weight: float) -> None:
     """Only their ratios count, whatever their size, and halves meet on the line."""
     assert_close(average(models, [weight] * len(models)), average(models), rtol=1e-12, atol=1e-12)
@@ -120,6 +120,15 @@ def test_weights_are_numbers_of_any_kind(kind: type[Any]) -> None:
     """Their ratio is computed in float64, and a low-precision model is rounded once."""
     models = [{"w": torch.full((2,), value, dtype=torch.bfloat16)} for value in (1.0, 7.0)]
     assert torch.equal(average(models, [kind(2), kind(1)])["w"], torch.full((2,), 3.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_the_ends_of_a_line_that_overflows_are_the_models(alpha: int) -> None:
+    """The difference of the two is infinite, and 0 * inf would be NaN; negative zeros keep their sign."""
+    ends = [{"w": torch.tensor([3e38, -0.0])}, {"w": torch.tensor([-3e38, -0.0])}]
+    result = interpolate(ends[0], ends[1], alpha)["w"]
+    assert torch.equal(result, ends[alpha]["w"])
+    assert result.signbit().tolist() == ends[alpha]["w"].signbit().tolist()
 
 
 @given(st.integers(1, 6).flatmap(state_dicts))

@@ -6,11 +6,15 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
@@ -254,6 +258,23 @@ def test_a_device_elsewhere_than_the_students_is_an_error() -> None:
         EMATeacher(student, device="meta", share_frozen=True)
     assert shares(EMATeacher(student, device="cpu", share_frozen=True), student) == FROZEN
     EMATeacher(nn.Linear(1, 1), device="meta", share_frozen=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own, about a mesh on the CPU
+def test_fsdp2_needs_a_teacher_that_copies_everything(tmp_path: Path) -> None:
+    """It gives each model shards of its own, so the update names the first tensor that is no longer shared."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        student = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+        teacher, mesh = EMATeacher(student, share_frozen=True), init_device_mesh("cpu", (1,))
+        fully_shard(student, mesh=mesh)
+        with pytest.raises(ValueError, match=r"sharded alike, got 0\.weight whole"):
+            teacher.update(student)
+        fully_shard(teacher.module, mesh=mesh)
+        with pytest.raises(ValueError, match=r"student's 0\.weight must be the tensor that the teacher shares"):
+            teacher.update(student)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_wrapped_students_share_as_bare_ones_do() -> None:

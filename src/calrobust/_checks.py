@@ -66,9 +66,8 @@ def check_one_device(**tensors: Tensor) -> None:
     """Raises ``ValueError`` unless the tensors are on the same device."""
     devices = [str(value.device) for value in tensors.values()]
     if len(set(devices)) > 1:
-        raise ValueError(
-            f"{' and '.join(tensors)} must be on one device, got {' and '.join(devices)}; move one with .to()"
-        )
+        names, came = " and ".join(tensors), " and ".join(devices)
+        raise ValueError(f"{names} must be on one device, got {came}; move one with .to()")
 
 
 def check_positive(**numbers: Any) -> None:
@@ -117,9 +116,8 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
         if list(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, one label for each row, got {list(value.shape)}")
         if value.device != device:
-            raise ValueError(
-                f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()"
-            )
+            rule = f"on {device}, as the rows it labels"
+            raise ValueError(f"{name} must be {rule}, got {value.device}; move it with .to()")
 
 
 def check_predictions(target: Any, **preds: Any) -> None:

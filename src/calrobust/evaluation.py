@@ -69,10 +69,8 @@ def collect_logits(
             found.append(_rows(model, batch if device is None else _to(batch, device), forward))
             before, now = found[0][0].shape[1], found[-1][0].shape[1]
             if before != now:
-                raise ValueError(
-                    f"logits must have the same number of classes in every batch, got {before} and then {now}; "
-                    "is the loader one of a single data set?"
-                )
+                rule, fix = "the same number of classes in every batch", "is the loader one of a single data set?"
+                raise ValueError(f"logits must have {rule}, got {before} and then {now}; {fix}")
     if not found:
         raise ValueError("loader must yield at least one batch, got none; an exhausted generator, or drop_last?")
     logits, target = zip(*found, strict=True)
@@ -98,10 +96,11 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         logits, target = logits.detach().cpu(), target.detach().cpu()
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
         if logits.ndim > 1 and target.shape == logits.shape:
-            raise ValueError(
-                "target must hold the index of each sample's class, got a value for every class, of shape "
-                f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
+            came, fix = (
+                f"a value for every class, of shape {list(target.shape)}",
+                "pass target.argmax(1) if it is one-hot",
             )
+            raise ValueError(f"target must hold the index of each sample's class, got {came}; {fix}")
     check_predictions(target, logits=logits)
     return logits.movedim(1, -1).flatten(0, -2), target.flatten()
 
@@ -174,10 +173,8 @@ def zero_shot_classifier(
     captions = _captions(names, templates)
     of_transformers = hasattr(model, "get_text_features")
     if not (of_transformers or hasattr(model, "encode_text")):
-        raise TypeError(
-            f"model must have encode_text or get_text_features, got {type(model).__name__}; "
-            "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
-        )
+        fix = "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
+        raise TypeError(f"model must have encode_text or get_text_features, got {type(model).__name__}; {fix}")
     tower: Any = model
     device, features = next(model.parameters()).device, []
     with _evaluating(model):

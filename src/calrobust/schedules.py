@@ -61,8 +61,7 @@ class linear_warmup(_Schedule):
 
     Example:
         >>> from calrobust import schedules
-        >>> schedule = schedules.linear_warmup(0.05, 0.9, updates=10)
-        >>> [round(schedule(n), 3) for n in (0, 1, 10, 11)]
+        >>> [round(schedules.linear_warmup(0.05, 0.9, updates=10)(n), 3) for n in (0, 1, 10, 11)]
         [0.05, 0.135, 0.9, 0.9]
 
     Reference: Oh et al., 2024, :arxiv:`2311.01723`.
@@ -87,12 +86,10 @@ class power(_Schedule):
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
-    With ``exponent=1`` and ``scale=1`` the teacher is the mean of the students it has seen; below 1 it favours the
-    recent ones. After ``scale`` updates, the share of the newest student has fallen to ``2 ** -exponent``. Both are
-    > 0, and ``start <= end``.
-
-    This is the warm-up of timm's ``ModelEmaV3``, which calls the arguments ``warmup_power``, ``warmup_gamma``,
-    ``min_decay`` and ``decay``. The first update of timm always copies the student, ours only with ``start=0``.
+    With ``exponent=1`` and ``scale=1`` the teacher is the mean of the students it has seen; a smaller exponent favours
+    the recent ones. After ``scale`` updates, the share of the newest has fallen to ``2 ** -exponent``. Both are > 0,
+    and ``start <= end``. This is the warm-up of timm's ``ModelEmaV3``, which calls the arguments ``warmup_power``,
+    ``warmup_gamma``, ``min_decay`` and ``decay``. Its first update always copies the student, ours with ``start=0``.
 
     Example:
         >>> from calrobust import schedules
@@ -146,17 +143,15 @@ class beta(_Schedule):
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
-    where :math:`T` is ``updates``, model :math:`t = 0` the one the teacher started from, and model :math:`t = n + 1`
-    the student at update ``n``. After ``updates`` updates the mean is complete, and the decay is 1. Do not compile the
-    update with this schedule: its decays are a table, of which ``torch.compile`` would compile each entry.
-
-    Both shapes are > 0. With ``a`` below 1 the mean favours the pre-trained model, with ``b`` below 1 the last
-    students, and ``a = b = 1`` is :class:`uniform`. The trajectory has from 1 to ten million updates.
+    where :math:`T` is ``updates``, from 1 to ten million, model :math:`t = 0` the one the teacher started from, and
+    model :math:`t = n + 1` the student at update ``n``. After ``updates`` updates the mean is complete, and the decay
+    is 1. Both shapes are > 0. With ``a`` below 1 the mean favours the pre-trained model, with ``b`` below 1 the last
+    students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update with this schedule: ``torch.compile``
+    would compile each of its decays.
 
     Example:
         >>> from calrobust import schedules
-        >>> schedule = schedules.beta(1, 1, updates=3)  # the mean of 1 + 3 models
-        >>> [round(schedule(n), 3) for n in (0, 1, 2, 3)]
+        >>> [round(schedules.beta(1, 1, updates=3)(n), 3) for n in (0, 1, 2, 3)]  # the mean of 1 + 3 models
         [0.5, 0.667, 0.75, 1.0]
 
     Reference: Shu et al., 2023, :arxiv:`2302.00864`, Beta moving average.

@@ -44,9 +44,8 @@ class EMATeacher(nn.Module):
         copy: a second model, such as ``build_model()``, to use as the copy where ``deepcopy`` cannot make one. It takes
             the student's parameters and persistent buffers.
         share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now, such
-            as those under LoRA adapters or of a frozen tower. They must stay frozen. They cost no memory and no time,
-            move and change with the student alone, and are not in the ``state_dict``. Not for FSDP2, which shards the
-            two models apart.
+            as those under LoRA adapters or of a frozen tower. They must stay frozen. They take no memory or time, move
+            with the student alone, and are not in the ``state_dict``. FSDP2 shards the models apart, so it needs False.
 
     Attributes:
         module: the copy.
@@ -189,8 +188,8 @@ class EMATeacher(nn.Module):
         shares = ", share_frozen=True" if self._shared else ""
         return f"decay={self.decay!r}, update_every={self.update_every}{shares}"
 
-    # The copy and its masters are submodules, so `state_dict` finds them. The next methods hide them from all else that
-    # walks through a parent, except `_apply`.
+    # The copy and its masters are submodules, so that `state_dict` finds them. The next two methods hide them from all
+    # else that walks through a parent.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Submodules that were added to the teacher, without the copy."""

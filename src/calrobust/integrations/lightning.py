@@ -20,7 +20,7 @@ __all__ = ["EMATeacherCallback"]
 
 
 class EMATeacherCallback(Callback):
-    """Lets ``teacher`` follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
+    """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
     The teacher is updated after each batch in which an optimiser made a step, and not after batches that accumulate
     gradients. It gets the device and the precision that the trainer gives the student. Checkpoints hold it among the

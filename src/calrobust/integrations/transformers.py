@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,15 @@ __all__ = ["EMATeacherCallback", "clip_features"]
 class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
-    The teacher is updated after each step of the optimiser, and not after batches that accumulate gradients. Each
-    ``checkpoint-<step>`` gets a file ``teacher.pt`` with the whole teacher, also if FSDP2 shards it. A trainer that
-    resumes loads it from its ``output_dir``, and with ``load_best_model_at_end`` the teacher of the best checkpoint is
-    loaded as well as the best student.
+    The teacher moves to the trainer's device. It is updated after each step of the optimiser, and not after batches
+    that accumulate gradients. Each ``checkpoint-<step>`` gets a file ``teacher.pt`` with the whole teacher, also if
+    FSDP2 shards it. A trainer that resumes loads it from its ``output_dir``, and with ``load_best_model_at_end`` the
+    teacher of the best checkpoint is loaded as well as the best student. ``student`` is the trainer's model, or the
+    part of it that the teacher copied.
 
     A ``Trainer`` saves and evaluates the student's own weights. ``examples/transformers_trainer.py`` shows how to
     evaluate the averaged weights, and how to give the teacher the student's mixed precision. Save the averaged weights
     with ``teacher.module.save_pretrained(folder)``.
-
-    Args:
-        teacher: the :class:`~calrobust.EMATeacher`, which the callback moves to the trainer's device.
-        student: what it follows: the trainer's model, or the part of it that the teacher copied.
 
     Raises:
         TypeError: ``teacher`` or ``student`` is of another type.
@@ -94,18 +90,10 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
-    The models normalise their features. They hold the logarithm of the logit scale as a parameter and do not return it.
-
-    Args:
-        output: has ``image_embeds`` and ``text_embeds``, each ``[N, D]`` and of unit norm.
-        model: the one that gave the output, or a ``DistributedDataParallel`` or EMA teacher that holds it.
-
-    Returns:
-        ``image_features``, ``text_features``, the exponentiated ``logit_scale`` as a scalar, and the ``logit_bias`` of
-        a model that has one, such as SigLIP.
-
-    Raises:
-        TypeError: the output has no features of images or texts, or the model has no ``logit_scale``.
+    They are ``image_features`` and ``text_features``, each ``[N, D]`` and of unit norm, the exponentiated
+    ``logit_scale`` as a scalar, and the ``logit_bias`` of a model that has one, such as SigLIP. The models hold the
+    logarithm of the scale as a parameter and do not return it, so pass the ``model`` that gave the ``output``, or a
+    ``DistributedDataParallel`` or EMA teacher that holds it. What lacks these raises ``TypeError``.
 
     Example:
         >>> import torch
@@ -117,15 +105,12 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
         >>> logit_scale.item()  # exp(0)
         1.0
     """
-    fix = "call the model with input_ids, pixel_values and return_dict=True"
-    _check_attributes("output", output, ("image_embeds", "text_embeds"), fix)
     inner: Any = getattr(model, "module", model)
-    _check_attributes("model", inner, ("logit_scale",), "pass the CLIPModel or SiglipModel that gave the output")
+    call = "call the model with input_ids, pixel_values and return_dict=True"
+    give = "pass the CLIPModel or SiglipModel that gave the output"
+    wanted = (("output", output, ("image_embeds", "text_embeds"), call), ("model", inner, ("logit_scale",), give))
+    for name, value, attributes, fix in wanted:
+        if missing := [attribute for attribute in attributes if getattr(value, attribute, None) is None]:
+            raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")
     scalars = [inner.logit_scale.exp(), getattr(inner, "logit_bias", None)]
     return output.image_embeds, output.text_embeds, *(one.reshape(()) for one in scalars if one is not None)
-
-
-def _check_attributes(name: str, value: object, attributes: Sequence[str], fix: str) -> None:
-    missing = [attribute for attribute in attributes if getattr(value, attribute, None) is None]
-    if missing:
-        raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")

@@ -96,11 +96,10 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         logits, target = logits.detach().cpu(), target.detach().cpu()
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
         if logits.ndim > 1 and target.shape == logits.shape:
-            came, fix = (
-                f"a value for every class, of shape {list(target.shape)}",
-                "pass target.argmax(1) if it is one-hot",
+            raise ValueError(
+                "target must hold the index of each sample's class, got a value for every class, of shape "
+                f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
             )
-            raise ValueError(f"target must hold the index of each sample's class, got {came}; {fix}")
     check_predictions(target, logits=logits)
     return logits.movedim(1, -1).flatten(0, -2), target.flatten()
 

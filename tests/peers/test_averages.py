@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -193,3 +195,97 @@ def test_a_checkpoint_of_averaged_model_makes_a_teacher(dtype: torch.dtype) -> N
     teacher.update(model)
     for name, value in teacher.module.state_dict().items():
         assert_close(value, ((averaged[name].float() + trained[name].float()) / 2).to(dtype))
+
+
+def test_other_buffers_are_copied_as_without_use_buffers() -> None:
+    """Torch copies all of them, ours those that are no statistics; timm averages all that are floating, or none."""
+    start, after = with_statistics(1.0), with_statistics(3.0)
+    for model, value in ((start, 0.0), (after, 8.0)):
+        model.register_buffer("other", torch.tensor(value))
+    teacher, model = EMATeacher(start, 0.5), AveragedModel(start, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    peers = [ModelEmaV3(start, decay=0.5, exclude_buffers=exclude) for exclude in (False, True)]
+    for _ in range(2):  # the first one copies
+        model.update_parameters(after)
+    for average in (teacher, *peers):
+        average.update(after)
+    means = [m.module[1].running_mean.item() for m in (teacher, model, *peers)]  # type: ignore[index, union-attr, operator]
+    others = [m.module.other.item() for m in (teacher, model, *peers)]  # type: ignore[union-attr, operator]
+    assert means == [2, 3, 2, 3]
+    assert others == [8, 8, 4, 8]
+
+
+def test_stochastic_weight_averages_count_the_pre_trained_model() -> None:
+    """``schedules.uniform()`` is the mean with it, torch's without; ``updates`` is its ``n_averaged``."""
+    start, *others = path()
+    assert averaged(schedules.uniform())[-1] == pytest.approx(sum(path()) / len(path()))
+    assert of_swa_utils()[-1] == pytest.approx(sum(others) / len(others))
+    model, teacher = (
+        AveragedModel(student_at(start)),
+        EMATeacher(student_at(start), schedules.uniform(), update_every=2),
+    )
+    for weight in others:
+        model.update_parameters(student_at(weight))
+        teacher.update(student_at(weight))
+    assert (int(model.n_averaged), int(teacher.step), int(teacher.updates)) == (UPDATES, UPDATES, UPDATES // 2)
+
+
+def test_low_precision_is_averaged_in_float32_as_with_their_dtype() -> None:
+    """Steps that bfloat16 would lose."""
+    student = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(student.weight, 1.0)
+    teacher, model = EMATeacher(student, 0.999), ModelEmaV3(student, decay=0.999, dtype=torch.float32)
+    nn.init.constant_(student.weight, 2.0)
+    for _ in range(100):
+        teacher.update(student)
+        model.update(student)
+    expected = 2 - 0.999**100
+    assert model.module.weight.item() == pytest.approx(expected, rel=1e-5)
+    weight: Any = teacher.module.weight
+    assert weight.item() == pytest.approx(expected, rel=4e-3)  # in bfloat16
+    assert weight.dtype == torch.bfloat16
+
+
+def test_averages_answer_without_gradient_and_name_their_decay() -> None:
+    """Timm's ``ema(x)`` and ``get_decay``; ours in eval mode as well."""
+    student = student_at(2.0)
+    teacher, model = EMATeacher(student, 0.9), ModelEmaV3(student, decay=0.9)
+    assert not teacher(torch.ones(1, 1).double()).requires_grad
+    assert teacher.module.weight == model.module.weight == 2
+    assert model.get_decay(5) == teacher.decay == 0.9
+
+
+def test_the_warm_up_of_ema_pytorch_counts_the_calls_in_between() -> None:
+    """Its decay at the second update that acts is that of call 10; ours is that of update 1."""
+    defaults = {name: p.default for name, p in inspect.signature(EMA.__init__).parameters.items()}
+    assert (defaults["update_after_step"], defaults["update_every"], defaults["beta"]) == (100, 10, 0.9999)
+    student = student_at(0.0)
+    model = EMA(student, update_after_step=0, update_every=10)
+    teacher, schedule = (
+        EMATeacher(student, schedules.power(exponent=2 / 3), update_every=10),
+        schedules.power(exponent=2 / 3),
+    )
+    nn.init.constant_(student.weight, 1.0)
+    for _ in range(11):
+        model.update()
+    assert model.get_current_decay() == pytest.approx(schedule(10), rel=1e-6)
+    for _ in range(20):
+        teacher.update(student)
+    assert int(teacher.updates) == 2
+    assert teacher(torch.ones(1, 1).double()) == 1  # decay 0 at the first update
+
+
+def test_diffusers_store_and_restore_is_swapped_into() -> None:
+    """It holds parameters alone; ours brings the weights back after an error too."""
+    student = nn.BatchNorm1d(1)
+    model, teacher = EMAModel(student.parameters(), decay=0.5), EMATeacher(student, 0.5)
+    assert len(model.shadow_params) == len(list(student.parameters()))
+    nn.init.constant_(student.weight, 3.0)
+    model.store(student.parameters())
+    model.copy_to(student.parameters())
+    assert student.weight == 1
+    model.restore(student.parameters())
+    assert student.weight == 3
+    with suppress(KeyError), teacher.swapped_into(student):
+        assert student.weight == 1
+        raise KeyError
+    assert student.weight == 3

@@ -15,13 +15,19 @@ from strategies import Pairs, class_labels, paired_features, seeds, unit_rows
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from calrobust import MultimodalContrastiveLoss
 from calrobust.functional import multimodal_contrastive_loss
+from calrobust.integrations.transformers import clip_features
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the peers depend on
     from info_nce import info_nce
     from pytorch_metric_learning.losses import SupConLoss
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        MultipleNegativesRankingLoss,
+        MultipleNegativesSymmetricRankingLoss,
+    )
+    from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 
@@ -32,12 +38,15 @@ def info_nce_both_ways(image: Tensor, text: Tensor, scale: float) -> Tensor:
 
 
 def sentence_transformers_symmetric(image: Tensor, text: Tensor, scale: float) -> Tensor:
-    """What MultipleNegativesSymmetricRankingLoss is a name for."""
+    """Under its old name and its new one, which agree."""
     model: Any = nn.Identity()  # the loss takes features as well
-    loss = MultipleNegativesRankingLoss(
-        model, scale, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
-    )
-    return loss.compute_loss_from_embeddings([image, text], torch.empty(0))
+    both: Any = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the old name
+        losses = MultipleNegativesRankingLoss(model, scale, **both), MultipleNegativesSymmetricRankingLoss(model, scale)
+    new, old = (loss.compute_loss_from_embeddings([image, text], torch.empty(0)) for loss in losses)
+    assert_close(new, old)
+    return new
 
 
 def transformers_clip_loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -63,6 +72,19 @@ def test_symmetric_losses_are_ours(theirs: Callable[[Tensor, Tensor, float], Ten
     for features, a, b in zip(inputs, *gradients, strict=True):
         atol = 1e-9 * max(1.0, pairs.scale)
         assert_close(along_the_sphere(a, features), along_the_sphere(b, features), rtol=1e-8, atol=atol)
+
+
+def test_the_loss_of_a_transformers_model_is_ours_of_its_output() -> None:
+    """``clip_features`` takes the arguments."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = (
+        {"vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49},
+        {"image_size": 8, "patch_size": 4},
+    )
+    model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=8))
+    output = model(torch.randint(0, 49, (4, 8)), torch.randn(4, 3, 8, 8), return_loss=True)
+    assert_close(MultimodalContrastiveLoss()(*clip_features(output, model)), output.loss)
 
 
 @given(seed=seeds())

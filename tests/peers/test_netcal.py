@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,12 +13,20 @@ from hypothesis import strategies as st
 from strategies import classifier, confidences_and_correct, seeds
 from torch import Tensor
 
-from calrobust.functional.calibration import bin_confidences, binned_error, calibration_error, equal_mass_bins
+from calrobust.functional.calibration import (
+    bin_confidences,
+    binned_error,
+    calibration_error,
+    equal_mass_bins,
+    top_label,
+)
 from calrobust.functional.temperature import fit_temperature
+from calrobust.plotting import reliability_diagram
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # netcal's own dependencies, on import
-    from netcal.metrics import ECE, MCE
+    from netcal.metrics import ACE, ECE, MCE
+    from netcal.presentation import ReliabilityDiagram
     from netcal.scaling import TemperatureScaling
 
 Samples = tuple[Tensor, Tensor]
@@ -105,3 +114,36 @@ def test_temperature_is_the_inverse_of_netcals() -> None:
         warnings.simplefilter("ignore")  # of its optimiser
         scaling.fit(logits.softmax(1).numpy(), target.numpy())
     assert 1 / float(scaling.temperature[0]) == pytest.approx(fit_temperature(logits, target).item(), rel=2e-3)
+
+
+def test_average_calibration_error_gives_every_bin_the_same_weight() -> None:
+    """Their ACE, which is not the adaptive error; from our sums it is a plain mean over the bins that are not empty."""
+    logits, target = classifier(300, 6, 0, sharpness=0.5, dtype=torch.float64)
+    samples = top_label(logits, target)
+    bins = bin_confidences(*samples, n_bins=10)
+    filled = bins.counts > 0
+    gaps = ((bins.confidence_sums - bins.correct_sums).abs() / bins.counts)[filled]
+    assert not filled.all()
+    assert netcal_value(ACE, samples, 10) == pytest.approx(gaps.mean().item(), abs=TOLERANCE)
+    assert abs(netcal_value(ACE, samples, 10) - binned_error(bins).item()) > 0.005
+
+
+def test_reliability_diagrams_have_the_same_bars() -> None:
+    """The accuracy of each bin that is not empty; theirs takes samples, ours the sums over bins."""
+    confidences, correct = top_label(*classifier(300, 6, 0, sharpness=0.5, dtype=torch.float64))
+    drawn = ReliabilityDiagram(10).plot(confidences.numpy(), correct.numpy().astype(np.int64))
+    ours = reliability_diagram(bin_confidences(confidences, correct, n_bins=10))
+    bars = [{round(bar.get_height(), 6) for bar in ax.patches} for ax in (*drawn.axes, ours)]
+    bins = bin_confidences(confidences, correct, n_bins=10)
+    accuracies = {round(float(a), 6) for a in bins.correct_sums / bins.counts if a == a}
+    assert accuracies <= bars[-1]
+    assert any(accuracies <= heights for heights in bars[:-1])
+    plt.close("all")
+
+
+def test_equal_mass_bins_of_netcal_refuse_ties_where_ours_keep_them_together() -> None:
+    """So many samples of one confidence that two of its four edges are the same."""
+    samples = torch.tensor([0.5] * 15 + [0.6] * 5).double(), torch.arange(20) % 3 == 0
+    with pytest.raises(ValueError, match="smallest edge difference"):
+        netcal_value(ECE, samples, 4, equal_intervals=False)
+    assert (equal_mass_bins(*samples, n_bins=4).counts > 0).sum() == 2

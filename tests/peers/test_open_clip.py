@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import open_clip_train.main as trainer
 import oracles
 import pytest
 import torch
@@ -76,6 +78,35 @@ def test_the_terms_of_the_integration_are_theirs_under_one_other_name() -> None:
     ours = OpenClipLoss(MultimodalContrastiveLoss() + MultimodalDistillationLoss())(**inputs, output_dict=True)
     theirs = DistillClipLoss()(**inputs, output_dict=True)
     assert {"distill_loss" if name == "distillation_loss" else name for name in ours} == theirs.keys()
+    terms = (MultimodalContrastiveLoss() + 2 * MultimodalDistillationLoss()).terms(*inputs.values())
+    assert list(terms) == ["contrastive", "distillation"]
+
+
+def test_options_of_theirs_and_ours_are_others() -> None:
+    """Theirs say how to gather; ours say what is contrasted, and gather with one flag."""
+    theirs = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size", "use_horovod")
+    ours = ("gather", "group", "label_smoothing", "reduction", "memory_budget")
+    assert tuple(inspect.signature(ClipLoss).parameters) == theirs
+    losses: tuple[tuple[Any, tuple[str, ...]], ...] = (ClipLoss, ours), (MultimodalContrastiveLoss, theirs)
+    for loss, others in losses:
+        for name in others:
+            with pytest.raises(TypeError, match=r"argument|option"):
+                loss(**{name: True})
+    features = torch.eye(3)
+    with pytest.raises(TypeError, match="labels"):
+        ClipLoss()(features, features, 1.0, labels=torch.zeros(3))
+    criterion = MultimodalContrastiveLoss(
+        gather=False, group=None, label_smoothing=0.1, reduction="sum", memory_budget=2**20
+    )
+    assert criterion(features, features, 1.0, labels=torch.zeros(3, dtype=torch.int64)).ndim == 0
+
+
+def test_the_trainer_looks_its_loss_up_under_the_name_that_is_assigned() -> None:
+    """``create_loss`` in ``open_clip_train.main``, in the version that is installed; later ones make it elsewhere."""
+    source = inspect.getsource(trainer)
+    assert "loss = create_loss(args)" in source
+    assert "create_task" not in source
+    assert callable(trainer.create_loss)
 
 
 def test_a_coca_is_a_contrastive_loss_and_a_caption_loss() -> None:

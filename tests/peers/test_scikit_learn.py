@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -55,3 +56,21 @@ def test_scores_are_ours(seed: int) -> None:
     assert F.negative_log_likelihood(logits, target).item() == pytest.approx(
         log_loss(target.numpy(), probs, labels=range(4))
     )
+
+
+def test_the_default_of_the_brier_score_halves_that_of_two_classes() -> None:
+    """And that of two alone."""
+    for classes, share in ((2, 0.5), (3, 1.0)):
+        logits, target = classifier(100, classes, 0, dtype=torch.float64)
+        probs = logits.softmax(1).numpy()
+        theirs = brier_score_loss(target.numpy(), probs[:, 1] if classes == 2 else probs)
+        assert theirs == pytest.approx(share * F.brier_score(logits, target).item())
+
+
+def test_likelihoods_start_from_logits() -> None:
+    """Where the softmax underflows, theirs is that of the smallest probability it allows."""
+    logits, target = torch.tensor([[0.0, 1000.0], [1000.0, 0.0]]), torch.tensor([0, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert log_loss(target.numpy(), logits.softmax(1).numpy(), labels=[0, 1]) < 100
+    assert F.negative_log_likelihood(logits, target) == 500

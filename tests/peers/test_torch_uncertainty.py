@@ -14,7 +14,9 @@ from hypothesis import given
 from strategies import classifier, seeds
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassCalibrationError
 
+import calrobust as cr
 from calrobust import functional as F
 from calrobust.functional.calibration import Norm
 from calrobust.metrics import BrierScore, CalibrationError
@@ -85,18 +87,52 @@ def test_classwise_errors_reduce_classes_otherwise_than_ours(seed: int) -> None:
     assert ours("l1") == pytest.approx(sum(per_class("l1")) / CLASSES, rel=1e-3)
     assert ours("l2") == pytest.approx(math.sqrt(sum(e * e for e in per_class("l2")) / CLASSES), rel=1e-3)
     assert ours("max") == pytest.approx(max(per_class("max")), rel=1e-3)
+    for norm in ("l1", "l2", "max"):
+        metric = theirs.ClasswiseCalibrationError(CLASSES, num_bins=BINS, norm=norm)
+        assert value(metric, logits, target).item() == pytest.approx(sum(per_class(norm)) / CLASSES, rel=1e-4)
 
 
 def test_temperature_is_ours() -> None:
     """As near as its L-BFGS gets in 100 iterations; its list holds T."""
     logits, target = classifier(2000, CLASSES, 0, sharpness=0.5)
-    scaler = TemperatureScaler()
+    scaler = TemperatureScaler(init_temperature=2.0, lr=0.1, max_iter=100)
     logging.disable(logging.WARNING)  # that it has no model
     try:
         scaler.fit(DataLoader(TensorDataset(logits, target), batch_size=2000), progress=False)
     finally:
         logging.disable(logging.NOTSET)
-    assert scaler.temperature[0].item() == pytest.approx(F.fit_temperature(logits, target).item(), rel=0.02)
+    ours = cr.TemperatureScaler().fit(logits, target)
+    assert scaler.temperature[0].item() == pytest.approx(float(ours.temperature), rel=0.02)
+    for option in ({"init_temperature": 2.0}, {"lr": 0.1}, {"max_iter": 100}):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            cr.TemperatureScaler(**option)
+    scaler.set_temperature(3.0)
+    assert scaler.temperature[0].item() == pytest.approx(3)
+    assert not hasattr(ours, "set_temperature")
+
+
+def test_the_calibration_error_is_torchmetrics() -> None:
+    """The diagram apart."""
+    metric = theirs.CalibrationError("multiclass", num_classes=CLASSES, num_bins=BINS)
+    assert isinstance(metric, MulticlassCalibrationError)
+    logits, target = classifier(300, CLASSES, 0, sharpness=0.5)
+    ours = F.calibration_error(logits, target, n_bins=BINS).item()
+    assert value(metric, logits, target).item() == pytest.approx(ours, rel=1e-4)
+
+
+def test_the_score_has_no_reduction_and_no_top_class() -> None:
+    """Theirs adds up, or lists samples, or scores the top label alone; ours is the mean over samples."""
+    logits, target = classifier(60, CLASSES, 0)
+    ours = F.brier_score(logits, target).item()
+    total = value(theirs.BrierScore(CLASSES, reduction="sum"), logits, target)
+    each = value(theirs.BrierScore(CLASSES, reduction="none"), logits, target)
+    assert [total.item() / 60, each.mean().item()] == pytest.approx([ours, ours], rel=1e-5)
+    confidences, correct = F.top_label(logits, target)
+    top = value(theirs.BrierScore(CLASSES, top_class=True), logits, target)
+    assert top.item() == pytest.approx((confidences - correct.double()).square().mean().item(), rel=1e-5)
+    for option in ({"reduction": "sum"}, {"top_class": True}):
+        with pytest.raises((TypeError, ValueError), match=r"[Uu]nexpected keyword"):
+            BrierScore(**option)
 
 
 def test_plot_is_a_diagram_of_two_panels_where_ours_shows_the_value() -> None:

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from strategies import classifier, seeds
 from torch import Tensor
-from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.wrappers import BootStrapper
 
-from calrobust.functional.calibration import Norm, calibration_error
+from calrobust.functional.calibration import Norm, bin_confidences, binned_error, calibration_error
 from calrobust.functional.temperature import fit_temperature
 from calrobust.metrics import CalibrationError
 
@@ -106,3 +107,40 @@ def test_metrics_that_synchronise_each_step_merge_where_theirs_refuse() -> None:
     assert ours[0].compute().item() == pytest.approx(calibration_error(logits, target).item())
     with pytest.raises(TypeError, match="incoming_state"):
         ours[0].merge_state(2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+@given(seed=seeds())
+def test_the_binary_error_is_that_of_the_probability_and_the_label(norm: Norm, seed: int) -> None:
+    """Not of the more probable class: theirs compares the probability of class 1 with how often the label is 1."""
+    logits, target = classifier(400, 2, seed, sharpness=0.6)
+    probs = logits.softmax(1)[:, 1]
+    keep = (15 * probs - (15 * probs).round()).abs() > 1e-4
+    probs, target = probs[keep], target[keep]
+    theirs = BinaryCalibrationError(n_bins=15, norm=norm)
+    theirs.update(probs, target)
+    ours = binned_error(bin_confidences(probs, target == 1, n_bins=15), norm=norm)
+    assert ours.item() == pytest.approx(theirs.compute().item(), rel=1e-5, abs=1e-6)
+
+
+def test_options_and_collections_are_the_same() -> None:
+    """``ignore_index``, ``validate_args``, further keywords, and ``forward`` of both metrics in one collection."""
+    logits, target = classifier(200, 4, 0, sharpness=0.6)
+    target[:50] = -1
+    options = {"n_bins": 15, "ignore_index": -1, "validate_args": False, "sync_on_compute": False}
+    ours, theirs = CalibrationError(**options), MulticlassCalibrationError(4, **options)  # type: ignore[arg-type]
+    values = MetricCollection({"ours": ours, "theirs": theirs})(logits, target)
+    assert values["ours"].item() == pytest.approx(values["theirs"].item(), rel=1e-5)
+    assert values["ours"].item() == pytest.approx(calibration_error(logits[50:], target[50:]).item())
+
+
+def test_their_state_grows_by_eight_bytes_a_sample_and_ours_is_24_a_bin() -> None:
+    """Two float32 numbers for each sample, against three float64 sums."""
+    logits, target = classifier(200, 4, 0)
+    sizes = []
+    for metric in (MulticlassCalibrationError(4, n_bins=15), CalibrationError(n_bins=15)):
+        metric.update(logits, target)
+        states = [getattr(metric, name) for name in metric._defaults]
+        tensors = [t for state in states for t in (state if isinstance(state, list) else [state])]
+        sizes.append(sum(t.numel() * t.itemsize for t in tensors))
+    assert sizes == [8 * 200, 24 * 15]

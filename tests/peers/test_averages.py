@@ -206,10 +206,12 @@ def test_other_buffers_are_copied_as_without_use_buffers() -> None:
     peers = [ModelEmaV3(start, decay=0.5, exclude_buffers=exclude) for exclude in (False, True)]
     for _ in range(2):  # the first one copies
         model.update_parameters(after)
-    for average in (teacher, *peers):
+    averages: list[Any] = [teacher, *peers]
+    for average in averages:
         average.update(after)
-    means = [m.module[1].running_mean.item() for m in (teacher, model, *peers)]  # type: ignore[index, union-attr, operator]
-    others = [m.module.other.item() for m in (teacher, model, *peers)]  # type: ignore[union-attr, operator]
+    modules: list[Any] = [average.module for average in (teacher, model, *peers)]
+    means = [module[1].running_mean.item() for module in modules]
+    others = [module.other.item() for module in modules]
     assert means == [2, 3, 2, 3]
     assert others == [8, 8, 4, 8]
 

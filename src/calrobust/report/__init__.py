@@ -91,9 +91,8 @@ class ShiftReport:
 
         Raises:
             TypeError: a name is not a string, ``logits`` is not floating or ``target`` is not int64.
-            ValueError: shapes or devices do not fit, a logit is NaN or +inf, a label is outside [0, C), or more than
-                1 % of the samples that the method's temperature was fitted on are scored in this domain. The report
-                is left as it was.
+            ValueError: shapes or devices do not fit, a logit is NaN or +inf, a label is outside [0, C), or over 1 % of
+                the samples that T was fitted on are scored in this domain. The report is left as it was.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
@@ -198,7 +197,7 @@ class ShiftReport:
 
         An existing file is replaced at once or not at all, with an ``OSError`` if the new one cannot be written.
         """
-        tables.write_csv(Path(path), self._rows(per_domain))
+        tables.write_csv(Path(path), self.per_domain() if per_domain else self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, ready for JSON: NaN is None.
@@ -220,7 +219,7 @@ class ShiftReport:
             import pandas as pd
         except ImportError as error:
             raise ImportError("to_pandas needs pandas: pip install pandas") from error
-        return pd.DataFrame(self._rows(per_domain))
+        return pd.DataFrame(self.per_domain() if per_domain else self.summary())
 
     def __str__(self) -> str:
         try:
@@ -229,11 +228,8 @@ class ShiftReport:
             return f"{self!r}. No table yet: {error}"
 
     def __repr__(self) -> str:
-        size = f"{len(self.methods)} methods, {len(self.domains)} domains"
-        return f"ShiftReport(id_domain={self.id_domain!r}, n_bins={self.n_bins}): {size}"
-
-    def _rows(self, per_domain: bool) -> list[dict[str, Any]]:
-        return self.per_domain() if per_domain else self.summary()
+        head = f"ShiftReport(id_domain={self.id_domain!r}, n_bins={self.n_bins})"
+        return f"{head}: {len(self.methods)} methods, {len(self.domains)} domains"
 
     def _temperature(self, method: str) -> float:
         return self._fits[method].temperature if method in self._fits else math.nan

@@ -76,9 +76,9 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
     """``[N]`` int64 hashes of each row's values in float32 and its label; -0.0 counts as 0.0.
 
-    The bits of each float32, read as an integer, are multiplied by a random integer of the column and summed by a
-    matrix product in float64. The integers are so small that this is exact in any order. Two rows that differ have the
-    same hash with a probability of about 1e-10. Of many classes, 256 or more evenly spread ones are read.
+    The bits of each float32, read as an integer, are multiplied by a small random integer of the column and summed in
+    float64, exactly. Two rows that differ have the same hash with a probability of about 1e-10. Of many classes, 256 or
+    more evenly spread ones are read.
     """
     logits = logits[:, :: max(1, logits.shape[1] // 256)]
     n_classes = logits.shape[1]
@@ -92,10 +92,9 @@ def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
     """Raises ``ValueError`` if more samples are both fitted and scored than duplicates and coincidences explain.
 
-    Different samples have equal logits by coincidence where few different rows exist, as with two classes in 16 bits.
-    Then rows have twins within each set too, so the share of rows with a twin in the larger set is the share of
-    coincidences to expect among the rows of the smaller one. The share in the smaller set, in proportion to the sizes,
-    is another estimate. The lower one is taken, because rows that were merely repeated in one of the sets have twins.
+    Where few different rows exist, as with two classes in 16 bits, rows have twins within each set too. The share with
+    a twin in the larger set estimates the coincidences among the smaller one, and so does the share in the smaller set,
+    in proportion to the sizes. The lower one is taken, because rows that were repeated in one of the sets have twins.
     """
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())

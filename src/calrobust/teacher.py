@@ -131,23 +131,19 @@ class EMATeacher(nn.Module):
         """
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
-        if unfrozen := [name for name, parameter in self._shared.items() if parameter.requires_grad]:
-            raise ValueError(
-                f"student's {unfrozen[0]} must stay frozen, because share_frozen=True shares it with the teacher, got "
-                "requires_grad=True; make the teacher after the parameters that train are set"
-            )
         compiling = torch.compiler.is_compiling()  # it would take the counters for constants and compile every step
         with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True) if compiling else nullcontext():
             acts = (self.step + 1) % self.update_every == 0
             if acts:
                 decay = self.decay(self.updates) if callable(self.decay) else self.decay
                 check_fraction(closed=True, decay=decay)
-            if acts or self.step == 0:  # the first step checks the student even if it does not act
+            unfrozen = [name for name, parameter in self._shared.items() if parameter.requires_grad]
+            if acts or self.step == 0 or unfrozen:  # the first step checks the student even if it does not act
                 pairs = paired(self.module if self.masters is None else self.masters, student)
-                if others := [pair.name for pair in pairs if pair.name in self._shared]:
+                if wrong := unfrozen or [pair.name for pair in pairs if pair.name in self._shared]:
                     raise ValueError(
-                        f"student's {others[0]} must be the tensor that the teacher shares (share_frozen=True), got "
-                        "another; make the teacher anew from this student, or without share_frozen"
+                        f"student's {wrong[0]} must stay the frozen tensor that share_frozen=True shares, got "
+                        f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student"
                     )
                 if self.step == 0:
                     _share_first_rank(pairs, student)

@@ -63,12 +63,12 @@ class OpenClipLoss(nn.Module):
                 warnings.warn(f"the trainer of open_clip 4, which is installed, {unused}; {fix}", stacklevel=2)
 
     def forward(self, *outputs: Any, output_dict: bool = False, **named: Any) -> Tensor | dict[str, Tensor]:
-        """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
+        """A scalar, or with ``output_dict`` its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
             *outputs: what the student returned, and then what the teacher returned: image and text features ``[N, D]``
                 of unit norm, the exponentiated logit scale, and the logit bias of a model that has one.
-            output_dict: whether to return the terms by name; the trainer asks for this, logs each and adds them up.
+            output_dict: the trainer asks for the terms, logs each and adds them up.
             **named: the same by name, with ``dist_image_features`` and so on for the teacher, and the ``logits`` and
                 ``labels`` of a CoCa's captions. Other outputs of a model are ignored.
 

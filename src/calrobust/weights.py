@@ -16,6 +16,7 @@ from calrobust._state import check_same_state, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
+Combination = Callable[[str, list[Tensor]], Tensor]
 _INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
@@ -154,25 +155,21 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 
 @torch.no_grad()
 def _combine(
-    models: Mapping[str, Weights],
-    combination: Callable[[str, list[Tensor]], Tensor],
-    *,
-    fallback: Callable[[str], int] = lambda name: -1,
+    models: Mapping[str, Weights], combination: Combination, *, fallback: Callable[[str], int] = lambda name: -1
 ) -> StateDict:
     """Applies ``combination`` to each name's tensors; what is not averaged is that of the model ``fallback(name)``."""
     given = {model: _checked(model, weights) for model, weights in models.items()}
-    keys = {model: unwrapped(state, model) for model, state in given.items()}
-    states = {model: {name: given[model][key] for name, key in keys[model].items()} for model in given}
+    states = {m: {name: state[key] for name, key in unwrapped(state, m).items()} for m, state in given.items()}
     first, *others = states
     for model in others:
         check_same_state(**{first: states[first], model: states[model]})
     # The vectors of spectral_norm, whose mean would not have norm 1, and the buffers, which only a module tells.
-    copied = {name for name in keys[first] if _SPECTRAL.search(name)}
-    copied |= {f"{name[:-5]}{end}" for name in keys[first] if name.endswith("_orig") for end in ("_u", "_v")}
+    copied = {name for name in states[first] if _SPECTRAL.search(name)}
+    copied |= {f"{name[:-5]}{end}" for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):
         copied |= state.keys() - averaged
     combined: dict[str, Any] = {}
-    for name, key in keys[first].items():
+    for key, name in zip(given[first], states[first], strict=True):
         entries = [state[name] for state in states.values()]
         if not isinstance(entries[0], Tensor):  # what a module's get_extra_state gave
             combined[key] = copy.deepcopy(entries[-1])

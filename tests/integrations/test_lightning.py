@@ -105,8 +105,9 @@ def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true", "bf16-mixed"])
 @pytest.mark.parametrize("held_by_module", [False, True])
+@pytest.mark.parametrize("share_frozen", [False, True])
 def test_resumed_training_ends_where_training_at_one_go_does(
-    tmp_path: Path, held_by_module: bool, precision: str
+    tmp_path: Path, held_by_module: bool, precision: str, share_frozen: bool
 ) -> None:
     """Teacher and counters included, saved once, by the callback or by the module that holds it (trap 16).
 
@@ -115,7 +116,8 @@ def test_resumed_training_ends_where_training_at_one_go_does(
 
     def made() -> tuple[Line, EMATeacher, EMATeacherCallback]:
         model = Line()
-        teacher = EMATeacher(model.linear)
+        model.linear.bias.requires_grad_(not share_frozen)
+        teacher = EMATeacher(model.linear, share_frozen=share_frozen)
         model.teachers.append(teacher)
         if held_by_module:
             model.teacher = teacher
@@ -132,6 +134,7 @@ def test_resumed_training_ends_where_training_at_one_go_does(
     again = trainer(tmp_path, callback, max_epochs=2, precision=precision)
     again.fit(model, BATCHES, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert resumed.step == whole.step == 6
+    assert (resumed.module.get_parameter("bias") is model.linear.bias) == share_frozen
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     assert {p.dtype for p in (*model.linear.parameters(), *resumed.module.parameters())} == {dtype}
     tolerance = 1e-7 if precision == "64-true" else 0  # Lightning restores a double student by way of float32

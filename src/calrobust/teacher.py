@@ -30,10 +30,7 @@ class EMATeacher(nn.Module):
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
     saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks that are
     methods of an object, or a ``functools.partial``, run in the copy with a copy of that object or of the arguments.
-    To compile the copy, call ``teacher.module.compile()``. With DDP, give the first :meth:`update` the DDP module on
-    every rank: the teacher then takes the copy of the first rank, as DDP does for the student. With FSDP2, make the
-    teacher first, then give ``teacher.module`` (and ``teacher.masters``, if any) the ``fully_shard`` calls of the
-    student; each rank averages its own shards.
+    To compile the copy, call ``teacher.module.compile()``. The guide :doc:`/guides/many_gpus` is about DDP and FSDP2.
 
     Args:
         student: the model to copy. Of a ``DistributedDataParallel`` or compiled module, the model inside is copied.

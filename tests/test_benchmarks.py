@@ -15,7 +15,7 @@ from benchmarks import coverage, cuda, ema, losses, measure, metrics, page, temp
 from benchmarks.measure import MIB, Row, Table
 
 TINY: dict[Any, dict[str, Any]] = {
-    losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "WIDTH": 4, "REPEATS": 1},
+    losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "IMAGES": 9, "BANKS": (5,), "WIDTH": 4, "REPEATS": 1},
     cuda: {
         "SIZES": (8, 12),
         "WIDTHS": (4,),

@@ -58,26 +58,12 @@ class PairLoss(nn.Module, ABC):
         labels: Labels | None = None,
         **named: Tensor | float | None,
     ) -> Tensor:
-        """The sum of the terms.
+        """The sum of the terms, with arguments, result and errors as in their functions.
 
-        Args:
-            image_features: shape ``[N, D]``, floating, unit norm.
-            text_features: shape ``[M, D]``; without labels, row ``i`` belongs to row ``i`` of the images.
-            logit_scale: > 0, already exponentiated.
-            *others: the student's logit bias, if it has one; then the teacher's image features ``[N, E]``, text
-                features ``[M, E]``, logit scale and maybe logit bias. The teacher's are required if a term distils,
-                and an error if none does.
-            labels: ``int64``, for contrastive terms: one ``[N]`` for pairs, or ``(image_labels [N], text_labels [M])``.
-            **named: the others by name: ``logit_bias``, ``teacher_image_features``, ``teacher_text_features``,
-                ``teacher_logit_scale``, ``teacher_logit_bias``.
-
-        Returns:
-            A scalar in nats, or for ``reduction="none"`` a value of each pair, image or text.
-
-        Raises:
-            TypeError: there are too few or too many arguments, or one has a wrong type.
-            ValueError: as :func:`~calrobust.functional.multimodal_contrastive_loss` and
-                :func:`~calrobust.functional.multimodal_distillation_loss`.
+        After the logit scale may come the student's logit bias, then the teacher's image features ``[N, E]``, text
+        features ``[M, E]``, logit scale and maybe logit bias, by place or by name (``logit_bias``,
+        ``teacher_image_features``, ...). The teacher's are required if a term distils, and an error if none does.
+        ``labels`` are for contrastive terms: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``.
         """
         first, *rest = self.terms(image_features, text_features, logit_scale, *others, labels=labels, **named).values()
         return sum(rest, first)

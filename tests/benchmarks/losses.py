@@ -21,6 +21,11 @@ SCALE = 50.0
 REPEATS = 3
 KEEP = 2**40  # a memory_budget that everything fits into
 
+IMAGES = 4096  # against banks
+BANKS = (1000, 4096, 16384)
+BANK_FORMS = ("cross_entropy", "kept", "tiled")
+BANK_LIMIT = 0.75
+
 PLAIN = ("ClipLoss", "kept", "tiled")
 TAUGHT = ("DistillClipLoss", "kept + teacher", "tiled + teacher")
 BEYOND = ("ClipLoss", "tiled")  # at LARGEST
@@ -46,6 +51,7 @@ def tables() -> Iterator[Table]:
     torch.set_num_threads(1)
     yield _time()
     yield _memory()
+    yield _bank()
     yield _variants()
 
 
@@ -163,6 +169,42 @@ def _memory() -> Table:
     table.rows = _compared(curves, MEMORY_LIMITS, "MiB")
     table.rows.append(value("log-log slope of extra memory, tiled", slope(curves["tiled"]), 1.1))
     table.curves = {"extra memory, MiB": curves}
+    return table
+
+
+def build_bank(candidate: str, classes: int) -> Call:
+    """Forward and backward of images against a bank of classes, made once."""
+    image, *_ = _inputs(IMAGES, torch.float32)
+    bank = _inputs(classes, torch.float32)[1]
+    labels = torch.arange(IMAGES) * 7 % classes, torch.arange(classes)
+    scale = torch.tensor(SCALE, requires_grad=True)
+    options: dict[str, Any] = {"direction": "image_to_text", "memory_budget": KEEP if candidate == "kept" else 0}
+
+    def gradients() -> object:
+        if candidate == "cross_entropy":
+            loss = F.cross_entropy(scale * image @ bank.T, labels[0])
+        else:
+            loss = multimodal_contrastive_loss(image, bank, scale, labels=labels, **options)
+        return torch.autograd.grad(loss, (image, bank, scale))
+
+    return gradients
+
+
+def _bank() -> Table:
+    """One direction against a class bank, which torch's cross-entropy is of the whole matrix."""
+    table = Table(
+        "Losses: images against a bank of classes",
+        f"N = {IMAGES}, D = {WIDTH}, float32, forward + backward of images, bank and scale; {torch.get_num_threads()} "
+        f"thread, CPU seconds, medians of {REPEATS}, against `F.cross_entropy(s * x @ W.T, target)`.",
+    )
+    for classes in BANKS:
+        candidates = {name: build_bank(name, classes) for name in BANK_FORMS}
+        seconds = in_turn(candidates, REPEATS, time.process_time)
+        memory = {name: peak_memory(build_bank, name, classes, warm_up=(name, 8)) for name in BANK_FORMS}
+        for name in BANK_FORMS[1:]:
+            label = f"C = {classes}, {name} / cross_entropy"
+            table.rows.append(share(label, seconds[name], seconds["cross_entropy"], BANK_LIMIT))
+            table.rows.append(share(f"{label}, extra memory", memory[name], memory["cross_entropy"], None, "MiB"))
     return table
 
 

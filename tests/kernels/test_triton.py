@@ -299,7 +299,7 @@ def test_the_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
     for teacher in (False, True):
         each = [factor for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)) for factor in model]
-        inputs = each, partners(7, 5), "triton", True, torch.float64
+        inputs = each, partners(7, 5), "triton", True, True, torch.float64
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
 

@@ -36,9 +36,9 @@ def multimodal_distillation_loss(
     pairs, nor as many. The teacher never receives a gradient.
 
     Args:
-        image_features: shape ``[N, D]``, floating, unit norm; used as given, never normalised.
+        image_features: shape ``[N, D]``, as in :func:`~calrobust.functional.multimodal_contrastive_loss`.
         text_features: shape ``[M, D]``.
-        logit_scale: what multiplies the dot products, > 0: a number or a tensor of one element, already exponentiated.
+        logit_scale: > 0, already exponentiated.
         teacher_image_features: shape ``[N, E]``: the same images seen by the teacher, in a width of its own.
         teacher_text_features: shape ``[M, E]``.
         teacher_logit_scale: the teacher's own.

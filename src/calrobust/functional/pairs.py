@@ -19,16 +19,7 @@ from calrobust._checks import (
     check_positive,
 )
 from calrobust.distributed import REDUCTIONS, REFUSED, ProcessGroup, Ranks, Reduction, agree
-from calrobust.kernels import (
-    IMPLS,
-    MEMORY_BUDGET,
-    Direction,
-    Features,
-    Impl,
-    Labels,
-    PairBatch,
-    pair_statistics,
-)
+from calrobust.kernels import IMPLS, MEMORY_BUDGET, Direction, Features, Impl, Labels, PairBatch, pair_statistics
 from calrobust.kernels.operators import obstacle_to_triton
 
 Directions = Literal["both", "image_to_text", "text_to_image"]
@@ -147,8 +138,9 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
     try:
         checked = Options.of(options)
         weighted, student, teacher, labels = request()
-        _check(student, teacher, labels, checked)
-        _check_anchors([term for _, term in weighted], student, labels, checked)
+        _check_batch(student, teacher)
+        _check_anchors([term for _, term in weighted], student, labels, checked.reduction)
+        _check_impl(checked.impl, student[0].device)
     except (TypeError, ValueError):
         if gather:
             agree([REFUSED, REFUSED], group, {}, torch.device("cpu"))
@@ -190,14 +182,10 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
 
 def _reduce(each: Sequence[tuple[Tensor, Tensor | int]], reduction: Reduction, ranks: Ranks) -> Tensor:
     """The sum over directions of their values, or of the mean or sum over the anchors of all ranks."""
-    if reduction != "none":
-        return ranks.sum(_total([values.sum() / (number if reduction == "mean" else 1) for values, number in each]))
-    return _total([values for values, _ in each])
-
-
-def _total(values: Sequence[Tensor]) -> Tensor:
-    first, *rest = values
-    return sum(rest, first)
+    if reduction == "none":
+        return torch.stack([values for values, _ in each]).sum(0)
+    divisors = (number if reduction == "mean" else 1 for _, number in each)
+    return ranks.sum(torch.stack([v.sum() / divisor for (v, _), divisor in zip(each, divisors, strict=True)]).sum())
 
 
 def _facts(
@@ -228,55 +216,56 @@ def _facts(
     return facts
 
 
-def _check(student: Features, teacher: Features | None, labels: Labels | None, options: Options) -> None:
-    image_features, text_features, logit_scale = student
-    _check_features(image_features=image_features, text_features=text_features)
-    _check_logit_scale(logit_scale=logit_scale)
-    if isinstance(labels, tuple):
-        if len(labels) != 2:
-            raise ValueError(f"labels must be one tensor or a pair, of images and of texts, got {len(labels)} of them")
-        for k, features in enumerate((image_features, text_features)):
-            named: dict[str, Any] = {f"labels[{k}]": labels[k]}
-            check_labels(features.shape[0], features.device, **named)
-    elif labels is not None:
-        check_labels(image_features.shape[0], image_features.device, labels=labels)
-    if teacher is not None:
-        teacher_image_features, teacher_text_features, teacher_logit_scale = teacher
-        _check_features(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
-        _check_logit_scale(teacher_logit_scale=teacher_logit_scale)
-        for name, theirs, ours in (
-            ("image_features", teacher_image_features, image_features),
-            ("text_features", teacher_text_features, text_features),
-        ):
-            if theirs.shape[0] != ours.shape[0]:
-                raise ValueError(
-                    f"teacher_{name} and {name} must have as many rows, got {list(theirs.shape)} and "
-                    f"{list(ours.shape)}; run the teacher on the same batch"
-                )
-        check_one_device(teacher_image_features=teacher_image_features, image_features=image_features)
-    if options.impl == "triton" and (obstacle := obstacle_to_triton(image_features.device)):
+def _check_batch(student: Features, teacher: Features | None) -> None:
+    """Raises unless student and teacher have features of the same images and texts, and logit scales."""
+    for prefix, features in (("", student), *([("teacher_", teacher)] if teacher else [])):
+        images, texts, scale = features
+        _check_features(**{f"{prefix}image_features": images, f"{prefix}text_features": texts})
+        _check_logit_scale(**{f"{prefix}logit_scale": scale})
+    if teacher is None:
+        return
+    for name, theirs, ours in zip(("image_features", "text_features"), teacher[:2], student[:2], strict=True):
+        if theirs.shape[0] != ours.shape[0]:
+            raise ValueError(
+                f"teacher_{name} and {name} must have as many rows, got {list(theirs.shape)} and {list(ours.shape)}; "
+                "run the teacher on the same batch"
+            )
+    check_one_device(teacher_image_features=teacher[0], image_features=student[0])
+
+
+def _check_impl(impl: Impl, device: torch.device) -> None:
+    if impl == "triton" and (obstacle := obstacle_to_triton(device)):
         raise ValueError(
             "impl='triton' must find triton and features on a CUDA device of compute capability 8.0 or more, "
             f"got {obstacle}; provide that, or pass impl='auto', which takes what there is"
         )
 
 
-def _check_anchors(terms: list[Term], student: Features, labels: Labels | None, options: Options) -> None:
-    """Raises where images and texts that do not pair up are treated as pairs."""
-    n, m = student[0].shape[0], student[1].shape[0]
-    if isinstance(labels, Tensor) and n != m:
+def _check_anchors(terms: list[Term], student: Features, labels: Labels | None, reduction: Reduction) -> None:
+    """Raises for labels that do not fit, and where images and texts that are no pairs are treated as pairs."""
+    images, texts, _ = student
+    n, m, device = images.shape[0], texts.shape[0], images.device
+    if isinstance(labels, tuple):
+        if len(labels) != 2:
+            raise ValueError(f"labels must be one tensor or a pair, of images and of texts, got {len(labels)} of them")
+        for k, length in enumerate((n, m)):
+            named: dict[str, Any] = {f"labels[{k}]": labels[k]}
+            check_labels(length, device, **named)
+    elif labels is not None and n != m:
         raise ValueError(
             f"labels must be a pair where images and texts differ in number, got one tensor for {n} images and {m} "
             "texts; pass labels=(image_labels, text_labels)"
         )
-    if n > m and labels is None and any(term.needs_positives for term in terms):
+    elif labels is not None:
+        check_labels(n, device, labels=labels)
+    elif n > m and any(term.needs_positives for term in terms):
         raise ValueError(
             f"text_features must hold a text for each image, got {m} texts for {n} images; "
             "pass labels=(image_labels, text_labels) to say which text belongs to which image"
         )
     directions = {term.direction for term in terms}
-    several = len(directions) > 1 or "both" in directions
-    if options.reduction == "none" and several and (n != m or isinstance(labels, tuple)):
+    one = len(directions) == 1 and "both" not in directions
+    if reduction == "none" and not one and (n != m or isinstance(labels, tuple)):
         raise ValueError(
             f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(directions))} with "
             f"{n} images and {m} texts that are no pairs; pass direction='image_to_text' or 'text_to_image'"

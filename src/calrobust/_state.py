@@ -67,6 +67,8 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
     check_same_state(teacher=teacher, student=student)
     pairs: dict[int, Pair] = {}
     for name, tensor in teacher.items():
+        if tensor is student[name]:
+            continue
         pair = pairs.setdefault(id(tensor), Pair(name, tensor, student[name], name in averaged))
         if pair.theirs is not student[name]:
             raise ValueError(
@@ -79,7 +81,7 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
                 f"teacher and student must be sharded alike, got {name} {kinds[0]} in the teacher and {kinds[1]} in "
                 "the student; give teacher.module and teacher.masters the fully_shard calls of the student"
             )
-    return [pair for pair in pairs.values() if pair.ours is not pair.theirs]
+    return list(pairs.values())
 
 
 def check_same_state(**states: Mapping[str, Any]) -> None:

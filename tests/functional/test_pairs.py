@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss, functional
+from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss, functional, kernels
 from calrobust.functional import multimodal_contrastive_loss, multimodal_distillation_loss
 
 IMPLS = ("auto", "dense", "tiled")
@@ -251,3 +251,28 @@ def test_an_image_without_a_positive_is_no_number_where_values_are_not_looked_at
         with pytest.raises(ValueError, match=r"^labels must give each image .* got none for 1 of 3 images; add their"):
             loss(direction)
     assert_close(compiled("text_to_image"), loss("text_to_image"))
+
+
+def test_one_direction_asks_for_its_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text to image is image to text with the two exchanged; directions that meet in a sum share a pass."""
+    sweeps: list[tuple[int, bool]] = []
+    original = kernels.operators.softmax_statistics
+
+    def noted(student: Any, *others: Any, columns: bool, **options: Any) -> Any:
+        sweeps.append((len(student.x), columns))
+        return original(student, *others, columns=columns, **options)
+
+    monkeypatch.setattr(kernels.operators, "softmax_statistics", noted)
+    image, text, teacher = unit_rows(5, 3, 0), unit_rows(8, 3, 1), (unit_rows(5, 3, 2), unit_rows(8, 3, 3), 4.0)
+    of_images, of_texts, both = (5, False), (8, False), (5, True)
+
+    def asked(first: Any, second: Any, temperature: float = 1.0) -> list[tuple[int, bool]]:
+        sweeps.clear()
+        distillation = MultimodalDistillationLoss(direction=second, temperature=temperature)
+        (MultimodalContrastiveLoss(direction=first) + distillation)(image, text, 5.0, *teacher)
+        return list(sweeps)
+
+    assert asked("image_to_text", "image_to_text") == [of_images]
+    assert asked("text_to_image", "text_to_image") == [of_texts]
+    assert asked("text_to_image", "image_to_text") == asked("both", "text_to_image") == [both]
+    assert asked("text_to_image", "image_to_text", temperature=2.0) == [of_texts, of_images]

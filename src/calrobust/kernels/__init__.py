@@ -20,7 +20,7 @@ The statistics of rows are always found, those of columns if they are asked for.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ class PairBatch:
         self.of_rows = self._anchors((rows < self.pairs).long(), ranks[0].total, are_images=not swapped)
         self.of_columns = self._anchors((columns < self.pairs).long(), ranks[0].total, are_images=swapped)
         if labels is not None:
-            self._label(*labels[:: -1 if swapped else 1]) if isinstance(labels, tuple) else self._label(labels, labels)
+            of_images, of_texts = labels if isinstance(labels, tuple) else (labels, labels)
+            self._label(*((of_texts, of_images) if swapped else (of_images, of_texts)))
 
     def own(self, factors: Factors) -> Tensor:
         """``[n]``: the logit of each row and its partner, `EXCLUDED` if there is none."""
@@ -187,15 +188,8 @@ def pair_statistics(
         if impl == "dense":
             strip = dense.softmax_statistics(student, teacher, batch.partner, columns=columns)
         else:
-            strip = operators.softmax_statistics(
-                student,
-                teacher,
-                batch.partner,
-                columns=columns,
-                impl=impl,
-                memory_budget=memory_budget,
-                operands=batch.operands,
-            )
+            options: dict[str, Any] = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
+            strip = operators.softmax_statistics(student, teacher, batch.partner, columns=columns, **options)
         totals = batch.rows.total, batch.columns.total
         rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), totals[1], batch.of_rows, totals[0])
         if not columns:

@@ -31,10 +31,11 @@ TEACHER = (unit_rows(7, 5, 2), unit_rows(7, 5, 3), 15.0)
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("impl", ["auto", "dense", "tiled"])
-def test_modules_are_their_functions(reduction: Any, impl: Any) -> None:
+@pytest.mark.parametrize("direction", ["both", "image_to_text", "text_to_image"])
+def test_modules_are_their_functions(reduction: Any, impl: Any, direction: Any) -> None:
     """Every keyword argument reaches the function."""
     labels = class_labels(7, 0)
-    options: Any = {"reduction": reduction, "impl": impl, "memory_budget": 0}
+    options: Any = {"direction": direction, "reduction": reduction, "impl": impl, "memory_budget": 0}
     assert_close(
         MultimodalContrastiveLoss(label_smoothing=0.2, **options)(*STUDENT, labels=labels),
         functional.multimodal_contrastive_loss(*STUDENT, labels=labels, label_smoothing=0.2, **options),

@@ -64,6 +64,25 @@ def distillation(
     return temperature**2 * (rows + columns)
 
 
+def sigmoid_contrastive(
+    image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float, positive: Tensor
+) -> Tensor:
+    """SigLIP's loss of each image: torch's binary cross-entropy on the whole matrix, of which True is ``positive``."""
+    logits = scale * image @ text.T + bias
+    return F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none").sum(1)
+
+
+def sigmoid_distillation(
+    student: tuple[Tensor, Tensor, Tensor | float, Tensor | float],
+    teacher: tuple[Tensor, Tensor, Tensor | float, Tensor | float],
+    temperature: float = 1.0,
+) -> Tensor:
+    """Of each image: torch's KL of softmaxes over the two answers, on the whole matrices."""
+    s, t = ((scale * image @ text.T + bias) / temperature for image, text, scale, bias in (student, teacher))
+    student_log, teacher_log = (torch.stack([z, torch.zeros_like(z)]).log_softmax(0) for z in (s, t))
+    return temperature**2 * F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum((0, 2))
+
+
 def gradients(value: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Of a scalar, without touching ``.grad``."""
     return list(torch.autograd.grad(value, inputs))

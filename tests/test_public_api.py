@@ -69,6 +69,7 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "kernels": {"_checks", "distributed", "kernels"},
     "functional": {"_checks", "distributed", "kernels", "functional"},
     "losses": {"_checks", "distributed", "kernels", "functional"},
+    "sigmoid_losses": {"functional", "losses"},
     "metrics": {"_checks", "functional", "metrics"},
     "_state": {"_checks"},
     "_copying": {"_checks", "_state"},

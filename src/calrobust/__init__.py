@@ -7,6 +7,7 @@ from calrobust import functional, schedules
 from calrobust.evaluation import collect_logits, zero_shot_classifier
 from calrobust.losses import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
 from calrobust.report import ShiftReport
+from calrobust.sigmoid_losses import SigmoidContrastiveLoss, SigmoidDistillationLoss
 from calrobust.teacher import EMATeacher
 from calrobust.temperature import TemperatureScaler
 from calrobust.weights import average, interpolate, model_stock
@@ -21,6 +22,8 @@ __all__ = [
     "MultimodalDistillationLoss",
     "OrthogonalityLoss",
     "ShiftReport",
+    "SigmoidContrastiveLoss",
+    "SigmoidDistillationLoss",
     "TemperatureScaler",
     "average",
     "collect_logits",

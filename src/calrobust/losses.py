@@ -33,7 +33,7 @@ class PairLoss(nn.Module, ABC):
     Base class of :class:`~calrobust.MultimodalContrastiveLoss`, :class:`~calrobust.MultimodalDistillationLoss` and
     their sums. Call any of them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if
     no term distils. Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's
-    SigLIP models do. A bias shifts all logits alike and so changes no softmax: it gets a zero gradient.
+    SigLIP models do. A bias changes no softmax, so its gradient is zero unless there are sigmoid terms.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -65,7 +65,8 @@ class PairLoss(nn.Module, ABC):
         ``teacher_image_features``, ...). The teacher's are required if a term distils, and an error if none does.
         ``labels`` are for contrastive terms: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``.
         """
-        first, *rest = self.terms(image_features, text_features, logit_scale, *others, labels=labels, **named).values()
+        given = (image_features, text_features, logit_scale, *others)
+        first, *rest = self._values(given, named, labels, together=True)
         return sum(rest, first)
 
     def terms(
@@ -79,32 +80,37 @@ class PairLoss(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """The weighted terms by name, for logging; ``forward`` has the arguments and errors, and gives their sum.
 
-        Names are ``contrastive`` and ``distillation``; a second term of a kind is ``distillation_2``.
+        Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive`` and ``sigmoid_distillation``; a second term
+        of a kind is ``distillation_2``. The gradient of several sigmoid terms is cheaper by ``forward``.
         """
-        weighted: list[tuple[float, _TermLoss]] = []
+        given = (image_features, text_features, logit_scale, *others)
+        values = self._values(given, named, labels, together=False)
+        kinds = [loss._kind.name for _, loss in self.weighted()]
+        counts = [kinds[:k].count(kind) for k, kind in enumerate(kinds)]
+        names = [f"{kind}_{count + 1}" if count else kind for kind, count in zip(kinds, counts, strict=True)]
+        return dict(zip(names, values, strict=True))
+
+    def _values(
+        self, given: tuple[Any, ...], named: dict[str, Any], labels: Labels | None, *, together: bool
+    ) -> list[Tensor]:
+        """The weighted terms, or ``together`` some values of which only the sum is to be differentiated."""
         bias: Tensor | float | None = None
 
         def request() -> Request:
             nonlocal bias
-            weighted.extend(self.weighted())
-            found = self._by_name((image_features, text_features, logit_scale, *others), named)
-            if labels is not None and not any(isinstance(loss, MultimodalContrastiveLoss) for _, loss in weighted):
+            found = self._by_name(given, named)
+            terms = [(weight, loss.term()) for weight, loss in self.weighted()]
+            if labels is not None and not any(term.needs_positives for _, term in terms):
                 raise TypeError(f"labels must go to a contrastive term, and {self!r} has none; leave them out")
-            bias = found.get("logit_bias")
             student, teacher = (cast(Features, tuple(map(found.get, names[:3]))) for names in (_STUDENT, _TEACHER))
-            has_teacher = found.get("teacher_image_features") is not None
-            terms = [(weight, loss.term()) for weight, loss in weighted]
-            return Request(terms, student, teacher if has_teacher else None, labels)
+            bias, other = (found.get(names[3]) for names in (_STUDENT, _TEACHER))
+            biases = (0.0 if bias is None else bias, 0.0 if other is None else other)
+            return Request(terms, student, None if teacher[0] is None else teacher, labels, biases)
 
-        values = weighted_terms(request, self.options())
-        terms: dict[str, Tensor] = {}
-        for (_, loss), value in zip(weighted, values, strict=True):
-            name = loss._kind.name
-            count = sum(known.split("_")[0] == name for known in terms)
-            if isinstance(bias, Tensor):  # else DistributedDataParallel would wait for its gradient
-                value = value + 0 * bias.sum()
-            terms[f"{name}_{count + 1}" if count else name] = value
-        return terms
+        values = weighted_terms(request, self.options(), together=together)
+        if isinstance(bias, Tensor):  # no softmax sees it, but DistributedDataParallel would wait for its gradient
+            values = [value + 0 * bias.sum() for value in values]
+        return values
 
     def _by_name(
         self, given: tuple[Tensor | float | None, ...], named: dict[str, Tensor | float | None]

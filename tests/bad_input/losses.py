@@ -10,12 +10,21 @@ from bad_input.table import Odd, Table, Target, Wrong
 from strategies import unit_rows
 from torch import nn
 
-from calrobust import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
+from calrobust import (
+    CaRotLoss,
+    MultimodalContrastiveLoss,
+    MultimodalDistillationLoss,
+    OrthogonalityLoss,
+    SigmoidContrastiveLoss,
+    SigmoidDistillationLoss,
+)
 from calrobust.functional import (
     carot_loss,
     multimodal_contrastive_loss,
     multimodal_distillation_loss,
     orthogonality_loss,
+    sigmoid_contrastive_loss,
+    sigmoid_distillation_loss,
 )
 from calrobust.integrations.open_clip import OpenClipLoss
 from calrobust.kernels import IMPLS
@@ -38,12 +47,21 @@ def taught(**more: Any) -> dict[str, Any]:
     return pairs(**teacher, **more)
 
 
+def taught_sigmoids() -> dict[str, Any]:
+    """And the biases of both."""
+    return taught(logit_bias=-10.0, teacher_logit_bias=-9.0)
+
+
 CONTRASTIVE = Target("functional.multimodal_contrastive_loss", multimodal_contrastive_loss, pairs)
 CONTRASTIVE_MODULE = Target("MultimodalContrastiveLoss.forward", MCL, pairs)
 DISTILLATION = Target("functional.multimodal_distillation_loss", multimodal_distillation_loss, taught)
 DISTILLATION_MODULE = Target("MultimodalDistillationLoss.forward", MKD, taught)
 CAROT = Target("functional.carot_loss", carot_loss, lambda: taught(label_smoothing=0.1, distillation_weight=1.5))
 CAROT_MODULE = Target("CaRotLoss.forward", CaRotLoss(label_smoothing=0.1, distillation_weight=1.5), taught)
+SIGMOID = Target("functional.sigmoid_contrastive_loss", sigmoid_contrastive_loss, lambda: pairs(logit_bias=-10.0))
+SIGMOID_MODULE = Target("SigmoidContrastiveLoss.forward", SigmoidContrastiveLoss(), lambda: pairs(logit_bias=-10.0))
+SIGMOID_DISTILLATION = Target("functional.sigmoid_distillation_loss", sigmoid_distillation_loss, taught_sigmoids)
+SIGMOID_SUM = Target("SigmoidDistillationLoss.forward", SigmoidDistillationLoss() + MCL, taught_sigmoids)
 SUM = Target("losses.LossSum.forward", MCL + 1.5 * MKD, taught)
 TERMS = Target("losses.LossSum.terms", (MCL + 1.5 * MKD).terms, taught)
 OPEN_CLIP = Target("integrations.open_clip.OpenClipLoss.forward", OpenClipLoss(MCL), pairs)
@@ -76,6 +94,10 @@ TABLE: Table = [
             CONTRASTIVE_MODULE,
             DISTILLATION_MODULE,
             CAROT_MODULE,
+            SIGMOID,
+            SIGMOID_MODULE,
+            SIGMOID_DISTILLATION,
+            SIGMOID_SUM,
             SUM,
             TERMS,
             OPEN_CLIP,
@@ -190,6 +212,37 @@ TABLE: Table = [
                 "got features on cpu; provide that, or pass impl='auto', which takes what there is",
             ),
         ],
+    ),
+    (
+        [SIGMOID, SIGMOID_MODULE, SIGMOID_SUM],
+        [
+            Wrong({"logit_bias": math.nan}, ValueError, "logit_bias must be finite, got nan"),
+            Wrong({"logit_bias": "0"}, TypeError, "logit_bias must be a real number, got str '0'"),
+            Wrong(
+                {"logit_bias": torch.arange(2.0)},
+                ValueError,
+                "logit_bias must be a scalar, or a vector of equal entries as DataParallel gives it, got shape [2]; "
+                "pass model.logit_bias",
+            ),
+            *several("logit_bias", ValueError, torch.zeros(0), torch.zeros(2, 2), math.inf),
+            *several("logit_bias", TypeError, torch.tensor(1), True),
+        ],
+    ),
+    (
+        [SIGMOID_DISTILLATION, SIGMOID_SUM],
+        [
+            *several("teacher_logit_bias", ValueError, math.nan, torch.arange(2.0)),
+            *several("teacher_logit_bias", TypeError, "0", torch.tensor(1)),
+        ],
+    ),
+    ([SIGMOID], [*several("text_features", ValueError, ROWS[:3]), *several("logit_bias", TypeError, None)]),
+    (
+        [Target("SigmoidContrastiveLoss", SigmoidContrastiveLoss, dict)],
+        several("reduction", ValueError, "batchmean"),
+    ),
+    (
+        [SIGMOID_DISTILLATION, Target("SigmoidDistillationLoss", SigmoidDistillationLoss, dict)],
+        several("temperature", ValueError, 0.0, math.nan),
     ),
     (
         [CONTRASTIVE, TERMS],

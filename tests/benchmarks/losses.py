@@ -11,7 +11,8 @@ from benchmarks.measure import Call, Row, Table, in_turn, missing, peak_memory, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from calrobust.functional import carot_loss, multimodal_contrastive_loss
+from calrobust import SigmoidContrastiveLoss, SigmoidDistillationLoss
+from calrobust.functional import carot_loss, multimodal_contrastive_loss, sigmoid_contrastive_loss
 
 SIZES = (2048, 4096, 8192)
 LARGEST = 16384  # for what does not need minutes there
@@ -46,6 +47,12 @@ MEMORY_LIMITS = {
 }
 
 
+SIGMOID_LIMITS = {  # share of open_clip's time at LINEAR_SIZE, and of its memory there and at LARGEST
+    "sigmoid": (0.62, 0.30, 0.08),
+    "sigmoid + teacher": (0.85, None, None),
+}
+
+
 def tables() -> Iterator[Table]:
     """Time, memory and precision, one after the other."""
     torch.set_num_threads(1)
@@ -53,6 +60,7 @@ def tables() -> Iterator[Table]:
     yield _memory()
     yield _bank()
     yield _variants()
+    yield _sigmoid()
 
 
 def build(candidate: str, size: int, dtype: torch.dtype = torch.float32) -> Call:
@@ -96,6 +104,15 @@ def _loss(candidate: str, image: Tensor, text: Tensor, scale: Tensor, teacher: l
                 contrastive + 2 * distillation
             )  # its distillation is the mean of both directions, ours the sum
             return total
+        case "sigmoid":
+            return sigmoid_contrastive_loss(image, text, scale, -10.0)
+        case "sigmoid + teacher":
+            criterion = SigmoidContrastiveLoss() + SigmoidDistillationLoss()
+            both: Tensor = criterion(image, text, scale, -10.0, *teachers, -10.0)
+            return both
+        case "SigLipLoss":
+            sigmoid: Tensor = peer("open_clip.loss").SigLipLoss()(image, text, scale, torch.tensor(-10.0))
+            return sigmoid
         case "ClipLoss, autocast" | "DistillClipLoss, autocast":
             with torch.autocast("cpu", torch.bfloat16):
                 return _loss(candidate.split(",")[0], image, text, scale, teacher)
@@ -246,6 +263,29 @@ def _variants() -> Table:
         if other in autocast:
             theirs = f"{_relative_error(_gradients(other, inputs), reference):.2g}"
         table.rows.append(value(f"bfloat16, gradient error, {name} ({other})", error, 2e-3, peer=theirs))
+    return table
+
+
+def _sigmoid() -> Table:
+    """The losses of sigmoid models."""
+    table = Table(
+        "Losses: sigmoids",
+        f"D = {WIDTH}, float32, forward + backward, {torch.get_num_threads()} thread; CPU seconds, medians of "
+        f"{REPEATS}; extra memory as above.",
+    )
+    names = _present(("SigLipLoss", *SIGMOID_LIMITS))
+    note = missing("open_clip.loss")
+    seconds = in_turn({name: build(name, LINEAR_SIZE) for name in names}, REPEATS, time.process_time)
+    memory = {
+        size: {name: peak_memory(build, name, size, warm_up=(name, 64)) for name in names}
+        for size in (LINEAR_SIZE, LARGEST)
+    }
+    for name, (of_time, *of_memory) in SIGMOID_LIMITS.items():
+        label = f"B = {LINEAR_SIZE}, {name} / SigLipLoss"
+        table.rows.append(share(label, seconds[name], seconds.get("SigLipLoss"), of_time, note=note))
+        for (size, found), limit in zip(memory.items(), of_memory, strict=True):
+            label = f"B = {size}, extra memory, {name} / SigLipLoss"
+            table.rows.append(share(label, found[name], found.get("SigLipLoss"), limit, "MiB", note))
     return table
 
 

@@ -15,6 +15,7 @@ from calrobust.functional.intervals import CalibrationInterval, calibration_inte
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import PairOptions
 from calrobust.functional.scoring import brier_score, negative_log_likelihood
+from calrobust.functional.sigmoid import sigmoid_contrastive_loss, sigmoid_distillation_loss
 from calrobust.functional.temperature import fit_temperature
 
 __all__ = [
@@ -34,5 +35,7 @@ __all__ = [
     "multimodal_distillation_loss",
     "negative_log_likelihood",
     "orthogonality_loss",
+    "sigmoid_contrastive_loss",
+    "sigmoid_distillation_loss",
     "top_label",
 ]

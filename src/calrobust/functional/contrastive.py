@@ -8,7 +8,7 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_fraction
-from calrobust.functional.pairs import DIRECTIONS, Directions, PairOptions, Request, weighted_terms
+from calrobust.functional.pairs import DIRECTIONS, Directions, PairOptions, Request, SoftmaxTerm, weighted_terms
 from calrobust.kernels import Direction, Labels
 
 
@@ -78,7 +78,7 @@ def multimodal_contrastive_loss(
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(SoftmaxTerm):
     """MCL as a term of a sum."""
 
     name: ClassVar[str] = "contrastive"

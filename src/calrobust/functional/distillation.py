@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calrobust._checks import check_choice, check_number, check_positive
 from calrobust.functional.contrastive import Contrastive
-from calrobust.functional.pairs import DIRECTIONS, Directions, PairOptions, Request, Term, weighted_terms
+from calrobust.functional.pairs import DIRECTIONS, Directions, PairOptions, Request, SoftmaxTerm, Term, weighted_terms
 from calrobust.kernels import Direction, Labels
 
 
@@ -119,7 +119,7 @@ def carot_loss(
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(SoftmaxTerm):
     """MKD as a term of a sum."""
 
     name: ClassVar[str] = "distillation"

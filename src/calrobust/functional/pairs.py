@@ -15,15 +15,17 @@ from calrobust._checks import (
     check_floating,
     check_integer,
     check_labels,
+    check_number,
     check_one_device,
     check_positive,
 )
 from calrobust.distributed import REDUCTIONS, REFUSED, ProcessGroup, Ranks, Reduction, agree
-from calrobust.kernels import IMPLS, MEMORY_BUDGET, Direction, Features, Impl, Labels, PairBatch, pair_statistics
+from calrobust.kernels import IMPLS, MEMORY_BUDGET, Features, Impl, Labels, PairBatch, pair_statistics
 from calrobust.kernels.operators import obstacle_to_triton
 
 Directions = Literal["both", "image_to_text", "text_to_image"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
+Biases = tuple[Tensor | float, Tensor | float]  # of the student's logits and of the teacher's; no softmax sees them
 
 
 class PairOptions(TypedDict, total=False):
@@ -92,6 +94,10 @@ class Term(Protocol):
     needs_teacher: ClassVar[bool]
     needs_positives: ClassVar[bool]
 
+    @staticmethod
+    def evaluate(sharing: Sequence[tuple[float, Any]], shared: Shared) -> list[Tensor]:
+        """The values of all weighted terms that share this function and a temperature, reduced over all ranks."""
+
     @property
     def temperature(self) -> float:
         """What divides the logits."""
@@ -99,12 +105,6 @@ class Term(Protocol):
     @property
     def direction(self) -> Directions:
         """Whose candidates are compared: those of images, of texts or of both."""
-
-    def values(self, statistics: Direction) -> tuple[Tensor, Tensor | int]:
-        """Of each anchor of a direction, and the number of anchors over all ranks, by which a mean divides.
-
-        The term is the sum over its directions.
-        """
 
 
 class Request(NamedTuple):
@@ -114,10 +114,68 @@ class Request(NamedTuple):
     student: Features
     teacher: Features | None
     labels: Labels | None
+    biases: Biases = (0.0, 0.0)
 
 
-def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
+class Shared:
+    """What all terms of a call have in common."""
+
+    def __init__(self, request: Request, ranks: tuple[Ranks, Ranks], options: Options, *, together: bool) -> None:
+        self.request, self.ranks, self.options, self.together = request, ranks, options, together
+        self._batches: dict[bool, PairBatch] = {}
+
+    def batch(self, *, swapped: bool = False) -> PairBatch:
+        """The batch, with images as rows and texts as columns, or ``swapped``."""
+        if swapped not in self._batches:
+            _, student, teacher, labels, _ = self.request
+            self._batches[swapped] = PairBatch(student, teacher, labels, self.ranks, swapped=swapped)
+        return self._batches[swapped]
+
+    def reduce(self, each: Sequence[tuple[Tensor, Tensor | int]]) -> Tensor:
+        """The sum over directions of their values, or of the mean or sum over the anchors of all ranks.
+
+        A direction has values and the number of anchors over all ranks, by which a mean divides.
+        """
+        reduction = self.options.reduction
+        if reduction == "none":
+            return torch.stack([values for values, _ in each]).sum(0)
+        sums = [values.sum() / (number if reduction == "mean" else 1) for values, number in each]
+        return self.ranks[0].sum(torch.stack(sums).sum())
+
+
+class SoftmaxTerm:
+    """Terms whose ``values(direction)`` are those of the anchors of a `Direction`, and their number over all ranks."""
+
+    @staticmethod
+    def evaluate(sharing: Sequence[tuple[float, Any]], shared: Shared) -> list[Tensor]:
+        """In one pass over the pair matrix."""
+        terms = [term for _, term in sharing]
+        # Text to image alone is image to text with the two exchanged.
+        swapped = all(term.direction == "text_to_image" for term in terms)
+        batch = shared.batch(swapped=swapped)
+        if any(term.needs_positives and term.direction != "text_to_image" for term in terms):
+            _check_positives(batch)
+        found = pair_statistics(
+            batch,
+            temperature=float(terms[0].temperature),
+            distils=any(term.needs_teacher for term in terms),
+            columns=not swapped and any(term.direction != "image_to_text" for term in terms),
+            impl=shared.options.impl,
+            memory_budget=shared.options.memory_budget,
+        )
+        statistics = dict(zip(DIRECTIONS[2:] if swapped else DIRECTIONS[1:], found, strict=False))
+        values = []
+        for weight, term in sharing:
+            wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
+            value = weight * shared.reduce([term.values(statistics[way]) for way in wanted])
+            values.append(value.to(batch.dtype))
+        return values
+
+
+def weighted_terms(request: Callable[[], Request], options: PairOptions, *, together: bool = False) -> list[Tensor]:
     """Each term times its weight, reduced over all ranks; terms of one temperature share one pass.
+
+    If only their sum is meant, and they have a gradient ``together``, those of sigmoids are cheaper.
 
     With ``gather``, an error on one rank must raise on all of them, or the others would wait for it forever. So the
     request is a function: errors that it raises are told to the other ranks too.
@@ -127,18 +185,19 @@ def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list
             msg="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
             "compile the model, and leave the loss out of fullgraph=True"
         )
-        terms: list[Tensor] = torch.compiler.disable(_weighted_terms)(request, options)
+        terms: list[Tensor] = torch.compiler.disable(_weighted_terms)(request, options, together)
         return terms
-    return _weighted_terms(request, options)
+    return _weighted_terms(request, options, together)
 
 
-def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
+def _weighted_terms(request: Callable[[], Request], options: PairOptions, together: bool) -> list[Tensor]:
     gather, group = options.get("gather", False), options.get("group")
     check_flag(gather=gather)
     try:
         checked = Options.of(options)
-        weighted, student, teacher, labels = request()
+        weighted, student, teacher, labels, biases = asked = request()
         _check_batch(student, teacher)
+        _check_logit_bias(logit_bias=biases[0], teacher_logit_bias=biases[1])
         _check_anchors([term for _, term in weighted], student, labels, checked.reduction)
         _check_impl(checked.impl, student[0].device)
     except (TypeError, ValueError):
@@ -148,44 +207,19 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
     n, m = student[0].shape[0], student[1].shape[0]
     ranks = Ranks([n]), Ranks([m])
     if gather:
-        images, texts = agree([n, m], group, _facts(weighted, student, teacher, labels, checked), student[0].device)
+        images, texts = agree(
+            [n, m], group, _facts(weighted, student, teacher, labels, biases, checked), student[0].device
+        )
         ranks = images, texts
-    batches: dict[bool, PairBatch] = {}
-    statistics: dict[float, dict[str, Direction]] = {}
-    terms = []
-    for weight, term in weighted:
-        temperature = float(term.temperature)
-        sharing = [other for _, other in weighted if other.temperature == temperature]
-        # Text to image alone is image to text with the two exchanged.
-        swapped = all(other.direction == "text_to_image" for other in sharing)
-        if swapped not in batches:
-            batches[swapped] = PairBatch(student, teacher, labels, ranks, swapped=swapped)
-        batch = batches[swapped]
-        if term.needs_positives and term.direction != "text_to_image":
-            _check_positives(batch)
-        if temperature not in statistics:
-            found = pair_statistics(
-                batch,
-                temperature=temperature,
-                distils=any(other.needs_teacher for other in sharing),
-                columns=not swapped and any(other.direction != "image_to_text" for other in sharing),
-                impl=checked.impl,
-                memory_budget=checked.memory_budget,
-            )
-            names = DIRECTIONS[2:] if swapped else DIRECTIONS[1:]
-            statistics[temperature] = {way: each for way, each in zip(names, found, strict=False) if each is not None}
-        wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
-        values = [term.values(statistics[temperature][way]) for way in wanted]
-        terms.append((float(weight) * _reduce(values, checked.reduction, ranks[0])).to(batch.dtype))
-    return terms
-
-
-def _reduce(each: Sequence[tuple[Tensor, Tensor | int]], reduction: Reduction, ranks: Ranks) -> Tensor:
-    """The sum over directions of their values, or of the mean or sum over the anchors of all ranks."""
-    if reduction == "none":
-        return torch.stack([values for values, _ in each]).sum(0)
-    divisors = (number if reduction == "mean" else 1 for _, number in each)
-    return ranks.sum(torch.stack([v.sum() / divisor for (v, _), divisor in zip(each, divisors, strict=True)]).sum())
+    shared = Shared(asked, ranks, checked, together=together)
+    passes: dict[tuple[Any, float], list[int]] = {}
+    for place, (_, term) in enumerate(weighted):
+        passes.setdefault((term.evaluate, float(term.temperature)), []).append(place)
+    terms: dict[int, Tensor] = {}
+    for (evaluate, _), places in passes.items():
+        values = evaluate([(float(weighted[place][0]), weighted[place][1]) for place in places], shared)
+        terms.update(zip(places, values, strict=True))
+    return [terms[place] for place in range(len(weighted))]
 
 
 def _facts(
@@ -193,6 +227,7 @@ def _facts(
     student: Features,
     teacher: Features | None,
     labels: Labels | None,
+    biases: Biases,
     options: Options,
 ) -> dict[str, object]:
     """What must be the same on all ranks: otherwise their collectives do not fit, or their losses differ."""
@@ -202,7 +237,7 @@ def _facts(
         "whether labels are given": labels is not None,
         "whether labels are a pair": isinstance(labels, tuple),
     }
-    for whose, features in (("", student), ("the teacher's ", teacher)):
+    for whose, features, bias in (("", student, biases[0]), ("the teacher's ", teacher, biases[1])):
         facts[f"whether {whose or 'the '}features are given"] = features is not None
         if features is None:
             continue
@@ -210,6 +245,7 @@ def _facts(
         facts[f"the width of {whose}features"] = images.shape[1]
         facts[f"the dtype of {whose}features"] = str(images.dtype)
         facts[f"{whose}logit_scale, if it is a number"] = None if isinstance(scale, Tensor) else float(scale)
+        facts[f"{whose}logit_bias, if it is a number"] = None if isinstance(bias, Tensor) else float(bias)
         if features is student:
             facts["whether image_features need a gradient"] = torch.is_grad_enabled() and images.requires_grad
             facts["whether text_features need a gradient"] = torch.is_grad_enabled() and texts.requires_grad
@@ -313,14 +349,27 @@ def _check_logit_scale(**scales: Any) -> None:
         if not isinstance(value, Tensor):
             check_positive(**{name: value})
             continue
-        check_floating(**{name: value})
-        if value.numel() == 0:
-            raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass model.logit_scale.exp()")
-        if value.numel() > 1 and (value.ndim > 1 or not bool((value == value[0]).all())):
-            raise ValueError(
-                f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
-                f"{list(value.shape)}; pass model.logit_scale.exp()"
-            )
+        _check_scalar(value, name, "model.logit_scale.exp()")
         # Elsewhere, a look at the value would wait for the device.
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
             raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")
+
+
+def _check_logit_bias(**biases: Any) -> None:
+    """Raises unless the argument is a finite number, or a floating tensor of one value."""
+    for name, value in biases.items():
+        if isinstance(value, Tensor):
+            _check_scalar(value, name, "model.logit_bias")
+        else:
+            check_number(**{name: value})
+
+
+def _check_scalar(value: Tensor, name: str, source: str) -> None:
+    check_floating(**{name: value})
+    if value.numel() == 0:
+        raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass {source}")
+    if value.numel() > 1 and (value.ndim > 1 or not bool((value == value[0]).all())):
+        raise ValueError(
+            f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
+            f"{list(value.shape)}; pass {source}"
+        )

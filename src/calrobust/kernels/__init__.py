@@ -131,13 +131,20 @@ class PairBatch:
 
     def _factors(self, features: Features) -> Factors:
         images, texts, scale = features
-        if isinstance(scale, Tensor):
-            scale = _tracked(scale).mean().to(images.device, self.dtype)
-        else:  # What the dtype cannot hold becomes infinite, and the loss NaN; torch would raise an error of its own.
-            scale = math.inf if float(scale) > torch.finfo(self.dtype).max else float(scale)
-            scale = torch.full((), scale, dtype=self.dtype, device=images.device)
         x, y = (texts, images) if self.swapped else (images, texts)
-        return Factors(_tracked(x).to(self.dtype), self.columns.gather(_tracked(y), self.dtype), scale)
+        return Factors(
+            _tracked(x).to(self.dtype), self.columns.gather(_tracked(y), self.dtype), self.scalar(scale, images.device)
+        )
+
+    def scalar(self, value: Tensor | float, device: torch.device) -> Tensor:
+        """A number, or a tensor of equal entries, as a tensor of shape ``[]``."""
+        if isinstance(value, Tensor):
+            return _tracked(value).mean().to(device, self.dtype)
+        # What the dtype cannot hold becomes infinite, and the loss NaN; torch would raise an error of its own.
+        number = float(value)
+        if abs(number) > torch.finfo(self.dtype).max:
+            number = math.copysign(math.inf, number)
+        return torch.full((), number, dtype=self.dtype, device=device)
 
     def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:
         """Rows and columns of equal labels are positives. Shapes depend on no value: no device is waited for."""

@@ -5,6 +5,7 @@ A form is a module with two functions, ``forward`` and ``backward``: `tiled`, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -140,7 +141,8 @@ def _models(factors: list[Tensor]) -> list[Factors]:
     return [Factors(*factors[k : k + 3]) for k in range(0, len(factors), 3)]
 
 
-def _refuse(ctx: Any, *_: Any) -> Any:
+def refuse(ctx: Any, *_: Any) -> Any:
+    """Raises in place of a derivative that there is not."""
     raise RuntimeError(
         "the losses that hold no pair matrix have first derivatives in reverse mode only, without vmap; "
         'for second derivatives, forward mode or vmap pass impl="dense"'
@@ -175,8 +177,9 @@ class _Compiled(torch.autograd.Function):
             for gradient, output in ((gradients[k], saved[k]) for k in (0, 1, 4, 5))
         ]
         needs = list(ctx.needs_input_grad[5:8])
-        run = _differentiated if torch.compiler.is_compiling() else _Derivative.apply
-        student = run(ctx.impl, ctx.operands, needs, *upstream, *saved)
+        inputs = ctx.impl, ctx.operands, needs, *upstream, *saved
+        compiling = torch.compiler.is_compiling()
+        student = _differentiated(*inputs) if compiling else Once.apply(_differentiated, *inputs)
         wanted = (gradient if needed else None for gradient, needed in zip(student, needs, strict=True))
         return *[None] * 5, *wanted, *[None] * (len(ctx.needs_input_grad) - 8)
 
@@ -184,7 +187,7 @@ class _Compiled(torch.autograd.Function):
 class _Eager(_Compiled):
     """The same with a refusal of other derivatives, which the compiler does not accept in a function."""
 
-    jvp = vmap = staticmethod(_refuse)
+    jvp = vmap = staticmethod(refuse)
 
 
 def _differentiated(
@@ -196,12 +199,16 @@ def _differentiated(
     return x, y, scale
 
 
-class _Derivative(torch.autograd.Function):
-    """The backward operator as a function that refuses to be differentiated."""
+class Once(torch.autograd.Function):
+    """A function of tensors that refuses to be differentiated."""
 
-    forward = staticmethod(_differentiated)
-    backward = jvp = vmap = staticmethod(_refuse)
+    backward = jvp = vmap = staticmethod(refuse)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def forward(function: Callable[..., Any], *inputs: Any) -> Any:
+        """What the function gives."""
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Nothing to save."""

@@ -1,0 +1,235 @@
+r"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows, with gradient from the same sweep.
+
+Each entry of Z is a logit of its own: does the text of the column belong to the image of the row? With
+:math:`v_{ij} = -z_{ij}` for positive pairs, :math:`z_{ij}` for all others, and :math:`\sigma` the sigmoid, row i has
+
+.. math::
+    \sum_j \operatorname{softplus}(v_{ij}) \qquad\text{and}\qquad
+    \sum_j \mathrm{KL}(\sigma(\tilde z_{ij}) \,\|\, \sigma(z_{ij}))
+
+its negative log-likelihood, and the divergence from a teacher. No summand is negative, so small sums keep their digits.
+With weights a and b of the two sums of each row, the gradient in Z is
+
+.. math:: a_i (\sigma(z_{ij}) - t_{ij}) + b_i (\sigma(z_{ij}) - \sigma(\tilde z_{ij}))
+
+where t is 1 for positive pairs and 0 for all others. It needs nothing but the entry itself. So one sweep over tiles
+gives sums and gradients, for 3 units, or 4 with a teacher, where the weights are known before. In a mean they are, up
+to one number, the upstream gradient. Otherwise the backward pass sweeps again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from calrobust.kernels import tiled
+from calrobust.kernels.dense import Factors
+from calrobust.kernels.operators import Once, refuse
+from calrobust.kernels.parts import divergence_terms, wide
+from calrobust.kernels.products import FeatureGradients, are_narrow
+
+BAND_BYTES = 2**17  # as in `tiled`; there are more buffers here
+
+
+class Model(NamedTuple):
+    """What a matrix ``Z = scale · x yᵀ + bias`` is made of."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D]
+    scale: Tensor  # []
+    bias: Tensor  # []
+
+
+class Classes(NamedTuple):
+    """A pair is positive if its classes are equal."""
+
+    rows: Tensor  # [N], below 2²⁴, like the next
+    columns: Tensor  # [M]
+
+
+class Sums(NamedTuple):
+    """Over each row of Z, of shape ``[N]`` and in the dtype of `parts.wide`."""
+
+    negative_log_likelihood: Tensor
+    divergence: Tensor  # from the teacher's entries to the student's, in nats; [0] without a teacher
+
+
+def sigmoid_sums(
+    models: Sequence[Model],
+    classes: Classes,
+    weights: Sequence[float],
+    *,
+    impl: str = "auto",
+    operands: torch.dtype | None = None,
+    totalled: bool = True,
+) -> tuple[Sums, Tensor]:
+    """The sums for the student and maybe for a teacher, and their weighted total over all rows.
+
+    All have a gradient. If the total is what is differentiated, it is cheaper ``totalled``, by the forward pass.
+    """
+    x, *_ = models[0]
+    if impl == "dense":
+        sums = dense_sums(models, classes)
+        return sums, torch.stack([weight * each.sum() for weight, each in zip(weights, sums, strict=False)]).sum()
+    needs = [totalled and torch.is_grad_enabled() and factor.requires_grad for factor in models[0]]
+    of_rows = torch.stack([x.new_full(x.shape[:1], weight) for weight in weights[: len(models)]])
+    factors = [factor for model in models for factor in model]
+    function = _Compiled if torch.compiler.is_compiling() else _Eager
+    total, likelihood, divergence, *_ = function.apply(impl, operands or x.dtype, needs, of_rows, *classes, *factors)
+    return Sums(likelihood, divergence), total
+
+
+def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
+    """The sums by their definition: the oracle of every other form."""
+    z, *teacher = (scale * x @ y.T + bias for x, y, scale, bias in models)
+    precise = wide(z.device)
+    positive = classes.rows[:, None] == classes.columns
+    likelihood = -logsigmoid(torch.where(positive, z, -z)).sum(1, dtype=precise)
+    divergence = likelihood.new_empty(0)
+    for t in teacher:
+        yes, no = (divergence_terms(logsigmoid(sign * t), logsigmoid(sign * z)) for sign in (1, -1))
+        divergence = (yes + no).sum(1, dtype=precise).clamp(min=0)
+    return Sums(likelihood, divergence)
+
+
+def tiled_sums(
+    models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
+) -> tuple[Sums, list[Tensor]]:
+    """The sums, and the gradients of the student's x, y, scale and bias: ``needs`` says which, the others are empty.
+
+    ``weights`` are those of the sums in what is differentiated, ``[1, N]``, or with a teacher ``[2, N]``.
+    """
+    x, y, *_ = models[0]
+    rows, columns = (each.to(x.dtype) for each in classes)  # comparing them takes a sixth of comparing integers
+    nobody = torch.full_like(classes.rows, -1)
+    matrices = [tiled._Matrix(Factors(*model[:3]), nobody, operands) for model in models]
+    biases = torch.stack([model.bias for model in models])[:, None, None]
+    tiles = tiled._tiles(x, y)
+    buffer = x.new_empty(len(models), tiles[0].stop, len(y))
+    band_bytes = BAND_BYTES if tiled._is_looked_at(x) else tiled.TILE_BYTES
+    height = min(tiles[0].stop, max(1, band_bytes // (len(y) * x.element_size())))
+    scratch = x.new_empty(3 + 2 * len(models), len(models), height, len(y))
+    dtype = torch.float16 if are_narrow(x, operands) else x.dtype
+    gradients = FeatureGradients(Factors(*models[0][:3]), list(weights), needs[:3], dtype)
+    found, of_bias = [], []
+    for tile in tiles:
+        logits = buffer[:, : tile.stop - tile.start]
+        for matrix, out in zip(matrices, logits, strict=True):
+            matrix.logits(tile, out)
+        for start in range(tile.start, tile.stop, height):
+            here = slice(start, min(start + height, tile.stop))
+            band = logits[:, start - tile.start : here.stop - tile.start].add_(biases)
+            of_band = weights[:, here, None] if any(needs) else None
+            found.append(_of_band(band, Classes(rows[here], columns), of_band, scratch[:, :, : here.stop - start]))
+            of_bias.append(band[0].sum())
+        if any(needs):
+            gradients.add(tile, logits[0] if dtype == x.dtype else (gradients.gain * logits[0]).to(dtype))
+    bias = torch.stack(of_bias).sum() if needs[3] else x.new_empty(0)
+    return Sums(*map(torch.cat, zip(*found, strict=True))), [*gradients.results(), bias]
+
+
+def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: Tensor) -> Sums:
+    """The sums of some rows of Z and of the teacher's matrix; with weights, turns Z into the gradient in it."""
+    softplus, one, two, *more = scratch
+    z, *teacher = logits
+    precise = wide(z.device)
+    chances = scratch[3:5]  # of yes and of no
+    torch.sigmoid(logits, out=chances[0])
+    torch.neg(logits, out=chances[1]).sigmoid_()
+    # log(1 + exp(−|z|)) is −log(1 − q), here with all its digits; torch's log1p takes ten times as long as its log.
+    r = torch.maximum(*chances, out=one)  # 1 − q, rounded
+    torch.log(r, out=two)
+    torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)
+    divergence = z.new_empty(0, dtype=precise)
+    if teacher:
+        ratio, excess = more[2:]  # the logarithm of the student's chances over the teacher's, and their difference
+        torch.clamp(logits, max=0, out=one)
+        torch.clamp(logits, min=0, out=two)
+        torch.sub(one[0], one[1], out=ratio[0])
+        torch.sub(two[1], two[0], out=ratio[1])
+        ratio += softplus[1].sub_(softplus[0])
+        terms = tiled._divergence_terms(ratio, chances[:, 0], chances[:, 1], excess, one)
+        divergence = terms.sum((0, 2)).to(precise)
+    sign = torch.eq(classes.rows[:, None], classes.columns, out=one[0]).mul_(-2).add_(1)
+    v = z.mul_(sign)
+    likelihood = softplus[0].add_(torch.clamp(v, min=0, out=two[0])).sum(1).to(precise)
+    if weights is not None:
+        v.sigmoid_().mul_(sign).mul_(weights[0])
+        if teacher:
+            v.addcmul_(excess[0], weights[1])
+    return Sums(likelihood, divergence)
+
+
+@torch.library.custom_op("calrobust::sigmoid_sums", mutates_args=())
+def _sums(
+    factors: list[Tensor], classes: list[Tensor], weights: Tensor, needs: list[bool], impl: str, operands: torch.dtype
+) -> list[Tensor]:
+    """What `tiled_sums` gives; ``factors`` are those of the student, then of the teacher if there is one."""
+    with torch.autocast(weights.device.type, enabled=False):  # a loss may be differentiated inside of it
+        models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
+        sums, gradients = tiled_sums(models, Classes(*classes), weights, operands, needs)
+    return [*sums, *gradients]
+
+
+@_sums.register_fake
+def _(factors: list[Tensor], classes: list[Tensor], weights: Tensor, needs: list[bool], *_: Any) -> list[Tensor]:
+    n, dtype = factors[0].shape[0], wide(weights.device)
+    sums = [weights.new_empty(shape, dtype=dtype) for shape in ((n,), (n if len(factors) == 8 else 0,))]
+    return [*sums, *(f.new_empty(f.shape if needed else 0) for f, needed in zip(factors, needs, strict=False))]
+
+
+class _Compiled(torch.autograd.Function):
+    """The operator with its derivative, as torch.compile and torch.export trace it; see `operators._Compiled`."""
+
+    @staticmethod
+    def forward(impl: str, operands: torch.dtype, needs: list[bool], *tensors: Tensor) -> Any:
+        """The weighted total, both sums, and those gradients of the total that are made now."""
+        weights, rows, columns, *factors = tensors
+        found = _sums(factors, [rows, columns], weights, needs, impl, operands)
+        return torch.stack([(w * each).sum() for w, each in zip(weights, found, strict=False)]).sum(), *found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves all that backward needs."""
+        ctx.impl, ctx.operands, ctx.made, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(*output[3:], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the student's factors."""
+        needs = list(ctx.needs_input_grad[6:10])
+        saved = ctx.saved_tensors  # read once: hooks of checkpointing unpack them at each reading
+        inputs = ctx.impl, ctx.operands, ctx.made, needs, *upstream[:3], *saved
+        compiling = torch.compiler.is_compiling()
+        found = _differentiated(*inputs) if compiling else Once.apply(_differentiated, *inputs)
+        wanted = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+        return *[None] * 6, *wanted, *[None] * (len(ctx.needs_input_grad) - 10)
+
+
+class _Eager(_Compiled):
+    """The same with a refusal of other derivatives, which the compiler does not accept in a function."""
+
+    jvp = vmap = staticmethod(refuse)
+
+
+def _differentiated(
+    impl: str, operands: torch.dtype, made: list[bool], needs: list[bool], *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors are the upstream gradients of total and sums, if any, and what `_Compiled` has saved."""
+    total, *of_sums = tensors[:3]
+    saved: Any = tensors[3:]
+    gradients, (weights, rows, columns, *factors) = saved[:4], saved[4:]
+    are_made = all(there or not needed for there, needed in zip(made, needs, strict=True))
+    if total is not None and are_made and all(upstream is None for upstream in of_sums):
+        return tuple(total.to(gradient.dtype) * gradient for gradient in gradients)
+    weights = weights * (0 if total is None else total.to(weights.dtype))
+    for row, upstream in zip(weights, of_sums, strict=False):
+        if upstream is not None:
+            row += upstream
+    return tuple(_sums(factors, [rows, columns], weights, needs, impl, operands)[2:])

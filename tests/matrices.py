@@ -9,6 +9,8 @@ import torch
 from strategies import unit_rows
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from calrobust.kernels import dense
 from calrobust.kernels.dense import Factors
@@ -62,3 +64,25 @@ def assert_like_dense(statistics: Any, inputs: list[Factors], tolerance: float, 
         assert torch.equal(ours > -1e30, shown)
         scale = max(1.0, theirs[shown].abs().max().item()) if shown.any() else 1.0
         assert_close(ours[shown], theirs[shown], rtol=tolerance, atol=tolerance * scale)
+
+
+class Products(TorchDispatchMode):
+    """Adds up the inner sizes of the products with a 6×6 matrix."""
+
+    width = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            (n, k), (_, m) = (operand.shape for operand in args[-2:])
+            self.width += n * k * m // 36 if n > 3 else 0  # a few rows times a matrix are no unit
+        return func(*args, **(kwargs or {}))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a float64 tensor of more than a number is made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            assert not isinstance(tensor, Tensor) or tensor.dtype != torch.float64, func
+        return out

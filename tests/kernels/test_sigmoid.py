@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import NoFloat64, Products
 from strategies import seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from calrobust.kernels import sigmoid, tiled
+from calrobust.kernels import parts, sigmoid, tiled
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 
 
@@ -164,18 +164,6 @@ def test_the_operator_passes_opcheck(teacher: bool) -> None:
         )
 
 
-class Products(TorchDispatchMode):
-    """Adds up the inner sizes of the products with a 6×6 matrix."""
-
-    width = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
-            (n, k), (_, m) = (operand.shape for operand in args[-2:])
-            self.width += n * k * m // 36
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("device", ["cpu", "elsewhere"])
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("frozen", [(), ("x",), ("y",), ("x", "y", "scale"), ("x", "y", "scale", "bias")])
@@ -214,3 +202,20 @@ def test_no_matrix_outlives_the_forward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         sigmoid_sums(models(64, 64, 0, scale=1.0, bias=0.0, teacher=True), classes(64, 64, 0), [1.0, 1.0])
     assert max(sizes) <= 64 * 4
+
+
+def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS: no tensor is float64, and value and gradients are those of float32."""
+    monkeypatch.setattr(sigmoid, "_sums", sigmoid._sums._init_fn)  # a dispatch mode does not see into an operator
+    exact, of = models(40, 30, 0, scale=8.0, bias=-3.0, teacher=True), classes(40, 30, 0)
+    expected, of_all = sigmoid_sums(exact, of, [1.3, -0.4], impl="dense")
+    expected_gradients = torch.autograd.grad(of_all, exact[0], retain_graph=True)
+    student, teacher = (Model(*(factor.detach().float() for factor in model)) for model in exact)
+    inputs = [Model(*(factor.requires_grad_() for factor in student)), teacher]
+    monkeypatch.setattr(parts, "WITHOUT_FLOAT64", ("cpu",))
+    for impl in ("dense", "tiled"):
+        with NoFloat64():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            sums, total = sigmoid_sums(inputs, of, [1.3, -0.4], impl=impl)
+            gradients = torch.autograd.grad(total, inputs[0])
+        for ours, theirs in zip((*sums, *gradients), (*expected, *expected_gradients), strict=True):
+            assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)

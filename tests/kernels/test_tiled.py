@@ -9,12 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import assert_like_dense, factors, partners, value_and_gradients, vectors
+from matrices import NoFloat64, Products, assert_like_dense, factors, partners, value_and_gradients, vectors
 from strategies import seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from calrobust import kernels
@@ -370,25 +368,3 @@ def open_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the operators as plain functions, into which a dispatch mode sees."""
     for name in ("_forward", "_backward"):
         monkeypatch.setattr(operators, name, getattr(operators, name)._init_fn)
-
-
-class Products(TorchDispatchMode):
-    """Adds up the inner sizes of the products with a 6×6 matrix."""
-
-    width = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
-            (n, k), (_, m) = (operand.shape for operand in args[-2:])
-            self.width += n * k * m // 36 if n > 3 else 0  # a few rows times a matrix are no unit
-        return func(*args, **(kwargs or {}))
-
-
-class NoFloat64(TorchDispatchMode):
-    """Fails where a float64 tensor of more than a number is made."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            assert not isinstance(tensor, Tensor) or tensor.dtype != torch.float64, func
-        return out

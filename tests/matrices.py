@@ -72,7 +72,7 @@ class Products(TorchDispatchMode):
     width = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             (n, k), (_, m) = (operand.shape for operand in args[-2:])
             self.width += n * k * m // 36 if n > 3 else 0  # a few rows times a matrix are no unit
         return func(*args, **(kwargs or {}))

@@ -172,7 +172,7 @@ def test_products_are_as_many_as_documented(
     device: str, teacher: bool, frozen: tuple[str, ...], total: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units: 1 (2) for the sums, 2 more for gradients in the same sweep; by row the backward pass sweeps again."""
-    monkeypatch.setattr(tiled, "_is_looked_at", lambda _: device == "cpu")
+    monkeypatch.setattr(tiled, "is_looked_at", lambda _: device == "cpu")
     monkeypatch.setattr(sigmoid, "_sums", sigmoid._sums._init_fn)  # a dispatch mode does not see into an operator
     inputs = models(6, 6, 0, scale=1.0, bias=0.0, teacher=teacher)
     for name in frozen:

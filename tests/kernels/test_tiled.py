@@ -325,7 +325,7 @@ def test_products_are_as_many_as_documented(
     budget: int, teacher: bool, frozen: str, device: str, columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units: forward 1 (2), backward 2, again 1 (2) if nothing was kept, 1 less for a frozen tower; on a device too."""
-    monkeypatch.setattr(tiled, "_is_looked_at", lambda _: device == "cpu")
+    monkeypatch.setattr(tiled, "is_looked_at", lambda _: device == "cpu")
     open_operators(monkeypatch)
     student, *others = factors(6, 6, 3, 0, scale=1.0, teacher=teacher)
     x, y, scale = student

@@ -106,11 +106,11 @@ def tiled_sums(
     x, y, *_ = models[0]
     rows, columns = (each.to(x.dtype) for each in classes)  # comparing them takes a sixth of comparing integers
     nobody = torch.full_like(classes.rows, -1)
-    matrices = [tiled._Matrix(Factors(*model[:3]), nobody, operands) for model in models]
+    matrices = [tiled.Matrix(Factors(*model[:3]), nobody, operands) for model in models]
     biases = torch.stack([model.bias for model in models])[:, None, None]
-    tiles = tiled._tiles(x, y)
+    tiles = tiled.tiles_of(x, y)
     buffer = x.new_empty(len(models), tiles[0].stop, len(y))
-    band_bytes = BAND_BYTES if tiled._is_looked_at(x) else tiled.TILE_BYTES
+    band_bytes = BAND_BYTES if tiled.is_looked_at(x) else tiled.TILE_BYTES
     height = min(tiles[0].stop, max(1, band_bytes // (len(y) * x.element_size())))
     scratch = x.new_empty(3 + 2 * len(models), len(models), height, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
@@ -140,8 +140,9 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
     chances = scratch[3:5]  # of yes and of no
     torch.sigmoid(logits, out=chances[0])
     torch.neg(logits, out=chances[1]).sigmoid_()
-    # log(1 + exp(−|z|)) is −log(1 − q), here with all its digits; torch's log1p takes ten times as long as its log.
-    r = torch.maximum(*chances, out=one)  # 1 − q, rounded
+    # log(1 + exp(−|z|)) is −log(1 − q), where q is the smaller chance and r, the larger, is 1 − q rounded. It is taken as
+    # q + (r − 1) − log(r), which loses no digits: torch's log1p takes ten times as long as its log.
+    r = torch.maximum(*chances, out=one)
     torch.log(r, out=two)
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)
     divergence = z.new_empty(0, dtype=precise)
@@ -152,7 +153,7 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
         torch.sub(one[0], one[1], out=ratio[0])
         torch.sub(two[1], two[0], out=ratio[1])
         ratio += softplus[1].sub_(softplus[0])
-        terms = tiled._divergence_terms(ratio, chances[:, 0], chances[:, 1], excess, one)
+        terms = tiled.divergence_terms_in_place(ratio, chances[:, 0], chances[:, 1], excess, one)
         divergence = terms.sum((0, 2)).to(precise)
     sign = torch.eq(classes.rows[:, None], classes.columns, out=one[0]).mul_(-2).add_(1)
     v = z.mul_(sign)

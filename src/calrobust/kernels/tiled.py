@@ -58,7 +58,7 @@ class Softmaxes(NamedTuple):
     logits: Tensor  # [N, M] where they were kept for backward, else [0, M]
 
 
-class _Matrix:
+class Matrix:
     """One matrix ``scale · x yᵀ`` without own entries, a tile at a time."""
 
     def __init__(self, factors: Factors, partner: Tensor, operands: torch.dtype) -> None:
@@ -85,7 +85,7 @@ class _Matrix:
         if not len(column_lse):
             return torch.mul(p, row_weights, out=out)
         pivot = column_lse.min()
-        if _is_looked_at(s) and _representable((pivot - row_lse.max()).exp()):
+        if is_looked_at(s) and _representable((pivot - row_lse.max()).exp()):
             column_factor = column_weights * (pivot - column_lse).exp()
             return torch.addcmul(row_weights, (row_lse - pivot).exp()[:, None], column_factor, out=out).mul_(p)
         return torch.sub(s, column_lse, out=out).exp_().mul_(column_weights).addcmul_(p, row_weights)
@@ -96,8 +96,8 @@ def forward(
 ) -> tuple[Strip, list[Tensor]]:
     """The statistics of the student and of a teacher if there is one, and the logits ``[N, M]`` of each if kept."""
     x, y, _ = models[0]
-    matrices = [_Matrix(factors, partner, operands) for factors in models]
-    tiles = _tiles(x, y)
+    matrices = [Matrix(factors, partner, operands) for factors in models]
+    tiles = tiles_of(x, y)
     buffers = [x.new_empty(len(x) if keep else tiles[0].stop, len(y)) for _ in models]
     of_rows: list[Part] = []
     of_columns: list[Part] = []
@@ -116,8 +116,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the student's x, y and scale; ``needs`` says which. One that is not needed is empty."""
     x, y, _ = models[0]
-    matrices = [_Matrix(factors, partner, operands) for factors in models]
-    tiles = _tiles(x, y)
+    matrices = [Matrix(factors, partner, operands) for factors in models]
+    tiles = tiles_of(x, y)
     buffers = x.new_empty(1 + len(models), tiles[0].stop, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
     rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, len(y), dtype=dtype)
@@ -139,7 +139,7 @@ def backward(
 def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
     """Of the rows of a tile, and maybe of its columns over these rows; a band of rows at a time, in the cache."""
     precise = wide(s.device)
-    on_cpu = _is_looked_at(s)
+    on_cpu = is_looked_at(s)
     by_band = columns and on_cpu  # elsewhere columns are taken from the logits
     height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
     lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
@@ -161,7 +161,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
         teacher_pivot = teacher_lse[band].mean() if start == 0 else teacher_pivot
         shift = teacher_lse[band] - lse[band]
         torch.sub(s[band], t[band], out=ratio).add_(shift.to(s.dtype)[:, None])
-        terms = _divergence_terms(ratio, p, teacher_p, excess, scratch)
+        terms = divergence_terms_in_place(ratio, p, teacher_p, excess, scratch)
         torch.sum(terms, 1, dtype=precise, out=divergence[band])
         if by_band:
             weights = (teacher_lse[band] - teacher_pivot).exp()
@@ -201,7 +201,9 @@ def _softmax(logits: Tensor, out: Tensor) -> Tensor:
     return top - highest.log()  # the highest probability is exp(top − lse), and at least 1 / M
 
 
-def _divergence_terms(ratio: Tensor, probability: Tensor, target: Tensor, excess: Tensor, out: Tensor) -> Tensor:
+def divergence_terms_in_place(
+    ratio: Tensor, probability: Tensor, target: Tensor, excess: Tensor, out: Tensor
+) -> Tensor:
     """`parts.divergence_terms` from both probabilities and ``ratio``, the logarithm of their quotient.
 
     Leaves ``probability − target`` in ``excess``, and uses ``ratio`` and ``probability`` as scratch.
@@ -232,12 +234,13 @@ def _tile_rows(x: Tensor, y: Tensor) -> int:
     return min(x.shape[0], max(TILE_ROWS, tile_bytes // (y.shape[0] * y.element_size())))
 
 
-def _tiles(x: Tensor, y: Tensor) -> list[slice]:
+def tiles_of(x: Tensor, y: Tensor) -> list[slice]:
+    """The rows of each tile."""
     rows = _tile_rows(x, y)
     return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
 
 
-def _is_looked_at(tensor: Tensor) -> bool:
+def is_looked_at(tensor: Tensor) -> bool:
     """Whether code may depend on values; off the CPU it would wait for the device."""
     return tensor.device.type == "cpu"
 

@@ -140,8 +140,8 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
     chances = scratch[3:5]  # of yes and of no
     torch.sigmoid(logits, out=chances[0])
     torch.neg(logits, out=chances[1]).sigmoid_()
-    # log(1 + exp(−|z|)) is −log(1 − q), where q is the smaller chance and r, the larger, is 1 − q rounded. It is taken as
-    # q + (r − 1) − log(r), which loses no digits: torch's log1p takes ten times as long as its log.
+    # log(1 + exp(−|z|)) is −log(1 − q), where q is the smaller chance and the larger one, r, is 1 − q rounded. The sum
+    # q + (r − 1) − log(r) has all its digits, and torch's log1p takes ten times as long as its log.
     r = torch.maximum(*chances, out=one)
     torch.log(r, out=two)
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)

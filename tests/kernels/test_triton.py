@@ -57,7 +57,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = importlib.import_module("calrobust.kernels.triton")
     for size in triton.BLOCKS:
         monkeypatch.setitem(triton.BLOCKS, size, triton.Blocks(16, 16, 16, 4, 2))
-    monkeypatch.setattr(triton, "PARTS_BYTES", 0)
+    monkeypatch.setattr(triton, "SUMS_BYTES", 0)
+    monkeypatch.setattr(triton, "SPANS", 1)
     monkeypatch.setattr(triton, "TILE_BYTES", 0)
     monkeypatch.setattr(triton, "_programs", lambda device: 2)
 

@@ -1,15 +1,26 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
 
-**Forward.** A program takes a block of rows and visits blocks of columns. It merges each block into the statistics of
-its rows, and writes the statistics of the block's columns. What P programs find of a row or of a column are *parts*
-``[K, P, length]``: with K = 1 the lse of S; with K = 3 also the lse of T and the divergence over the part. `parts` has
-the formulas. There are no atomics, so all sums run in one order. No product is fused into the sum after it, which would
-round one side of ``t − s`` alone: a teacher equal to the student gives exactly zero.
+**Sums at a reference.** A program takes a block of rows and visits blocks of columns. For each entry it forms
+``p = exp(s − a)`` and, with a teacher, ``p̃ = exp(t − ã)``, where the references a and ã are the largest logits of the
+row so far, and from ``r = log p − log p̃`` the three numbers of a *comparison*: the target ``p̃``, the excess ``p − p̃``
+and the divergence ``p̃ (exp(r) − 1 − r)``. Over any entries, with Z̃, E and F the sums of the three and ``b = E / Z̃``,
+
+.. math:: \mathrm{lse} = a + \log(\tilde Z + E), \quad \mathrm{KL} = F / \tilde Z + \log(1 + b) - b
+
+whatever the references are. Other references multiply entries or sums by the comparison of the factors ``exp(a − a′)``
+and ``exp(ã − ã′)``; `_times` is that product. So one exponential of an entry serves its row and its column, and neither
+logarithms nor normalised softmaxes appear inside. No product is fused into the difference ``s − t``: a teacher equal to
+the student gives exactly zero.
+
+**Columns.** The sums of a block's columns go to memory, at the largest references of its rows. A second kernel merges
+those of all blocks of rows. Where a sum has lost terms or would cancel, it forms the sums of that block again, at the
+columns' own references.
 
 **Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a tile at a time, as
 `products` takes it on to x and y.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +34,10 @@ from calrobust.kernels.parts import Part, Strip, merge, wide
 from calrobust.kernels.products import FeatureGradients
 from calrobust.kernels.tiled import Softmaxes
 
-PARTS_BYTES = 128 * 2**20  # of columns, before they are merged
+SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
 TILE_BYTES = 256 * 2**20
-PROGRAMS = 4  # for each multiprocessor, at least, if there are tiles enough
+PROGRAMS = 4  # for each multiprocessor, at least, if there are blocks enough
+SPANS = 16  # of columns, at least: programs of one block of rows run together, and share it in the cache
 
 
 class Blocks(NamedTuple):
@@ -41,15 +53,22 @@ class Blocks(NamedTuple):
 # By bytes of an operand; within the 99 KiB of shared memory that every card has.
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(32, 32, 16, 8, 2)}
 
-EXCLUDED = tl.constexpr(parts.EXCLUDED)  # also a logit outside the matrix
+EXCLUDED = tl.constexpr(parts.EXCLUDED)
+FLOOR = tl.constexpr(-(2.0**123))  # the least reference: entries that are excluded are nothing beside it
+LOG2E = tl.constexpr(math.log2(math.e))  # references are logarithms to base 2, for which devices have an exponential
+LN2 = tl.constexpr(math.log(2))
+LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
+FAR = tl.constexpr(6)  # base-2 logarithm of a ratio of Z to Z̃ at which E and F cancel
+NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
+INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
 
 
 @triton.jit
 def _logits(
     matrix: tl.tuple, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor, DEPTH: tl.constexpr
 ) -> tl.tensor:
-    """A block of ``scale · x yᵀ`` without own entries."""
-    x, y, scale, width, partner = matrix
+    """A block of ``scale · x yᵀ``, with zeros outside."""
+    x, y, scale, width = matrix
     total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
     x_row = x + row.to(tl.int64)[:, None] * width
     y_row = y + column.to(tl.int64)[None, :] * width
@@ -63,108 +82,229 @@ def _logits(
             total = tl.dot(a, b, total, input_precision="tf32x3")
         else:
             total = tl.dot(a, b, total)
-    partners = tl.load(partner + row, mask=row < n, other=-1)
-    other = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != partners[:, None])
-    return tl.where(other, total * tl.load(scale), EXCLUDED)
+    return total * tl.load(scale)
 
 
 @triton.jit
-def _divergence_terms(log_target: tl.tensor, log_probability: tl.tensor) -> tl.tensor:
-    """As `parts.divergence_terms`; exp(x) − 1 − x is its series where the difference would cancel."""
-    x = log_probability - log_target
-    target, probability = tl.exp(log_target), tl.exp(log_probability)
-    near = tl.minimum(tl.maximum(x, -0.7), 0.7)
-    series = 1.0 / 14.0 * near
-    for k in tl.static_range(13, 2, -1):
-        series = (1.0 + series) * near / k
-    return tl.where(x == near, target * (1.0 + series) * near * near / 2, probability - target * (1.0 + x))
+def _without_own(
+    logits: tl.tensor, partner: tl.tensor, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor
+) -> tl.tensor:
+    """A block without own entries and without what is outside. Most blocks have neither."""
+    first, last = tl.min(column, 0), tl.max(column, 0)
+    has_own = tl.max(((partner >= first) & (partner <= last)).to(tl.int32), 0) > 0
+    if has_own | (last >= m) | (tl.max(row, 0) >= n):
+        inside = (row < n)[:, None] & (column < m)[None, :]
+        logits = tl.where(inside & (column[None, :] != partner[:, None]), logits, EXCLUDED)
+    return logits
 
 
 @triton.jit
-def _log_add_exp(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    top = tl.maximum(a, b)
-    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+def _comparison(log2_p: tl.tensor, log2_target: tl.tensor, r: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
+    """Target, excess and divergence; without a teacher p alone counts, and is given for each."""
+    p = tl.exp2(log2_p)
+    if not TEACHER:
+        return p, p, p
+    TERMS: tl.constexpr = 13 if r.dtype == tl.float64 else 6
+    target = tl.exp2(log2_target)
+    series = tl.full(r.shape, INVERSE_FACTORIALS[TERMS + 1], r.dtype)
+    for k in tl.static_range(TERMS, 1, -1):
+        series = tl.fma(series, r, tl.full(r.shape, INVERSE_FACTORIALS[k], r.dtype))
+    of_r = target * r
+    divergence = of_r * (r * series)
+    is_near = tl.abs(r) <= NEAR
+    excess = tl.where(is_near, of_r + divergence, p - target)
+    return target, excess, tl.where(is_near, divergence, excess - of_r)
 
 
 @triton.jit
-def _log_sum_exp(logits: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    top = tl.max(logits, AXIS)
-    return top + tl.log(tl.sum(tl.exp(logits - tl.expand_dims(top, AXIS)), AXIS))
+def _entries(
+    s: tl.tensor, t: tl.tensor, reference: tl.tensor, t_reference: tl.tensor, TEACHER: tl.constexpr
+) -> tl.tuple:
+    """The comparisons of logits at references."""
+    r = (s - t) - (reference - t_reference) * LN2
+    log2_p = tl.fma(s, tl.full(s.shape, LOG2E, s.dtype), tl.broadcast_to(-reference, s.shape))
+    log2_target = tl.fma(t, tl.full(t.shape, LOG2E, t.dtype), tl.broadcast_to(-t_reference, t.shape))
+    return _comparison(log2_p, log2_target, r, TEACHER)
+
+
+@triton.jit
+def _times(u: tl.tuple, v: tl.tuple, TEACHER: tl.constexpr) -> tl.tuple:
+    """The comparison of a product, from those of its factors."""
+    target = u[0] * v[0]
+    if not TEACHER:
+        return target, target, target
+    return target, (u[0] + u[1]) * v[1] + u[1] * v[0], u[0] * v[2] + (u[2] * v[0] + u[1] * v[1])
+
+
+@triton.jit
+def _move(sums: tl.tuple, shift: tl.tensor, t_shift: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
+    """Sums at references that are less by the shifts."""
+    return _times(sums, _comparison(shift, t_shift, (shift - t_shift) * LN2, TEACHER), TEACHER)
 
 
 @triton.jit
 def _forward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
-    row_parts: tl.tensor,
-    column_parts: tl.tensor,
+    partner: tl.tensor,
+    row_sums: tl.tensor,
+    column_sums: tl.tensor,
+    pivots: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
     span: tl.tensor,  # columns of a program
+    WITH_COLUMNS: tl.constexpr,
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """The parts of a block of rows in a span of columns."""
-    block, part = tl.program_id(0), tl.program_id(1)
+    """The sums of a block of rows over a span of columns, and of these columns over the block."""
+    part, block = tl.program_id(0), tl.program_id(1)
+    height, width = tl.num_programs(1).to(tl.int64), tl.cdiv(m, COLUMNS)
     row = block * ROWS + tl.arange(0, ROWS)
-    row_part = row_parts + part.to(tl.int64) * n + row
-    row_stride, column_stride = tl.num_programs(1).to(tl.int64) * n, tl.num_programs(0).to(tl.int64) * m
-    lse = tl.full((ROWS,), EXCLUDED, row_parts.dtype.element_ty)
-    t_lse = lse
-    divergence = tl.zeros_like(lse)
+    partners = tl.load(partner + row, mask=row < n, other=-1)
+    reference = tl.full((ROWS,), FLOOR, row_sums.dtype.element_ty)
+    t_reference = reference
+    target = tl.zeros_like(reference)
+    excess, divergence = target, target
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        column_part = column_parts + block.to(tl.int64) * m + column
-        s = _logits(student, row, column, n, m, DEPTH)
-        of_rows, of_columns = _log_sum_exp(s, 1), _log_sum_exp(s, 0)
-        tl.store(column_part, of_columns, mask=column < m)
-        total = _log_add_exp(lse, of_rows)
+        s = _without_own(_logits(student, row, column, n, m, DEPTH), partners, row, column, n, m)
+        t = s
+        top = tl.maximum(reference, tl.max(s, 1) * LOG2E)
+        t_top = top
         if TEACHER:
-            t = _logits(teacher, row, column, n, m, DEPTH)
-            t_of_rows, t_of_columns = _log_sum_exp(t, 1), _log_sum_exp(t, 0)
-            terms = _divergence_terms(t - t_of_columns[None, :], s - of_columns[None, :])
-            tl.store(column_part + column_stride, t_of_columns, mask=column < m)
-            tl.store(column_part + 2 * column_stride, tl.sum(terms, 0), mask=column < m)
-            here = tl.sum(_divergence_terms(t - t_of_rows[:, None], s - of_rows[:, None]), 1)
-            t_total = _log_add_exp(t_lse, t_of_rows)
-            # `parts.merge` of what came before and of this block
-            before, now = t_lse - t_total, t_of_rows - t_total
-            divergence = tl.exp(before) * divergence + _divergence_terms(before, lse - total)
-            divergence += tl.exp(now) * here + _divergence_terms(now, of_rows - total)
-            t_lse = t_total
-        lse = total
+            t = _without_own(_logits(teacher, row, column, n, m, DEPTH), partners, row, column, n, m)
+            t_top = tl.maximum(t_reference, tl.max(t, 1) * LOG2E)
+        before = _move((target, excess, divergence), reference - top, t_reference - t_top, TEACHER)
+        here = _entries(s, t, top[:, None], t_top[:, None], TEACHER)
+        target = before[0] + tl.sum(here[0], 1)
+        if TEACHER:
+            excess = before[1] + tl.sum(here[1], 1)
+            divergence = before[2] + tl.sum(here[2], 1)
+        reference, t_reference = top, t_top
+        if WITH_COLUMNS:
+            pivot, t_pivot = tl.max(top, 0), tl.max(t_top, 0)
+            shift, t_shift = top - pivot, t_top - t_pivot
+            weights = _comparison(shift, t_shift, (shift - t_shift) * LN2, TEACHER)
+            by_column = _times((weights[0][:, None], weights[1][:, None], weights[2][:, None]), here, TEACHER)
+            to = column_sums + block.to(tl.int64) * m + column
+            tl.store(to, tl.sum(by_column[0], 0), mask=column < m)
+            at = pivots + block * width + start // COLUMNS
+            if TEACHER:
+                tl.store(to + height * m, tl.sum(by_column[1], 0), mask=column < m)
+                tl.store(to + 2 * height * m, tl.sum(by_column[2], 0), mask=column < m)
+                tl.store(at + height * width, t_pivot)
+                pivot = tl.where(tl.max(tl.abs(shift - t_shift), 0) < FAR, pivot, float("nan"))
+            tl.store(at, pivot)
 
-    tl.store(row_part, lse, mask=row < n)
+    to = row_sums + part.to(tl.int64) * n + row
+    stride = tl.num_programs(0).to(tl.int64) * n
+    tl.store(to, reference, mask=row < n)
+    tl.store(to + stride, target, mask=row < n)
     if TEACHER:
-        tl.store(row_part + row_stride, t_lse, mask=row < n)
-        tl.store(row_part + 2 * row_stride, divergence, mask=row < n)
+        tl.store(to + 2 * stride, t_reference, mask=row < n)
+        tl.store(to + 3 * stride, excess, mask=row < n)
+        tl.store(to + 4 * stride, divergence, mask=row < n)
+
+
+@triton.jit
+def _columns_kernel(
+    student: tl.tuple,
+    teacher: tl.tuple,
+    partner: tl.tensor,
+    merged: tl.tensor,
+    column_sums: tl.tensor,
+    pivots: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    TEACHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """The sums of a block of columns over all blocks of rows."""
+    block, width, height = tl.program_id(0), tl.num_programs(0), tl.cdiv(n, ROWS).to(tl.int64)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    reference = tl.full((COLUMNS,), FLOOR, merged.dtype.element_ty)
+    t_reference = reference
+    target = tl.zeros_like(reference)
+    excess, divergence = target, target
+    at = column_sums + column
+    for k in range(0, height):
+        pivot = tl.load(pivots + k * width + block) + tl.zeros_like(reference)
+        t_pivot = pivot
+        z = tl.load(at, mask=column < m, other=1.0)
+        e, f = z, z
+        found = (pivot == pivot) & (z > LOST) & (z < float("inf"))
+        if TEACHER:
+            t_pivot = tl.load(pivots + (height + k) * width + block) + tl.zeros_like(reference)
+            e = tl.load(at + height * m, mask=column < m, other=0.0)
+            f = tl.load(at + 2 * height * m, mask=column < m, other=0.0)
+            found &= (z + e > LOST) & (z + e < z * 2**FAR) & (z < (z + e) * 2**FAR)
+        if tl.min(found.to(tl.int32), 0) == 0:
+            row = k * ROWS + tl.arange(0, ROWS)
+            partners = tl.load(partner + row, mask=row < n, other=-1)
+            s = _without_own(_logits(student, row, column, n, m, DEPTH), partners, row, column, n, m)
+            t = s
+            pivot = tl.maximum(tl.max(s, 0) * LOG2E, FLOOR)
+            t_pivot = pivot
+            if TEACHER:
+                t = _without_own(_logits(teacher, row, column, n, m, DEPTH), partners, row, column, n, m)
+                t_pivot = tl.maximum(tl.max(t, 0) * LOG2E, FLOOR)
+            here = _entries(s, t, pivot[None, :], t_pivot[None, :], TEACHER)
+            z = tl.sum(here[0], 0)
+            if TEACHER:
+                e, f = tl.sum(here[1], 0), tl.sum(here[2], 0)
+        top, t_top = tl.maximum(reference, pivot), tl.maximum(t_reference, t_pivot)
+        before = _move((target, excess, divergence), reference - top, t_reference - t_top, TEACHER)
+        here = _move((z, e, f), pivot - top, t_pivot - t_top, TEACHER)
+        target, excess, divergence = before[0] + here[0], before[1] + here[1], before[2] + here[2]
+        reference, t_reference = top, t_top
+        at += m
+
+    to = merged + column
+    tl.store(to, reference, mask=column < m)
+    tl.store(to + m, target, mask=column < m)
+    if TEACHER:
+        tl.store(to + 2 * m, t_reference, mask=column < m)
+        tl.store(to + 3 * m, excess, mask=column < m)
+        tl.store(to + 4 * m, divergence, mask=column < m)
 
 
 @triton.jit
 def _weighted_softmaxes(
-    softmaxes: tl.tuple, s: tl.tensor, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor
+    softmaxes: tl.tuple,
+    s: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    WITH_COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """A block of the row and column softmaxes of S, times their weights and added up."""
     row_lse, column_lse, row_weights, column_weights = softmaxes
-    p = tl.exp(s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None])
-    q = tl.exp(s - tl.load(column_lse + column, mask=column < m, other=0.0)[None, :])
-    of_rows = tl.load(row_weights + row, mask=row < n, other=0.0)
-    of_columns = tl.load(column_weights + column, mask=column < m, other=0.0)
-    return of_rows[:, None] * p + of_columns[None, :] * q
+    p = tl.exp2((s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None]) * LOG2E)
+    total = tl.load(row_weights + row, mask=row < n, other=0.0)[:, None] * p
+    if WITH_COLUMNS:
+        q = tl.exp2((s - tl.load(column_lse + column, mask=column < m, other=0.0)[None, :]) * LOG2E)
+        total += tl.load(column_weights + column, mask=column < m, other=0.0)[None, :] * q
+    return total
 
 
 @triton.jit
 def _backward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
+    partner: tl.tensor,
     softmaxes: tl.tuple,
     teacher_softmaxes: tl.tuple,
     gain: tl.tensor,
     tile: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
+    WITH_COLUMNS: tl.constexpr,
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -172,11 +312,14 @@ def _backward_kernel(
 ) -> None:
     """A block of the gradient in S, which is 0 at own entries."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    gradient = _weighted_softmaxes(softmaxes, _logits(student, row, column, n, m, DEPTH), row, column, n, m)
+    start = tl.program_id(1) * COLUMNS
+    column = start + tl.arange(0, COLUMNS)
+    partners = tl.load(partner + row, mask=row < n, other=-1)
+    s = _without_own(_logits(student, row, column, n, m, DEPTH), partners, row, column, n, m)
+    gradient = _weighted_softmaxes(softmaxes, s, row, column, n, m, WITH_COLUMNS)
     if TEACHER:
-        t = _logits(teacher, row, column, n, m, DEPTH)
-        gradient += _weighted_softmaxes(teacher_softmaxes, t, row, column, n, m)
+        t = _without_own(_logits(teacher, row, column, n, m, DEPTH), partners, row, column, n, m)
+        gradient += _weighted_softmaxes(teacher_softmaxes, t, row, column, n, m, WITH_COLUMNS)
     entries = tile + row.to(tl.int64)[:, None] * m + column[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
     tl.store(entries, (gradient * tl.load(gain)).to(tile.dtype.element_ty), mask=inside)
@@ -188,21 +331,23 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON
 class _Launcher:
     """The matrices as kernels read them, and kernels at the blocks that fit them."""
 
-    def __init__(self, models: list[Factors], partner: Tensor, operands: torch.dtype) -> None:
+    def __init__(self, models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> None:
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
-        self.partner = partner
+        self.partner, self.columns = partner, columns
         self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
         widest = max(x.shape[1] for x, *_ in models)
         blocks = BLOCKS[operands.itemsize]
         self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(widest))))
 
-    def __call__(self, kernel: Any, grid: tuple[int, int], tile: slice, *arguments: Any) -> None:
+    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any) -> None:
         """On a tile of the student's matrix and of the teacher's, or twice the student's."""
-        matrices = [(x[tile], y, scale, x.shape[1], self.partner[tile]) for x, y, scale in self.matrices]
+        matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "enable_fp_fusion": False, **self.blocks._asdict()}
+        if kernel is not _columns_kernel:
+            options["WITH_COLUMNS"] = self.columns
         with torch.cuda.device_of(self.partner):
-            kernel[grid](matrices[0], matrices[-1], *arguments, **options)
+            kernel[grid](matrices[0], matrices[-1], self.partner[tile], *arguments, **options)
 
     def tiles(self, n: int, block_bytes: int, limit: int) -> list[slice]:
         """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
@@ -210,24 +355,45 @@ class _Launcher:
         return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def forward(models: list[Factors], partner: Tensor, operands: torch.dtype) -> Strip:
+def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool = True) -> Strip:
     """The statistics, as `tiled.forward` gives them."""
     x, y, _ = models[0]
     n, m = len(x), len(y)
-    launch = _Launcher(models, partner, operands)
-    kinds = 1 if len(models) == 1 else 3
-    rows, columns = [], []
-    for tile in launch.tiles(n, kinds * m * x.element_size(), PARTS_BYTES):
+    launch = _Launcher(models, partner, operands, columns=columns)
+    sums, references = (1, 1) if len(models) == 1 else (3, 2)
+    width = triton.cdiv(m, launch.blocks.COLUMNS)
+    of_rows, of_columns = [], []
+    for tile in launch.tiles(n, sums * m * x.element_size() if columns else 1, SUMS_BYTES):
         length = tile.stop - tile.start
-        height, width = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
-        span = triton.cdiv(width, triton.cdiv(_programs(x.device), height))  # of a program, in blocks
-        grid = height, triton.cdiv(width, span)
-        by_row, by_column = x.new_empty(kinds, grid[1], length), x.new_empty(kinds, height, m)
-        launch(_forward_kernel, grid, tile, by_row, by_column, length, m, span * launch.blocks.COLUMNS)
-        rows.append(_merged(by_row))
-        columns.append(_merged(by_column))
-    joined = Part(*map(torch.cat, zip(*rows, strict=True)))
-    return Strip(joined.to(x.dtype), merge(columns).to(x.dtype))
+        height = triton.cdiv(length, launch.blocks.ROWS)
+        span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks
+        by_row = x.new_empty(references + sums, triton.cdiv(width, span), length)
+        by_column = x.new_empty(sums, height, m if columns else 0)
+        pivots = x.new_empty(references, height, width)
+        grid = by_row.shape[1], height
+        launch(_forward_kernel, grid, tile, by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS)
+        of_rows.append(merge([_statistics(part) for part in by_row.unbind(1)]))
+        merged = x.new_empty(references + sums, m if columns else 0)
+        if columns:
+            launch(_columns_kernel, (width,), tile, merged, by_column, pivots, length, m)
+        of_columns.append(_statistics(merged))
+    rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
+    return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))
+
+
+def _statistics(sums: Tensor) -> Part:
+    """Of what the kernels store: the reference and Z, with a teacher its reference, E and F as well."""
+    reference, target, *teacher = sums.to(wide(sums.device))
+    if not teacher:
+        return Part.without_teacher((reference + target.log2()).mul(LN2.value).clamp(min=parts.EXCLUDED))
+    t_reference, excess, divergence = teacher
+    b = excess / target
+    kl = (divergence / target + (b.log1p() - b)).clamp(min=0)
+    lse, t_lse = (
+        (at + total.log2()).mul(LN2.value).clamp(min=parts.EXCLUDED)
+        for at, total in ((reference, target + excess), (t_reference, target))
+    )
+    return Part(lse, t_lse, torch.where(target == 0, 0, kl))
 
 
 def backward(
@@ -236,11 +402,12 @@ def backward(
     """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
     x, y, _ = models[0]
     n, m = len(x), len(y)
-    launch = _Launcher(models, partner, operands)
+    launch = _Launcher(models, partner, operands, columns=len(softmaxes[0].column_weights) > 0)
     dtype = torch.float16 if operands.itemsize == 2 else x.dtype
     tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, TILE_BYTES)
     buffer = x.new_empty(tiles[0].stop, m, dtype=dtype)
-    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
+    weights = [w for each in softmaxes for w in each[2:4] if len(w)]
+    gradients = FeatureGradients(models[0], weights, needs, dtype)
     for tile in tiles:
         length = tile.stop - tile.start
         grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
@@ -250,12 +417,6 @@ def backward(
         launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, buffer, length, m)
         gradients.add(tile, buffer[:length])
     return gradients.results()
-
-
-def _merged(found: Tensor) -> Part:
-    """The parts of ``[K, P, length]``, merged."""
-    each = found.to(wide(found.device)).unbind(1)
-    return merge([Part(*part) if len(part) == 3 else Part.without_teacher(part[0]) for part in each])
 
 
 def _programs(device: torch.device) -> int:

@@ -55,11 +55,11 @@ class FeatureGradients:
         """Adds the rows ``tile`` of the gradient in S, times ``gain`` and in the dtype of the products."""
         x, y = self.operands
         if self.needs_y:
-            _add_product(self.y_gradient, gradient.T, x[tile])
+            _multiply(gradient.T, x[tile], self.y_gradient, add=True)
         if not self.takes_rows:
             return
-        rows = self.x_gradient[tile] if len(self.x_gradient) else torch.zeros_like(self.x[tile])
-        _add_product(rows, gradient, y)
+        rows = self.x_gradient[tile] if len(self.x_gradient) else torch.empty_like(self.x[tile])
+        _multiply(gradient, y, rows, add=False)
         if self.is_rounded:
             rows.div_(self.gain).div_(self.gains[1])
         if self.needs_scale:
@@ -76,11 +76,14 @@ class FeatureGradients:
         return self.x_gradient, self.y_gradient, self.scale_gradient
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """Writes ``a @ b`` into ``out``, or adds it; summed in the dtype of ``out``."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    elif a.device.type == "cuda":
+        torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
     else:
-        total += product(a, b, total.dtype)
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
 
 
 def _gain(bound: Tensor) -> Tensor:

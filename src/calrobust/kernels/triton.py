@@ -38,6 +38,7 @@ SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
 TILE_BYTES = 256 * 2**20
 PROGRAMS = 4  # for each multiprocessor, at least, if there are blocks enough
 SPANS = 16  # of columns, at least: programs of one block of rows run together, and share it in the cache
+COLUMN_SPAN = 32  # blocks of rows, of which one program merges the columns
 
 
 class Blocks(NamedTuple):
@@ -48,34 +49,51 @@ class Blocks(NamedTuple):
     DEPTH: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers of a thread at most
 
 
-# By bytes of an operand; within the 99 KiB of shared memory that every card has.
-BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(128, 64, 32, 8, 3), 8: Blocks(32, 32, 16, 8, 2)}
+# By bytes of an operand and number of models; within the 99 KiB of shared memory that every card has.
+BLOCKS = {
+    (2, 1): Blocks(128, 128, 64, 8, 3),
+    (2, 2): Blocks(128, 64, 64, 8, 3),
+    (4, 1): Blocks(128, 64, 32, 8, 3),
+    (4, 2): Blocks(64, 64, 32, 8, 3),
+    (8, 1): Blocks(32, 32, 16, 8, 2),
+    (8, 2): Blocks(32, 32, 16, 8, 2),
+}
 
 EXCLUDED = tl.constexpr(parts.EXCLUDED)
 FLOOR = tl.constexpr(-(2.0**123))  # the least reference: entries that are excluded are nothing beside it
 LOG2E = tl.constexpr(math.log2(math.e))  # references are logarithms to base 2, for which devices have an exponential
 LN2 = tl.constexpr(math.log(2))
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
-FAR = tl.constexpr(6)  # base-2 logarithm of a ratio of Z to Z̃ at which E and F cancel
+FAR = tl.constexpr(9)  # base-2 logarithm of a ratio of Z to Z̃ at which E and F cancel
 NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
 INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
 
 
 @triton.jit
 def _logits(
-    matrix: tl.tuple, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor, DEPTH: tl.constexpr
+    matrix: tl.tuple,
+    row: tl.tensor,
+    column: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """A block of ``scale · x yᵀ``, with zeros outside."""
+    """A block of ``scale · x yᵀ``; outside, its last row or column again."""
     x, y, scale, width = matrix
     total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
-    x_row = x + row.to(tl.int64)[:, None] * width
-    y_row = y + column.to(tl.int64)[None, :] * width
+    x_row = x + tl.minimum(row, n - 1).to(tl.int64)[:, None] * width
+    y_row = y + tl.minimum(column, m - 1).to(tl.int64)[None, :] * width
     for start in range(0, width, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        a = tl.load(x_row + depth[None, :], mask=(row < n)[:, None] & (depth < width)[None, :], other=0.0)
-        b = tl.load(y_row + depth[:, None], mask=(column < m)[None, :] & (depth < width)[:, None], other=0.0)
+        if EVEN:
+            a, b = tl.load(x_row + depth[None, :]), tl.load(y_row + depth[:, None])
+        else:
+            a = tl.load(x_row + depth[None, :], mask=(depth < width)[None, :], other=0.0)
+            b = tl.load(y_row + depth[:, None], mask=(depth < width)[:, None], other=0.0)
         if a.dtype == tl.float64:  # tl.dot takes it from Triton 3.5 on
             total += tl.sum(a[:, :, None] * b[None, :, :], 1)
         elif a.dtype == tl.float32:
@@ -86,15 +104,28 @@ def _logits(
 
 
 @triton.jit
+def _partners(partner: tl.tensor, row: tl.tensor, n: tl.tensor, m: tl.tensor) -> tl.tuple:
+    """The partners of a block of rows, the first and the last of them, and where the rows end."""
+    own = tl.load(partner + row, mask=row < n, other=-1)
+    return own, tl.min(tl.where(own < 0, m, own), 0), tl.max(own, 0), tl.max(row, 0) + 1
+
+
+@triton.jit
 def _without_own(
-    logits: tl.tensor, partner: tl.tensor, row: tl.tensor, column: tl.tensor, n: tl.tensor, m: tl.tensor
+    logits: tl.tensor,
+    partners: tl.tuple,
+    row: tl.tensor,
+    column: tl.tensor,
+    start: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
 ) -> tl.tensor:
-    """A block without own entries and without what is outside. Most blocks have neither."""
-    first, last = tl.min(column, 0), tl.max(column, 0)
-    has_own = tl.max(((partner >= first) & (partner <= last)).to(tl.int32), 0) > 0
-    if has_own | (last >= m) | (tl.max(row, 0) >= n):
+    """A block from column ``start`` on, without own entries and without what is outside. Most blocks have neither."""
+    own, first, last, end = partners
+    stop = start + column.shape[0]
+    if ((first < stop) & (last >= start)) | (stop > m) | (end > n):
         inside = (row < n)[:, None] & (column < m)[None, :]
-        logits = tl.where(inside & (column[None, :] != partner[:, None]), logits, EXCLUDED)
+        logits = tl.where(inside & (column[None, :] != own[:, None]), logits, EXCLUDED)
     return logits
 
 
@@ -143,6 +174,21 @@ def _move(sums: tl.tuple, shift: tl.tensor, t_shift: tl.tensor, TEACHER: tl.cons
 
 
 @triton.jit
+def _store_sums(
+    to: tl.tensor, sums: tl.tuple, part: tl.tensor, index: tl.tensor, length: tl.tensor, TEACHER: tl.constexpr
+) -> None:
+    """Into ``to [parts, 2, length]``, or with a teacher ``[parts, 5, length]``."""
+    COUNT: tl.constexpr = 5 if TEACHER else 2
+    to += part.to(tl.int64) * COUNT * length + index
+    tl.store(to, sums[0], mask=index < length)
+    tl.store(to + length, sums[2], mask=index < length)
+    if TEACHER:
+        tl.store(to + 2 * length.to(tl.int64), sums[1], mask=index < length)
+        tl.store(to + 3 * length.to(tl.int64), sums[3], mask=index < length)
+        tl.store(to + 4 * length.to(tl.int64), sums[4], mask=index < length)
+
+
+@triton.jit
 def _forward_kernel(
     student: tl.tuple,
     teacher: tl.tuple,
@@ -158,24 +204,26 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,  # whether it divides all widths
 ) -> None:
     """The sums of a block of rows over a span of columns, and of these columns over the block."""
     part, block = tl.program_id(0), tl.program_id(1)
     height, width = tl.num_programs(1).to(tl.int64), tl.cdiv(m, COLUMNS)
     row = block * ROWS + tl.arange(0, ROWS)
-    partners = tl.load(partner + row, mask=row < n, other=-1)
+    partners = _partners(partner, row, n, m)
     reference = tl.full((ROWS,), FLOOR, row_sums.dtype.element_ty)
     t_reference = reference
     target = tl.zeros_like(reference)
     excess, divergence = target, target
+    pivot, t_pivot = FLOOR + 0.0 * part, FLOOR + 0.0 * part
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        s = _without_own(_logits(student, row, column, n, m, DEPTH), partners, row, column, n, m)
+        s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
         t = s
         top = tl.maximum(reference, tl.max(s, 1) * LOG2E)
         t_top = top
         if TEACHER:
-            t = _without_own(_logits(teacher, row, column, n, m, DEPTH), partners, row, column, n, m)
+            t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
             t_top = tl.maximum(t_reference, tl.max(t, 1) * LOG2E)
         before = _move((target, excess, divergence), reference - top, t_reference - t_top, TEACHER)
         here = _entries(s, t, top[:, None], t_top[:, None], TEACHER)
@@ -185,8 +233,11 @@ def _forward_kernel(
             divergence = before[2] + tl.sum(here[2], 1)
         reference, t_reference = top, t_top
         if WITH_COLUMNS:
-            pivot, t_pivot = tl.max(top, 0), tl.max(t_top, 0)
+            if start == part * span:
+                pivot = tl.max(top, 0)
+                t_pivot = pivot + tl.sum(tl.where(row < n, t_top - top, 0.0), 0) / tl.minimum(n - block * ROWS, ROWS)
             shift, t_shift = top - pivot, t_top - t_pivot
+            shift = tl.where(tl.abs(shift - t_shift) < FAR, shift, float("nan"))
             weights = _comparison(shift, t_shift, (shift - t_shift) * LN2, TEACHER)
             by_column = _times((weights[0][:, None], weights[1][:, None], weights[2][:, None]), here, TEACHER)
             to = column_sums + block.to(tl.int64) * m + column
@@ -196,17 +247,9 @@ def _forward_kernel(
                 tl.store(to + height * m, tl.sum(by_column[1], 0), mask=column < m)
                 tl.store(to + 2 * height * m, tl.sum(by_column[2], 0), mask=column < m)
                 tl.store(at + height * width, t_pivot)
-                pivot = tl.where(tl.max(tl.abs(shift - t_shift), 0) < FAR, pivot, float("nan"))
             tl.store(at, pivot)
 
-    to = row_sums + part.to(tl.int64) * n + row
-    stride = tl.num_programs(0).to(tl.int64) * n
-    tl.store(to, reference, mask=row < n)
-    tl.store(to + stride, target, mask=row < n)
-    if TEACHER:
-        tl.store(to + 2 * stride, t_reference, mask=row < n)
-        tl.store(to + 3 * stride, excess, mask=row < n)
-        tl.store(to + 4 * stride, divergence, mask=row < n)
+    _store_sums(row_sums, (reference, t_reference, target, excess, divergence), part, row, n, TEACHER)
 
 
 @triton.jit
@@ -219,25 +262,29 @@ def _columns_kernel(
     pivots: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
+    SPAN: tl.constexpr,  # blocks of rows of a program
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,  # whether it divides all widths
 ) -> None:
-    """The sums of a block of columns over all blocks of rows."""
-    block, width, height = tl.program_id(0), tl.num_programs(0), tl.cdiv(n, ROWS).to(tl.int64)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    """The sums of a block of columns over a span of blocks of rows."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    width, height = tl.num_programs(0), tl.cdiv(n, ROWS).to(tl.int64)
+    start = block * COLUMNS
+    column = start + tl.arange(0, COLUMNS)
     reference = tl.full((COLUMNS,), FLOOR, merged.dtype.element_ty)
     t_reference = reference
     target = tl.zeros_like(reference)
     excess, divergence = target, target
-    at = column_sums + column
-    for k in range(0, height):
+    at = column_sums + part.to(tl.int64) * SPAN * m + column
+    for k in range(part * SPAN, tl.minimum((part + 1) * SPAN, height)):
         pivot = tl.load(pivots + k * width + block) + tl.zeros_like(reference)
         t_pivot = pivot
         z = tl.load(at, mask=column < m, other=1.0)
         e, f = z, z
-        found = (pivot == pivot) & (z > LOST) & (z < float("inf"))
+        found = (z > LOST) & (z < float("inf"))
         if TEACHER:
             t_pivot = tl.load(pivots + (height + k) * width + block) + tl.zeros_like(reference)
             e = tl.load(at + height * m, mask=column < m, other=0.0)
@@ -245,13 +292,13 @@ def _columns_kernel(
             found &= (z + e > LOST) & (z + e < z * 2**FAR) & (z < (z + e) * 2**FAR)
         if tl.min(found.to(tl.int32), 0) == 0:
             row = k * ROWS + tl.arange(0, ROWS)
-            partners = tl.load(partner + row, mask=row < n, other=-1)
-            s = _without_own(_logits(student, row, column, n, m, DEPTH), partners, row, column, n, m)
+            partners = _partners(partner, row, n, m)
+            s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
             t = s
             pivot = tl.maximum(tl.max(s, 0) * LOG2E, FLOOR)
             t_pivot = pivot
             if TEACHER:
-                t = _without_own(_logits(teacher, row, column, n, m, DEPTH), partners, row, column, n, m)
+                t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
                 t_pivot = tl.maximum(tl.max(t, 0) * LOG2E, FLOOR)
             here = _entries(s, t, pivot[None, :], t_pivot[None, :], TEACHER)
             z = tl.sum(here[0], 0)
@@ -264,13 +311,7 @@ def _columns_kernel(
         reference, t_reference = top, t_top
         at += m
 
-    to = merged + column
-    tl.store(to, reference, mask=column < m)
-    tl.store(to + m, target, mask=column < m)
-    if TEACHER:
-        tl.store(to + 2 * m, t_reference, mask=column < m)
-        tl.store(to + 3 * m, excess, mask=column < m)
-        tl.store(to + 4 * m, divergence, mask=column < m)
+    _store_sums(merged, (reference, t_reference, target, excess, divergence), part, column, m, TEACHER)
 
 
 @triton.jit
@@ -309,16 +350,17 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,  # whether it divides all widths
 ) -> None:
     """A block of the gradient in S, which is 0 at own entries."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)
-    partners = tl.load(partner + row, mask=row < n, other=-1)
-    s = _without_own(_logits(student, row, column, n, m, DEPTH), partners, row, column, n, m)
+    partners = _partners(partner, row, n, m)
+    s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
     gradient = _weighted_softmaxes(softmaxes, s, row, column, n, m, WITH_COLUMNS)
     if TEACHER:
-        t = _without_own(_logits(teacher, row, column, n, m, DEPTH), partners, row, column, n, m)
+        t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
         gradient += _weighted_softmaxes(teacher_softmaxes, t, row, column, n, m, WITH_COLUMNS)
     entries = tile + row.to(tl.int64)[:, None] * m + column[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
@@ -336,14 +378,16 @@ class _Launcher:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
         self.partner, self.columns = partner, columns
         self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
-        widest = max(x.shape[1] for x, *_ in models)
-        blocks = BLOCKS[operands.itemsize]
-        self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(widest))))
+        widths = [x.shape[1] for x, *_ in models]
+        blocks = BLOCKS[operands.itemsize, len(models)]
+        self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(max(widths)))))
+        self.is_even = all(width % self.blocks.DEPTH == 0 for width in widths)
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any) -> None:
         """On a tile of the student's matrix and of the teacher's, or twice the student's."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
-        options = {"TEACHER": len(matrices) == 2, "enable_fp_fusion": False, **self.blocks._asdict()}
+        options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
+        options |= self.blocks._asdict()
         if kernel is not _columns_kernel:
             options["WITH_COLUMNS"] = self.columns
         with torch.cuda.device_of(self.partner):
@@ -367,16 +411,16 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         length = tile.stop - tile.start
         height = triton.cdiv(length, launch.blocks.ROWS)
         span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks
-        by_row = x.new_empty(references + sums, triton.cdiv(width, span), length)
+        by_row = x.new_empty(triton.cdiv(width, span), references + sums, length)
         by_column = x.new_empty(sums, height, m if columns else 0)
         pivots = x.new_empty(references, height, width)
-        grid = by_row.shape[1], height
+        grid = len(by_row), height
         launch(_forward_kernel, grid, tile, by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS)
-        of_rows.append(merge([_statistics(part) for part in by_row.unbind(1)]))
-        merged = x.new_empty(references + sums, m if columns else 0)
+        of_rows.append(merge([_statistics(part) for part in by_row]))
+        merged = x.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
-            launch(_columns_kernel, (width,), tile, merged, by_column, pivots, length, m)
-        of_columns.append(_statistics(merged))
+            launch(_columns_kernel, (width, len(merged)), tile, merged, by_column, pivots, length, m, COLUMN_SPAN)
+        of_columns += [_statistics(part) for part in merged]
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))
 

@@ -153,9 +153,8 @@ def _entries(
 ) -> tl.tuple:
     """The comparisons of logits at references."""
     r = (s - t) - (reference - t_reference) * LN2
-    log2_p = tl.fma(s, tl.full(s.shape, LOG2E, s.dtype), tl.broadcast_to(-reference, s.shape))
-    log2_target = tl.fma(t, tl.full(t.shape, LOG2E, t.dtype), tl.broadcast_to(-t_reference, t.shape))
-    return _comparison(log2_p, log2_target, r, TEACHER)
+    log2e = tl.full(s.shape, LOG2E, s.dtype)
+    return _comparison(tl.fma(s, log2e, -reference), tl.fma(t, log2e, -t_reference), r, TEACHER)
 
 
 @triton.jit
@@ -164,7 +163,8 @@ def _times(u: tl.tuple, v: tl.tuple, TEACHER: tl.constexpr) -> tl.tuple:
     target = u[0] * v[0]
     if not TEACHER:
         return target, target, target
-    return target, (u[0] + u[1]) * v[1] + u[1] * v[0], u[0] * v[2] + (u[2] * v[0] + u[1] * v[1])
+    excess = tl.fma(u[0] + u[1], v[1], u[1] * v[0])
+    return target, excess, tl.fma(u[0], v[2], tl.fma(u[2], v[0], u[1] * v[1]))
 
 
 @triton.jit
@@ -183,9 +183,9 @@ def _store_sums(
     tl.store(to, sums[0], mask=index < length)
     tl.store(to + length, sums[2], mask=index < length)
     if TEACHER:
-        tl.store(to + 2 * length.to(tl.int64), sums[1], mask=index < length)
-        tl.store(to + 3 * length.to(tl.int64), sums[3], mask=index < length)
-        tl.store(to + 4 * length.to(tl.int64), sums[4], mask=index < length)
+        tl.store(to + 2 * length, sums[1], mask=index < length)
+        tl.store(to + 3 * length, sums[3], mask=index < length)
+        tl.store(to + 4 * length, sums[4], mask=index < length)
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def _forward_kernel(
 ) -> None:
     """The sums of a block of rows over a span of columns, and of these columns over the block."""
     part, block = tl.program_id(0), tl.program_id(1)
-    height, width = tl.num_programs(1).to(tl.int64), tl.cdiv(m, COLUMNS)
+    height, width = tl.num_programs(1), tl.cdiv(m, COLUMNS)
     row = block * ROWS + tl.arange(0, ROWS)
     partners = _partners(partner, row, n, m)
     reference = tl.full((ROWS,), FLOOR, row_sums.dtype.element_ty)
@@ -240,7 +240,7 @@ def _forward_kernel(
             shift = tl.where(tl.abs(shift - t_shift) < FAR, shift, float("nan"))
             weights = _comparison(shift, t_shift, (shift - t_shift) * LN2, TEACHER)
             by_column = _times((weights[0][:, None], weights[1][:, None], weights[2][:, None]), here, TEACHER)
-            to = column_sums + block.to(tl.int64) * m + column
+            to = column_sums + block * m + column
             tl.store(to, tl.sum(by_column[0], 0), mask=column < m)
             at = pivots + block * width + start // COLUMNS
             if TEACHER:
@@ -271,14 +271,14 @@ def _columns_kernel(
 ) -> None:
     """The sums of a block of columns over a span of blocks of rows."""
     block, part = tl.program_id(0), tl.program_id(1)
-    width, height = tl.num_programs(0), tl.cdiv(n, ROWS).to(tl.int64)
+    width, height = tl.num_programs(0), tl.cdiv(n, ROWS)
     start = block * COLUMNS
     column = start + tl.arange(0, COLUMNS)
     reference = tl.full((COLUMNS,), FLOOR, merged.dtype.element_ty)
     t_reference = reference
     target = tl.zeros_like(reference)
     excess, divergence = target, target
-    at = column_sums + part.to(tl.int64) * SPAN * m + column
+    at = column_sums + part * SPAN * m + column
     for k in range(part * SPAN, tl.minimum((part + 1) * SPAN, height)):
         pivot = tl.load(pivots + k * width + block) + tl.zeros_like(reference)
         t_pivot = pivot
@@ -342,9 +342,11 @@ def _backward_kernel(
     softmaxes: tl.tuple,
     teacher_softmaxes: tl.tuple,
     gain: tl.tensor,
-    tile: tl.tensor,
+    tiles: tl.tensor,
+    stride: tl.tensor,  # from part to part
     n: tl.tensor,
     m: tl.tensor,
+    PARTS: tl.constexpr,
     WITH_COLUMNS: tl.constexpr,
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -352,7 +354,7 @@ def _backward_kernel(
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # whether it divides all widths
 ) -> None:
-    """A block of the gradient in S, which is 0 at own entries."""
+    """A block of the gradient in S, which is 0 at own entries, in parts of lower precision."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)
@@ -362,9 +364,14 @@ def _backward_kernel(
     if TEACHER:
         t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
         gradient += _weighted_softmaxes(teacher_softmaxes, t, row, column, n, m, WITH_COLUMNS)
-    entries = tile + row.to(tl.int64)[:, None] * m + column[None, :]
+    gradient *= tl.load(gain)
+    entries = tiles + row.to(tl.int64)[:, None] * m + column[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
-    tl.store(entries, (gradient * tl.load(gain)).to(tile.dtype.element_ty), mask=inside)
+    for _ in tl.static_range(PARTS):
+        part = gradient.to(tiles.dtype.element_ty)
+        tl.store(entries, part, mask=inside)
+        gradient -= part
+        entries += stride
 
 
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
@@ -447,19 +454,20 @@ def backward(
     x, y, _ = models[0]
     n, m = len(x), len(y)
     launch = _Launcher(models, partner, operands, columns=len(softmaxes[0].column_weights) > 0)
-    dtype = torch.float16 if operands.itemsize == 2 else x.dtype
-    tiles = launch.tiles(n, launch.blocks.ROWS * m * dtype.itemsize, TILE_BYTES)
-    buffer = x.new_empty(tiles[0].stop, m, dtype=dtype)
+    dtype, parts = (x.dtype, 1) if x.dtype == torch.float64 else (torch.float16, operands.itemsize // 2)
+    tiles = launch.tiles(n, launch.blocks.ROWS * m * parts * dtype.itemsize, TILE_BYTES)
+    buffer = x.new_empty(parts * tiles[0].stop * m, dtype=dtype)
     weights = [w for each in softmaxes for w in each[2:4] if len(w)]
-    gradients = FeatureGradients(models[0], weights, needs, dtype)
+    gradients = FeatureGradients(models[0], weights, needs, dtype, parts)
     for tile in tiles:
         length = tile.stop - tile.start
+        gradient = buffer[: parts * length * m].view(parts, length, m)
         grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
         arguments = [
             (each.row_lse[tile], each.column_lse, each.row_weights[tile], each.column_weights) for each in softmaxes
         ]
-        launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, buffer, length, m)
-        gradients.add(tile, buffer[:length])
+        launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, gradient, length * m, length, m, parts)
+        gradients.add(tile, *gradient)
     return gradients.results()
 
 

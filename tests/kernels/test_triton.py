@@ -10,6 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -306,6 +307,7 @@ def test_the_operator_passes_opcheck() -> None:
 
 
 @kernels
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch 2.11 itself
 def test_compiles_into_one_graph() -> None:
     """torch.compile(fullgraph=True) of a loss, with the value and the gradient of the eager one."""
     criterion = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5, impl="triton")
@@ -502,7 +504,9 @@ def test_nothing_waits_for_the_device(options: dict[str, Any]) -> None:
     """Neither forward nor backward, once kernels are compiled."""
     features, scale = batch(700, 64, torch.bfloat16), torch.tensor(50.0)
     step(features, scale, **options)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         step(features, scale, **options)
     finally:

@@ -220,10 +220,9 @@ def divergence_terms_in_place(
     if ratio.dtype == torch.float64:
         torch.expm1(ratio, out=near).sub_(ratio)
     else:
-        *factors, last = (ratio.new_full((), 1 / math.factorial(k)) for k in range(2, 8))
-        torch.add(factors[-1], ratio, alpha=float(last), out=near)
-        for factor in reversed(factors[:-1]):
-            torch.addcmul(factor, ratio, near, out=near)
+        torch.add(ratio.new_full((), 1 / math.factorial(6)), ratio, alpha=1 / math.factorial(7), out=near)
+        for k in range(5, 1, -1):
+            torch.addcmul(ratio.new_full((), 1 / math.factorial(k)), ratio, near, out=near)
         near.mul_(ratio).mul_(ratio)
     larger: Tensor = torch.maximum(near.mul_(target), out, out=out)
     return larger

@@ -67,7 +67,8 @@ FLOOR = tl.constexpr(-(2.0**123))  # the least reference: entries that are exclu
 LOG2E = tl.constexpr(math.log2(math.e))  # references are logarithms to base 2, for which devices have an exponential
 LN2 = tl.constexpr(math.log(2))
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
-FAR = tl.constexpr(9)  # base-2 logarithm of a ratio of Z to Z̃ at which E and F cancel
+FAR = tl.constexpr(12)  # base-2 logarithm of a change of p / p̃ from row to row at which sums over columns cancel
+LOSS = tl.constexpr(0.99)  # the share of F that may cancel in the divergence of a column
 NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
 INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
 
@@ -215,7 +216,7 @@ def _forward_kernel(
     t_reference = reference
     target = tl.zeros_like(reference)
     excess, divergence = target, target
-    pivot, t_pivot = FLOOR + 0.0 * part, FLOOR + 0.0 * part
+    pivot, t_pivot = tl.max(reference, 0), tl.max(reference, 0)
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
@@ -289,7 +290,10 @@ def _columns_kernel(
             t_pivot = tl.load(pivots + (height + k) * width + block) + tl.zeros_like(reference)
             e = tl.load(at + height * m, mask=column < m, other=0.0)
             f = tl.load(at + 2 * height * m, mask=column < m, other=0.0)
-            found &= (z + e > LOST) & (z + e < z * 2**FAR) & (z < (z + e) * 2**FAR)
+            b = e / tl.maximum(z, LOST)
+            cancels = b - tl.log(tl.maximum(1.0 + b, LOST))
+            cancels = tl.where(tl.abs(b) < 0.125, b * b * 0.55, cancels)  # where it is inexact, a little more
+            found &= (z + e > LOST) & (cancels * z <= f * LOSS)
         if tl.min(found.to(tl.int32), 0) == 0:
             row = k * ROWS + tl.arange(0, ROWS)
             partners = _partners(partner, row, n, m)

@@ -55,13 +55,14 @@ def _on_the_device() -> Any:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16, one block of rows a tile, several programs for its columns: every seam in small matrices."""
-    triton = importlib.import_module("calrobust.kernels.triton")
-    for size in triton.BLOCKS:
-        monkeypatch.setitem(triton.BLOCKS, size, triton.Blocks(16, 16, 16, 4, 2))
-    monkeypatch.setattr(triton, "SUMS_BYTES", 0)
-    monkeypatch.setattr(triton, "SPANS", 1)
-    monkeypatch.setattr(triton, "TILE_BYTES", 0)
-    monkeypatch.setattr(triton, "_programs", lambda device: 2)
+    blocks, softmax = (importlib.import_module(f"calrobust.kernels.triton.{name}") for name in ("blocks", "softmax"))
+    for size in blocks.BLOCKS:
+        monkeypatch.setitem(blocks.BLOCKS, size, blocks.Blocks(16, 16, 16, 4, 2))
+    monkeypatch.setattr(blocks, "TILE_BYTES", 0)
+    monkeypatch.setattr(softmax, "SUMS_BYTES", 0)
+    monkeypatch.setattr(softmax, "SPANS", 1)
+    monkeypatch.setattr(softmax, "COLUMN_SPAN", 2)
+    monkeypatch.setattr(softmax, "_programs", lambda device: 2)
 
 
 @pytest.mark.slow

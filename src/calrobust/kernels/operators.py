@@ -83,8 +83,7 @@ def _forward(
     if _takes_triton(impl, x):
         from calrobust.kernels import triton
 
-        only_rows = {} if columns else {"columns": False}
-        strip = triton.forward(_models(factors), partner, operands, **only_rows)
+        strip = triton.forward(_models(factors), partner, operands, columns=columns)
     else:
         strip, kept = tiled.forward(_models(factors), partner, operands, columns=columns, keep=keep)
     vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]

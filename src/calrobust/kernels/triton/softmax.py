@@ -7,7 +7,7 @@ and the divergence ``p̃ (exp(r) − 1 − r)``. Over any entries, with Z̃, E a
 
 .. math:: \mathrm{lse} = a + \log(\tilde Z + E), \quad \mathrm{KL} = F / \tilde Z + \log(1 + b) - b
 
-whatever the references are. Other references multiply entries or sums by the comparison of the factors ``exp(a − a′)``
+whatever the references are. They are logarithms to base 2. Other references multiply entries or sums by the comparison of the factors ``exp(a − a′)``
 and ``exp(ã − ã′)``; `_times` is that product. So one exponential of an entry serves its row and its column, and neither
 logarithms nor normalised softmaxes appear inside. No product is fused into the difference ``s − t``: a teacher equal to
 the student gives exactly zero.
@@ -20,9 +20,6 @@ columns' own references.
 `products` takes it on to x and y.
 """
 
-import math
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -33,75 +30,19 @@ from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import Part, Strip, merge, wide
 from calrobust.kernels.products import FeatureGradients
 from calrobust.kernels.tiled import Softmaxes
+from calrobust.kernels.triton.blocks import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
 
 SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
-TILE_BYTES = 256 * 2**20
 PROGRAMS = 4  # for each multiprocessor, at least, if there are blocks enough
 SPANS = 16  # of columns, at least: programs of one block of rows run together, and share it in the cache
 COLUMN_SPAN = 32  # blocks of rows, of which one program merges the columns
 
 
-class Blocks(NamedTuple):
-    """The size of a tile, and how a program works on it."""
-
-    ROWS: int
-    COLUMNS: int
-    DEPTH: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None  # registers of a thread at most
-
-
-# By bytes of an operand and number of models; within the 99 KiB of shared memory that every card has.
-BLOCKS = {
-    (2, 1): Blocks(128, 128, 64, 8, 3),
-    (2, 2): Blocks(128, 64, 64, 8, 3),
-    (4, 1): Blocks(128, 64, 32, 8, 3),
-    (4, 2): Blocks(64, 64, 32, 8, 3),
-    (8, 1): Blocks(32, 32, 16, 8, 2),
-    (8, 2): Blocks(32, 32, 16, 8, 2),
-}
-
 EXCLUDED = tl.constexpr(parts.EXCLUDED)
 FLOOR = tl.constexpr(-(2.0**123))  # the least reference: entries that are excluded are nothing beside it
-LOG2E = tl.constexpr(math.log2(math.e))  # references are logarithms to base 2, for which devices have an exponential
-LN2 = tl.constexpr(math.log(2))
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # base-2 logarithm of a change of p / p̃ from row to row at which sums over columns cancel
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in the divergence of a column
-NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
-INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
-
-
-@triton.jit
-def _logits(
-    matrix: tl.tuple,
-    row: tl.tensor,
-    column: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> tl.tensor:
-    """A block of ``scale · x yᵀ``; outside, its last row or column again."""
-    x, y, scale, width = matrix
-    total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
-    x_row = x + tl.minimum(row, n - 1).to(tl.int64)[:, None] * width
-    y_row = y + tl.minimum(column, m - 1).to(tl.int64)[None, :] * width
-    for start in range(0, width, DEPTH):
-        depth = start + tl.arange(0, DEPTH)
-        if EVEN:
-            a, b = tl.load(x_row + depth[None, :]), tl.load(y_row + depth[:, None])
-        else:
-            a = tl.load(x_row + depth[None, :], mask=(depth < width)[None, :], other=0.0)
-            b = tl.load(y_row + depth[:, None], mask=(depth < width)[:, None], other=0.0)
-        if a.dtype == tl.float64:  # tl.dot takes it from Triton 3.5 on
-            total += tl.sum(a[:, :, None] * b[None, :, :], 1)
-        elif a.dtype == tl.float32:
-            total = tl.dot(a, b, total, input_precision="tf32x3")
-        else:
-            total = tl.dot(a, b, total)
-    return total * tl.load(scale)
 
 
 @triton.jit
@@ -112,40 +53,25 @@ def _partners(partner: tl.tensor, row: tl.tensor, n: tl.tensor, m: tl.tensor) ->
 
 
 @triton.jit
-def _without_own(
-    logits: tl.tensor,
+def _others(
+    matrix: tl.tuple,
     partners: tl.tuple,
     row: tl.tensor,
-    column: tl.tensor,
     start: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """A block from column ``start`` on, without own entries and without what is outside. Most blocks have neither."""
+    """A block of logits without own entries and without what is outside. Most blocks have neither."""
+    column = start + tl.arange(0, COLUMNS)
+    block = logits(matrix, row, column, n, m, DEPTH, EVEN)
     own, first, last, end = partners
-    stop = start + column.shape[0]
-    if ((first < stop) & (last >= start)) | (stop > m) | (end > n):
+    if ((first < start + COLUMNS) & (last >= start)) | (start + COLUMNS > m) | (end > n):
         inside = (row < n)[:, None] & (column < m)[None, :]
-        logits = tl.where(inside & (column[None, :] != own[:, None]), logits, EXCLUDED)
-    return logits
-
-
-@triton.jit
-def _comparison(log2_p: tl.tensor, log2_target: tl.tensor, r: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
-    """Target, excess and divergence; without a teacher p alone counts, and is given for each."""
-    p = tl.exp2(log2_p)
-    if not TEACHER:
-        return p, p, p
-    TERMS: tl.constexpr = 13 if r.dtype == tl.float64 else 6
-    target = tl.exp2(log2_target)
-    series = tl.full(r.shape, INVERSE_FACTORIALS[TERMS + 1], r.dtype)
-    for k in tl.static_range(TERMS, 1, -1):
-        series = tl.fma(series, r, tl.full(r.shape, INVERSE_FACTORIALS[k], r.dtype))
-    of_r = target * r
-    divergence = of_r * (r * series)
-    is_near = tl.abs(r) <= NEAR
-    excess = tl.where(is_near, of_r + divergence, p - target)
-    return target, excess, tl.where(is_near, divergence, excess - of_r)
+        block = tl.where(inside & (column[None, :] != own[:, None]), block, EXCLUDED)
+    return block
 
 
 @triton.jit
@@ -155,7 +81,11 @@ def _entries(
     """The comparisons of logits at references."""
     r = (s - t) - (reference - t_reference) * LN2
     log2e = tl.full(s.shape, LOG2E, s.dtype)
-    return _comparison(tl.fma(s, log2e, -reference), tl.fma(t, log2e, -t_reference), r, TEACHER)
+    p = tl.exp2(tl.fma(s, log2e, -reference))
+    target = p
+    if TEACHER:
+        target = tl.exp2(tl.fma(t, log2e, -t_reference))
+    return comparison(p, target, r, TEACHER)
 
 
 @triton.jit
@@ -169,9 +99,9 @@ def _times(u: tl.tuple, v: tl.tuple, TEACHER: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def _move(sums: tl.tuple, shift: tl.tensor, t_shift: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
-    """Sums at references that are less by the shifts."""
-    return _times(sums, _comparison(shift, t_shift, (shift - t_shift) * LN2, TEACHER), TEACHER)
+def _factors(shift: tl.tensor, t_shift: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
+    """The comparison of the factors that lower references by the shifts bring."""
+    return comparison(tl.exp2(shift), tl.exp2(t_shift), (shift - t_shift) * LN2, TEACHER)
 
 
 @triton.jit
@@ -219,14 +149,15 @@ def _forward_kernel(
     pivot, t_pivot = tl.max(reference, 0), tl.max(reference, 0)
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
+        s = _others(student, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
         t = s
         top = tl.maximum(reference, tl.max(s, 1) * LOG2E)
         t_top = top
         if TEACHER:
-            t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
+            t = _others(teacher, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
             t_top = tl.maximum(t_reference, tl.max(t, 1) * LOG2E)
-        before = _move((target, excess, divergence), reference - top, t_reference - t_top, TEACHER)
+        sums = target, excess, divergence
+        before = _times(sums, _factors(reference - top, t_reference - t_top, TEACHER), TEACHER)
         here = _entries(s, t, top[:, None], t_top[:, None], TEACHER)
         target = before[0] + tl.sum(here[0], 1)
         if TEACHER:
@@ -239,7 +170,7 @@ def _forward_kernel(
                 t_pivot = pivot + tl.sum(tl.where(row < n, t_top - top, 0.0), 0) / tl.minimum(n - block * ROWS, ROWS)
             shift, t_shift = top - pivot, t_top - t_pivot
             shift = tl.where(tl.abs(shift - t_shift) < FAR, shift, float("nan"))
-            weights = _comparison(shift, t_shift, (shift - t_shift) * LN2, TEACHER)
+            weights = _factors(shift, t_shift, TEACHER)
             by_column = _times((weights[0][:, None], weights[1][:, None], weights[2][:, None]), here, TEACHER)
             to = column_sums + block * m + column
             tl.store(to, tl.sum(by_column[0], 0), mask=column < m)
@@ -297,20 +228,21 @@ def _columns_kernel(
         if tl.min(found.to(tl.int32), 0) == 0:
             row = k * ROWS + tl.arange(0, ROWS)
             partners = _partners(partner, row, n, m)
-            s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
+            s = _others(student, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
             t = s
             pivot = tl.maximum(tl.max(s, 0) * LOG2E, FLOOR)
             t_pivot = pivot
             if TEACHER:
-                t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
+                t = _others(teacher, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
                 t_pivot = tl.maximum(tl.max(t, 0) * LOG2E, FLOOR)
             here = _entries(s, t, pivot[None, :], t_pivot[None, :], TEACHER)
             z = tl.sum(here[0], 0)
             if TEACHER:
                 e, f = tl.sum(here[1], 0), tl.sum(here[2], 0)
         top, t_top = tl.maximum(reference, pivot), tl.maximum(t_reference, t_pivot)
-        before = _move((target, excess, divergence), reference - top, t_reference - t_top, TEACHER)
-        here = _move((z, e, f), pivot - top, t_pivot - t_top, TEACHER)
+        sums = target, excess, divergence
+        before = _times(sums, _factors(reference - top, t_reference - t_top, TEACHER), TEACHER)
+        here = _times((z, e, f), _factors(pivot - top, t_pivot - t_top, TEACHER), TEACHER)
         target, excess, divergence = before[0] + here[0], before[1] + here[1], before[2] + here[2]
         reference, t_reference = top, t_top
         at += m
@@ -363,58 +295,21 @@ def _backward_kernel(
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)
     partners = _partners(partner, row, n, m)
-    s = _without_own(_logits(student, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
+    s = _others(student, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
     gradient = _weighted_softmaxes(softmaxes, s, row, column, n, m, WITH_COLUMNS)
     if TEACHER:
-        t = _without_own(_logits(teacher, row, column, n, m, DEPTH, EVEN), partners, row, column, start, n, m)
+        t = _others(teacher, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
         gradient += _weighted_softmaxes(teacher_softmaxes, t, row, column, n, m, WITH_COLUMNS)
-    gradient *= tl.load(gain)
     entries = tiles + row.to(tl.int64)[:, None] * m + column[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
-    for _ in tl.static_range(PARTS):
-        part = gradient.to(tiles.dtype.element_ty)
-        tl.store(entries, part, mask=inside)
-        gradient -= part
-        entries += stride
+    store_parts(gradient * tl.load(gain), entries, stride, inside, PARTS)
 
 
-INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
-
-
-class _Launcher:
-    """The matrices as kernels read them, and kernels at the blocks that fit them."""
-
-    def __init__(self, models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> None:
-        if INTERPRETED and operands == torch.bfloat16:
-            operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
-        self.partner, self.columns = partner, columns
-        self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
-        widths = [x.shape[1] for x, *_ in models]
-        blocks = BLOCKS[operands.itemsize, len(models)]
-        self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(max(widths)))))
-        self.is_even = all(width % self.blocks.DEPTH == 0 for width in widths)
-
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any) -> None:
-        """On a tile of the student's matrix and of the teacher's, or twice the student's."""
-        matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
-        options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
-        options |= self.blocks._asdict()
-        if kernel is not _columns_kernel:
-            options["WITH_COLUMNS"] = self.columns
-        with torch.cuda.device_of(self.partner):
-            kernel[grid](matrices[0], matrices[-1], self.partner[tile], *arguments, **options)
-
-    def tiles(self, n: int, block_bytes: int, limit: int) -> list[slice]:
-        """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
-        rows = self.blocks.ROWS * max(1, limit // block_bytes)
-        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-
-
-def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool = True) -> Strip:
+def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> Strip:
     """The statistics, as `tiled.forward` gives them."""
     x, y, _ = models[0]
     n, m = len(x), len(y)
-    launch = _Launcher(models, partner, operands, columns=columns)
+    launch = Launcher(models, operands)
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
@@ -425,12 +320,13 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         by_row = x.new_empty(triton.cdiv(width, span), references + sums, length)
         by_column = x.new_empty(sums, height, m if columns else 0)
         pivots = x.new_empty(references, height, width)
-        grid = len(by_row), height
-        launch(_forward_kernel, grid, tile, by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS)
+        arguments = by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS, columns
+        launch(_forward_kernel, (len(by_row), height), tile, partner[tile], *arguments)
         of_rows.append(merge([_statistics(part) for part in by_row]))
         merged = x.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
-            launch(_columns_kernel, (width, len(merged)), tile, merged, by_column, pivots, length, m, COLUMN_SPAN)
+            arguments = merged, by_column, pivots, length, m, COLUMN_SPAN
+            launch(_columns_kernel, (width, len(merged)), tile, partner[tile], *arguments)
         of_columns += [_statistics(part) for part in merged]
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))
@@ -440,37 +336,43 @@ def _statistics(sums: Tensor) -> Part:
     """Of what the kernels store: the reference and Z, with a teacher its reference, E and F as well."""
     reference, target, *teacher = sums.to(wide(sums.device))
     if not teacher:
-        return Part.without_teacher((reference + target.log2()).mul(LN2.value).clamp(min=parts.EXCLUDED))
+        return Part.without_teacher(_log_sum_exp(reference, target))
     t_reference, excess, divergence = teacher
     b = excess / target
-    kl = (divergence / target + (b.log1p() - b)).clamp(min=0)
-    lse, t_lse = (
-        (at + total.log2()).mul(LN2.value).clamp(min=parts.EXCLUDED)
-        for at, total in ((reference, target + excess), (t_reference, target))
-    )
-    return Part(lse, t_lse, torch.where(target == 0, 0, kl))
+    kl = torch.where(target == 0, 0, divergence / target + (b.log1p() - b)).clamp(min=0)
+    return Part(_log_sum_exp(reference, target + excess), _log_sum_exp(t_reference, target), kl)
+
+
+def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:
+    return (reference + total.log2()).mul(LN2.value).clamp(min=parts.EXCLUDED)
 
 
 def backward(
     models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
-    x, y, _ = models[0]
-    n, m = len(x), len(y)
-    launch = _Launcher(models, partner, operands, columns=len(softmaxes[0].column_weights) > 0)
-    dtype, parts = (x.dtype, 1) if x.dtype == torch.float64 else (torch.float16, operands.itemsize // 2)
-    tiles = launch.tiles(n, launch.blocks.ROWS * m * parts * dtype.itemsize, TILE_BYTES)
-    buffer = x.new_empty(parts * tiles[0].stop * m, dtype=dtype)
+    launch = Launcher(models, operands)
+    columns = len(softmaxes[0].column_weights) > 0
     weights = [w for each in softmaxes for w in each[2:4] if len(w)]
-    gradients = FeatureGradients(models[0], weights, needs, dtype, parts)
-    for tile in tiles:
-        length = tile.stop - tile.start
-        gradient = buffer[: parts * length * m].view(parts, length, m)
-        grid = triton.cdiv(length, launch.blocks.ROWS), triton.cdiv(m, launch.blocks.COLUMNS)
+    gradients = FeatureGradients(models[0], weights, needs, *launch.split)
+    for tile, gradient in launch.gradients():
         arguments = [
             (each.row_lse[tile], each.column_lse, each.row_weights[tile], each.column_weights) for each in softmaxes
         ]
-        launch(_backward_kernel, grid, tile, arguments[0], arguments[-1], gradients.gain, gradient, length * m, length, m, parts)
+        launch(
+            _backward_kernel,
+            launch.grid(gradient),
+            tile,
+            partner[tile],
+            arguments[0],
+            arguments[-1],
+            gradients.gain,
+            gradient,
+            gradient.stride(0),
+            *gradient.shape[1:],
+            len(gradient),
+            columns,
+        )
         gradients.add(tile, *gradient)
     return gradients.results()
 

@@ -313,7 +313,8 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
-    for tile in launch.tiles(n, sums * m * x.element_size() if columns else 1, SUMS_BYTES):
+    of_a_row = triton.cdiv(sums * m * x.element_size(), launch.blocks.ROWS) if columns else 1  # bytes
+    for tile in launch.tiles(n, of_a_row, SUMS_BYTES):
         length = tile.stop - tile.start
         height = triton.cdiv(length, launch.blocks.ROWS)
         span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks

@@ -12,6 +12,7 @@ from torch import Tensor
 from calrobust.kernels.dense import Factors
 
 TILE_BYTES = 256 * 2**20  # of the gradient in S
+KERNELS = ("forward", "backward", "sigmoid")
 
 
 class Blocks(NamedTuple):
@@ -25,14 +26,16 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None  # registers of a thread at most
 
 
-# By bytes of an operand and number of models; within the 99 KiB of shared memory that every card has.
+# By kernel, bytes of an operand and number of models. They fit into the 99 KiB of shared memory that every card has.
 BLOCKS = {
-    (2, 1): Blocks(128, 128, 64, 8, 3),
-    (2, 2): Blocks(128, 64, 64, 8, 3),
-    (4, 1): Blocks(128, 64, 32, 8, 3),
-    (4, 2): Blocks(64, 64, 32, 8, 3),
-    (8, 1): Blocks(32, 32, 16, 8, 2),
-    (8, 2): Blocks(32, 32, 16, 8, 2),
+    ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
+    ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
+    ("backward", 2, 1): Blocks(128, 128, 64, 4, 3),
+    ("backward", 2, 2): Blocks(128, 128, 64, 8, 3),
+    ("sigmoid", 2, 1): Blocks(128, 128, 64, 8, 3, 128),
+    ("sigmoid", 2, 2): Blocks(128, 64, 64, 8, 3),
+    **{(kernel, 4, models): Blocks(128, 64, 32, 4, 3) for kernel in KERNELS for models in (1, 2)},
+    **{(kernel, 8, models): Blocks(32, 32, 16, 8, 2) for kernel in KERNELS for models in (1, 2)},
 }
 
 LOG2E = tl.constexpr(math.log2(math.e))  # for devices have an exponential to base 2
@@ -106,7 +109,7 @@ INTERPRETED = not isinstance(logits, triton.JITFunction)  # with TRITON_INTERPRE
 class Launcher:
     """The matrices as kernels read them, and kernels at the blocks that fit them."""
 
-    def __init__(self, models: list[Factors], operands: torch.dtype) -> None:
+    def __init__(self, kernel: str, models: list[Factors], operands: torch.dtype) -> None:
         x, y, _ = models[0]
         self.shape, self.device = (len(x), len(y)), x.device
         # The gradient in S is multiplied in so many parts of a dtype.
@@ -115,16 +118,18 @@ class Launcher:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
         self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
         widths = [x.shape[1] for x, *_ in models]
-        blocks = BLOCKS[operands.itemsize, len(models)]
+        blocks = BLOCKS[kernel, operands.itemsize, len(models)]
         self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(max(widths)))))
         self.is_even = all(width % self.blocks.DEPTH == 0 for width in widths)
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any) -> None:
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
+    ) -> None:
         """On a tile of the student's matrix and of the teacher's, or twice the student's."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
         with torch.cuda.device_of(self.matrices[0][0]):
-            kernel[grid](matrices[0], matrices[-1], *arguments, **options, **self.blocks._asdict())
+            kernel[grid](matrices[0], matrices[-1], *arguments, **options, **(blocks or self.blocks)._asdict())
 
     def tiles(self, n: int, row_bytes: int, limit: int) -> list[slice]:
         """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
@@ -143,3 +148,4 @@ class Launcher:
     def grid(self, tile: Tensor) -> tuple[int, int]:
         """A program for each block of a tile ``[..., rows, columns]``."""
         return triton.cdiv(tile.shape[-2], self.blocks.ROWS), triton.cdiv(tile.shape[-1], self.blocks.COLUMNS)
+

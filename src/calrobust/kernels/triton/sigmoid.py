@@ -14,17 +14,30 @@ from calrobust.kernels.sigmoid import Classes, Model, Sums
 from calrobust.kernels.triton.blocks import LOG2E, Launcher, comparison, logits, store_parts
 
 
+# log(1 + e) / e for e in [0, 1], within 4e-8: a polynomial, for divisions take as long as all else together.
+POLYNOMIAL = tl.constexpr(
+    (0.999999965, -0.499994357, 0.333179343, -0.248339455, 0.190713096, -0.135906002, 0.0773807384)
+    + (-0.0289919564, 0.0051058258)
+)
+
+
 @triton.jit
 def _sigmoids(z: tl.tensor) -> tl.tuple:
     """``log(1 + exp(−|z|))``, ``σ(z)`` and ``σ(−z)``, each with all its digits."""
-    TERMS: tl.constexpr = 17 if z.dtype == tl.float64 else 7
     e = tl.exp2(-tl.abs(z) * LOG2E)
-    likely = 1.0 / (1.0 + e)
-    y = e / (2.0 + e)  # log(1 + e) = 2 artanh(y), whose series ends soon because y is at most 1/3
-    series = tl.full(z.shape, 1.0 / (2 * TERMS - 1), z.dtype)
-    for k in tl.static_range(TERMS - 1, 0, -1):
-        series = tl.fma(series, y * y, tl.full(z.shape, 1.0 / (2 * k - 1), z.dtype))
-    return 2.0 * y * series, tl.where(z > 0, likely, e * likely), tl.where(z > 0, e * likely, likely)
+    if z.dtype == tl.float64:
+        y = e / (2.0 + e)  # log(1 + e) = 2 artanh(y), whose series ends soon because y is at most 1/3
+        series = tl.full(z.shape, 1.0 / 33, z.dtype)
+        for k in tl.static_range(16, 0, -1):
+            series = tl.fma(series, y * y, tl.full(z.shape, 1.0 / (2 * k - 1), z.dtype))
+        rest = 2.0 * y * series
+    else:
+        series = tl.full(z.shape, POLYNOMIAL[8], z.dtype)
+        for k in tl.static_range(7, -1, -1):
+            series = tl.fma(series, e, tl.full(z.shape, POLYNOMIAL[k], z.dtype))
+        rest = e * series
+    likely = tl.exp2(-rest * LOG2E)
+    return rest, tl.where(z > 0, likely, e * likely), tl.where(z > 0, e * likely, likely)
 
 
 @triton.jit
@@ -59,7 +72,8 @@ def _sums_kernel(
     positive = of_rows[:, None] == of_columns[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
     rest, yes, no = _sigmoids(z)
-    to = sums + tl.program_id(1) * n + row
+    inside = (row < n)[:, None] & (column < m)[None, :]
+    to, step = sums + tl.program_id(1) * n + row, tl.num_programs(1) * n
     likelihood = tl.maximum(tl.where(positive, -z, z), 0.0) + rest
     tl.store(to, tl.sum(tl.where(inside, likelihood, 0.0), 1), mask=row < n)
     if PARTS > 0:
@@ -69,13 +83,12 @@ def _sums_kernel(
         t_rest, t_yes, t_no = _sigmoids(t)
         of_yes = comparison(yes, t_yes, (tl.minimum(z, 0.0) - tl.minimum(t, 0.0)) - (rest - t_rest), TEACHER)
         of_no = comparison(no, t_no, (tl.maximum(t, 0.0) - tl.maximum(z, 0.0)) - (rest - t_rest), TEACHER)
-        to += tl.num_programs(1) * n
+        to += step
         tl.store(to, tl.sum(tl.where(inside, of_yes[2] + of_no[2], 0.0), 1), mask=row < n)
         if PARTS > 0:
             gradient += tl.load(t_weights + row, mask=row < n, other=0.0)[:, None] * of_yes[1]
     if PARTS > 0:
-        to += tl.num_programs(1) * n
-        tl.store(to, tl.sum(tl.where(inside, gradient, 0.0), 1), mask=row < n)
+        tl.store(to + step, tl.sum(tl.where(inside, gradient, 0.0), 1), mask=row < n)
         entries = tiles + row.to(tl.int64)[:, None] * m + column[None, :]
         store_parts(gradient * tl.load(gain), entries, stride, inside, PARTS)
 
@@ -86,7 +99,7 @@ def sigmoid_sums(
     """The sums and gradients, as `sigmoid.tiled_sums` gives them."""
     factors = [Factors(*model[:3]) for model in models]
     x = models[0].x
-    launch = Launcher(factors, operands)
+    launch = Launcher("sigmoid", factors, operands)
     gradients = FeatureGradients(factors[0], list(weights), needs[:3], *launch.split)
     found = []
     for tile, gradient in launch.gradients():

@@ -194,6 +194,7 @@ def _columns_kernel(
     pivots: tl.tensor,
     n: tl.tensor,
     m: tl.tensor,
+    WIDTH: tl.constexpr,  # columns of a pivot
     SPAN: tl.constexpr,  # blocks of rows of a program
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -203,7 +204,7 @@ def _columns_kernel(
 ) -> None:
     """The sums of a block of columns over a span of blocks of rows."""
     block, part = tl.program_id(0), tl.program_id(1)
-    width, height = tl.num_programs(0), tl.cdiv(n, ROWS)
+    width, height = tl.cdiv(m, WIDTH), tl.cdiv(n, ROWS)
     start = block * COLUMNS
     column = start + tl.arange(0, COLUMNS)
     reference = tl.full((COLUMNS,), FLOOR, merged.dtype.element_ty)
@@ -212,13 +213,14 @@ def _columns_kernel(
     excess, divergence = target, target
     at = column_sums + part * SPAN * m + column
     for k in range(part * SPAN, tl.minimum((part + 1) * SPAN, height)):
-        pivot = tl.load(pivots + k * width + block) + tl.zeros_like(reference)
+        at_pivot = pivots + k * width + start // WIDTH
+        pivot = tl.load(at_pivot) + tl.zeros_like(reference)
         t_pivot = pivot
         z = tl.load(at, mask=column < m, other=1.0)
         e, f = z, z
         found = (z > LOST) & (z < float("inf"))
         if TEACHER:
-            t_pivot = tl.load(pivots + (height + k) * width + block) + tl.zeros_like(reference)
+            t_pivot = tl.load(at_pivot + height * width) + tl.zeros_like(reference)
             e = tl.load(at + height * m, mask=column < m, other=0.0)
             f = tl.load(at + 2 * height * m, mask=column < m, other=0.0)
             b = e / tl.maximum(z, LOST)
@@ -309,7 +311,9 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
     """The statistics, as `tiled.forward` gives them."""
     x, y, _ = models[0]
     n, m = len(x), len(y)
-    launch = Launcher(models, operands)
+    launch = Launcher("forward", models, operands)
+    # Few columns of a program: to take sums again needs many registers, and with too few all of it slows down.
+    narrow = launch.blocks._replace(COLUMNS=min(64, launch.blocks.COLUMNS), num_warps=4)
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
@@ -326,8 +330,9 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         of_rows.append(merge([_statistics(part) for part in by_row]))
         merged = x.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
-            arguments = merged, by_column, pivots, length, m, COLUMN_SPAN
-            launch(_columns_kernel, (width, len(merged)), tile, partner[tile], *arguments)
+            arguments = merged, by_column, pivots, length, m, launch.blocks.COLUMNS, COLUMN_SPAN
+            grid = triton.cdiv(m, narrow.COLUMNS), len(merged)
+            launch(_columns_kernel, grid, tile, partner[tile], *arguments, blocks=narrow)
         of_columns += [_statistics(part) for part in merged]
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))
@@ -352,7 +357,7 @@ def backward(
     models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
-    launch = Launcher(models, operands)
+    launch = Launcher("backward", models, operands)
     columns = len(softmaxes[0].column_weights) > 0
     weights = [w for each in softmaxes for w in each[2:4] if len(w)]
     gradients = FeatureGradients(models[0], weights, needs, *launch.split)

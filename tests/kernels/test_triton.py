@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import compiled
 from matrices import assert_like_dense, factors, partners, value_and_gradients, vectors
 from strategies import class_labels, unit_rows
 from torch import Tensor
@@ -434,41 +435,22 @@ def test_only_impl_triton_loads_triton() -> None:
         (torch.float64, 80, True),
     ],
 )
-def test_the_kernels_compile_and_fit_into_shared_memory(
-    operands: torch.dtype, capability: int, teacher: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_kernels_compile_and_fit_into_shared_memory(operands: torch.dtype, capability: int, teacher: bool) -> None:
     """To machine code, called as a device would call them: what the interpreter lets pass fails here."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    triton: Any = importlib.import_module("calrobust.kernels.triton")
-    compiled: list[Any] = []
-
-    class Compiled:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, int]) -> Any:
-            return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
-
-    for name in ("_forward_kernel", "_backward_kernel"):
-        monkeypatch.setattr(triton, name, Compiled(getattr(triton, name)))
-    monkeypatch.setattr(triton, "_programs", lambda device: 8)
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    device = SimpleNamespace(
-        get_current_device=lambda: capability, get_current_stream=lambda device: 0, get_current_target=lambda: target
-    )
-    monkeypatch.setattr(importlib.import_module("triton.runtime.jit"), "driver", SimpleNamespace(active=device))
     total = torch.promote_types(operands, torch.float32)
-    with torch.device("cpu"):
+    with torch.device("cpu"), compiled(capability) as kernels:
+        softmax: Any = importlib.import_module("calrobust.kernels.triton.softmax")
         models = factors(130, 200, 768, 0, scale=20.0, teacher=teacher)
         inputs = [Factors(*(tensor.to(operands).to(total) for tensor in model)) for model in models]
-        strip = triton.forward(inputs, partners(130, 200), operands)
         rows, columns, none = (torch.ones(n, dtype=total) for n in (130, 200, 0))
-        softmaxes = [Softmaxes(strip.rows[k], strip.columns[k], rows, columns, none) for k in range(len(inputs))]
-        triton.backward(inputs, softmaxes, partners(130, 200), operands, [True, True, True])
-    assert len(compiled) == 2
-    for kernel in compiled:
-        assert kernel.asm["cubin"]
-        assert kernel.metadata.shared <= 99 * 1024
+        for ours, weights in ((True, columns), (False, none)):
+            softmax.forward(inputs, partners(130, 200), operands, columns=ours)
+            softmaxes = [Softmaxes(rows, columns if ours else none, rows, weights, none)] * len(inputs)
+            softmax.backward(inputs, softmaxes, partners(130, 200), operands, [True, True, True])
+        assert len(kernels) == 3
+        for kernel in kernels.values():
+            assert kernel.asm["cubin"]
+            assert kernel.metadata.shared <= 99 * 1024
 
 
 def batch(n: int, width: int, dtype: torch.dtype) -> list[Tensor]:

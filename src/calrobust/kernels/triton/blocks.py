@@ -34,7 +34,8 @@ BLOCKS = {
     ("backward", 2, 2): Blocks(128, 128, 64, 8, 3),
     ("sigmoid", 2, 1): Blocks(128, 128, 64, 8, 3, 128),
     ("sigmoid", 2, 2): Blocks(128, 64, 64, 8, 3),
-    **{(kernel, 4, models): Blocks(128, 64, 32, 4, 3) for kernel in KERNELS for models in (1, 2)},
+    **{(kernel, 4, models): Blocks(128, 64, 32, 4, 3) for kernel in ("forward", "backward") for models in (1, 2)},
+    **{("sigmoid", 4, models): Blocks(128, 64, 32, 8, 3) for models in (1, 2)},
     **{(kernel, 8, models): Blocks(32, 32, 16, 8, 2) for kernel in KERNELS for models in (1, 2)},
 }
 
@@ -92,9 +93,7 @@ def comparison(p: tl.tensor, target: tl.tensor, r: tl.tensor, TEACHER: tl.conste
 
 
 @triton.jit
-def store_parts(
-    numbers: tl.tensor, to: tl.tensor, stride: tl.tensor, inside: tl.tensor, PARTS: tl.constexpr
-) -> None:
+def store_parts(numbers: tl.tensor, to: tl.tensor, stride: tl.tensor, inside: tl.tensor, PARTS: tl.constexpr) -> None:
     """Each number as the sum of ``PARTS`` numbers of lower precision, as `products` multiplies them."""
     for _ in tl.static_range(PARTS):
         part = numbers.to(to.dtype.element_ty)
@@ -148,4 +147,3 @@ class Launcher:
     def grid(self, tile: Tensor) -> tuple[int, int]:
         """A program for each block of a tile ``[..., rows, columns]``."""
         return triton.cdiv(tile.shape[-2], self.blocks.ROWS), triton.cdiv(tile.shape[-1], self.blocks.COLUMNS)
-

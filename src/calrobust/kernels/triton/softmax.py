@@ -7,14 +7,14 @@ and the divergence ``p̃ (exp(r) − 1 − r)``. Over any entries, with Z̃, E a
 
 .. math:: \mathrm{lse} = a + \log(\tilde Z + E), \quad \mathrm{KL} = F / \tilde Z + \log(1 + b) - b
 
-whatever the references are. They are logarithms to base 2. Other references multiply entries or sums by the comparison of the factors ``exp(a − a′)``
-and ``exp(ã − ã′)``; `_times` is that product. So one exponential of an entry serves its row and its column, and neither
-logarithms nor normalised softmaxes appear inside. No product is fused into the difference ``s − t``: a teacher equal to
-the student gives exactly zero.
+whatever the references are. They are logarithms to base 2. Other references multiply entries or sums by the comparison
+of the factors ``exp(a − a′)`` and ``exp(ã − ã′)``; `_times` is that product. So one exponential of an entry serves its
+row and its column, and neither logarithms nor normalised softmaxes appear inside. No product is fused into the
+difference ``s − t``: a teacher equal to the student gives exactly zero.
 
-**Columns.** The sums of a block's columns go to memory, at the largest references of its rows. A second kernel merges
-those of all blocks of rows. Where a sum has lost terms or would cancel, it forms the sums of that block again, at the
-columns' own references.
+**Columns.** The sums of a block's columns go to memory, at references that its program took from its first block. A
+second kernel merges those of several blocks of rows. Where a sum has lost terms or would cancel, it forms the sums of
+that block again, at the columns' own references.
 
 **Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a tile at a time, as
 `products` takes it on to x and y.
@@ -330,9 +330,11 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         of_rows.append(merge([_statistics(part) for part in by_row]))
         merged = x.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
-            arguments = merged, by_column, pivots, length, m, launch.blocks.COLUMNS, COLUMN_SPAN
+            spans = launch.blocks.COLUMNS, COLUMN_SPAN
             grid = triton.cdiv(m, narrow.COLUMNS), len(merged)
-            launch(_columns_kernel, grid, tile, partner[tile], *arguments, blocks=narrow)
+            launch(
+                _columns_kernel, grid, tile, partner[tile], merged, by_column, pivots, length, m, *spans, blocks=narrow
+            )
         of_columns += [_statistics(part) for part in merged]
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))

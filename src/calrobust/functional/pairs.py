@@ -53,7 +53,7 @@ class PairOptions(TypedDict, total=False):
     devices; ``"auto"`` (default) takes Triton where it runs, and is tiled elsewhere, where it keeps the matrix for
     backward if it fits into ``memory_budget``."""
     memory_budget: int
-    """Bytes of logits that ``"auto"`` may hold from forward to backward; 256 MiB by default."""
+    """Bytes of logits that ``"auto"`` may hold for backward; 256 MiB by default. The sigmoid losses hold none."""
 
 
 @dataclass(frozen=True)

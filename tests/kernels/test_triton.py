@@ -209,7 +209,8 @@ def test_strips_of_rows_make_up_the_whole_matrix(operands: torch.dtype) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [100.0, 740.0, 1e4])
-def test_is_finite_and_exact_however_far_logits_lie_apart(dtype: torch.dtype, gap: float) -> None:
+@pytest.mark.parametrize("teacher", [False, True])
+def test_is_finite_and_exact_however_far_logits_lie_apart(teacher: bool, dtype: torch.dtype, gap: float) -> None:
     """A column far below the others of its tile, a row far above a column (trap 1)."""
     corners = torch.tensor([[gap, 0.0], [0.0, 1.0], [-gap, 2.0], [0.5, -1.0], [gap / 2, gap]], dtype=dtype)
     x, y = (
@@ -217,7 +218,7 @@ def test_is_finite_and_exact_however_far_logits_lie_apart(dtype: torch.dtype, ga
         torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [-0.5, 0.1]], dtype=dtype).repeat(6, 1),
     )
     one = torch.tensor(1.0, dtype=dtype)
-    inputs = [Factors(x, y, one), Factors(x.flip(0), y.flip(0), 0.5 * one)]
+    inputs = [Factors(x, y, one), Factors(x.flip(0), y.flip(0), 0.5 * one)][: 1 + teacher]
     outputs, gradients = value_and_gradients(statistics, inputs)
     assert all(v.isfinite().all() for v in (*outputs, *gradients))
     rounding = gap * torch.finfo(dtype).eps  # of a logsumexp of that size, and so of its exponential

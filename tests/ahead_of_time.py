@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-KERNELS = {"softmax": ("_forward_kernel", "_columns_kernel", "_backward_kernel")}
+KERNELS = {"softmax": ("_forward_kernel", "_columns_kernel", "_backward_kernel"), "sigmoid": ("_sums_kernel",)}
 PROGRAMS = 528  # four for each multiprocessor of an H100
 
 

@@ -31,6 +31,7 @@ from calrobust.functional import carot_loss, multimodal_contrastive_loss, multim
 from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import merge
+from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 from calrobust.kernels.tiled import Softmaxes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -326,6 +327,68 @@ def test_compiles_into_one_graph() -> None:
         assert_close(a, b)
 
 
+def sigmoid_inputs(n: int, m: int, width: int, dtype: torch.dtype, *, scale: float, teacher: bool) -> list[Model]:
+    """A student that learns, and maybe a teacher, with numbers that ``dtype`` holds."""
+    numbers = [torch.tensor(number).double() for number in (scale, -10.0, 0.9 * scale, -9.5)]
+    features = [unit_rows(k, width, seed).to(DEVICE, dtype).double() for seed, k in enumerate((n, m, n, m))]
+    student, other = Model(*features[:2], *numbers[:2]), Model(*features[2:], *numbers[2:])
+    return [Model(*(factor.requires_grad_() for factor in student)), *([other] if teacher else [])]
+
+
+def sigmoid_results(models: list[Model], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """The sums and the gradients of their total, for features that are cast to a dtype."""
+    n, m = len(models[0].x), len(models[0].y)
+    classes = Classes(torch.arange(n) % 7, torch.arange(m) % 5)
+    models = [Model(*(factor.detach().to(dtype).requires_grad_(factor.requires_grad) for factor in f)) for f in models]
+    sums, total = sigmoid_sums(models, classes, [1.3, -0.4], **options)
+    return [*sums[: len(models)], *torch.autograd.grad(total, models[0])]
+
+
+@kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize(("n", "m", "width"), SHAPES)
+def test_sigmoid_sums_are_those_of_the_dense_definition(n: int, m: int, width: int, teacher: bool) -> None:
+    """Values and gradients in float64, flat and peaked, whether forward or backward makes the gradients."""
+    for scale in (0.01, 30.0, 3e3):
+        models = sigmoid_inputs(n, m, width, torch.float64, scale=scale, teacher=teacher)
+        expected = sigmoid_results(models, torch.float64, impl="dense")
+        for totalled in (False, True):
+            ours = sigmoid_results(models, torch.float64, impl="triton", totalled=totalled)
+            for a, b in zip(ours, expected, strict=True):
+                assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+@kernels
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_sigmoid_sums_keep_their_precision_at_their_own_blocks(operands: torch.dtype, teacher: bool) -> None:
+    """Sums within 5e-6 of float64's; gradients, if features are of low precision, within 1e-3 of what they sum up."""
+    models = sigmoid_inputs(150, 140, 70, operands, scale=20.0, teacher=teacher)
+    expected = sigmoid_results(models, torch.float64, impl="dense")
+    ours = sigmoid_results(models, torch.float32, impl="triton", operands=operands)
+    for k, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        exact = operands == torch.float32 or k < len(models)
+        size = b.norm() if b.ndim else expected[-1].abs()  # of the bias: nearly the sum of all absolute values
+        assert (a.double() - b).norm() <= (5e-6 if exact else 1e-3) * size
+
+
+@kernels
+@pytest.mark.parametrize("bias", [-12.0, -20.0])
+def test_sigmoid_sums_near_zero_keep_their_digits(bias: float) -> None:
+    """Of a student that is sure of all its pairs, against a teacher that is less so and one that is equal to it."""
+    features = [unit_rows(33, 16, seed).to(DEVICE).float() for seed in (0, 1)]
+    scale = torch.tensor(2.0)
+    student, teacher = Model(*features, scale, torch.tensor(bias)), Model(*features, scale, torch.tensor(bias + 1))
+    nothing = Classes(torch.zeros(33, dtype=torch.int64), torch.ones(33, dtype=torch.int64))
+    ours, _ = sigmoid_sums([student, teacher], nothing, [1.0, 1.0], impl="triton")
+    exact = [Model(*(factor.double() for factor in model)) for model in (student, teacher)]
+    for a, b in zip(ours, sigmoid_sums(exact, nothing, [1.0, 1.0], impl="dense")[0], strict=True):
+        assert_close(a, b, rtol=2e-5, atol=0)
+    same, _ = sigmoid_sums([student, student], nothing, [1.0, 1.0], impl="triton")
+    assert (same.divergence == 0).all()
+
+
 @kernels
 def test_differentiating_the_kernels_twice_is_refused() -> None:
     """They have no second derivative, and say so instead of giving a wrong one."""
@@ -401,10 +464,10 @@ def test_auto_takes_triton_on_cuda_wherever_it_runs(
     monkeypatch.setattr(operators, "_TRITON_IS_INSTALLED", installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert obstacle in operators.obstacle_to_triton(torch.device("cuda", 0))
-    assert operators._takes_triton("auto", features_on("cuda", torch.float32)) == (not obstacle)
-    assert not operators._takes_triton("auto", features_on("cuda", torch.float64))
-    assert not operators._takes_triton("auto", features_on("cpu", torch.float32))
-    assert not operators._takes_triton("tiled", features_on("cuda", torch.float32))
+    assert operators.takes_triton("auto", features_on("cuda", torch.float32)) == (not obstacle)
+    assert not operators.takes_triton("auto", features_on("cuda", torch.float64))
+    assert not operators.takes_triton("auto", features_on("cpu", torch.float32))
+    assert not operators.takes_triton("tiled", features_on("cuda", torch.float32))
 
 
 def test_a_device_of_rocm_takes_the_tiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +475,7 @@ def test_a_device_of_rocm_takes_the_tiled_form(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     assert operators.obstacle_to_triton(torch.device("cuda", 0)) == "a device of ROCm"
-    assert not operators._takes_triton("auto", features_on("cuda", torch.float32))
+    assert not operators.takes_triton("auto", features_on("cuda", torch.float32))
 
 
 def test_only_impl_triton_loads_triton() -> None:
@@ -448,7 +511,11 @@ def test_the_kernels_compile_and_fit_into_shared_memory(operands: torch.dtype, c
             softmax.forward(inputs, partners(130, 200), operands, columns=ours)
             softmaxes = [Softmaxes(rows, columns if ours else none, rows, weights, none)] * len(inputs)
             softmax.backward(inputs, softmaxes, partners(130, 200), operands, [True, True, True])
-        assert len(kernels) == 3
+        biased = [Model(*model, torch.zeros((), dtype=total)) for model in inputs]
+        sigmoid: Any = importlib.import_module("calrobust.kernels.triton.sigmoid")
+        weights = torch.ones(len(biased), 130, dtype=total)
+        sigmoid.sigmoid_sums(biased, Classes(torch.arange(130), torch.arange(200)), weights, operands, [True] * 4)
+        assert len(kernels) == 4
         for kernel in kernels.values():
             assert kernel.asm["cubin"]
             assert kernel.metadata.shared <= 99 * 1024

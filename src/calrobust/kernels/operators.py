@@ -64,7 +64,8 @@ def obstacle_to_triton(device: torch.device) -> str:
     return "" if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}"
 
 
-def _takes_triton(impl: str, x: Tensor) -> bool:
+def takes_triton(impl: str, x: Tensor) -> bool:
+    """Whether the form is Triton's."""
     if impl != "auto":
         return impl == "triton"
     return x.device.type == "cuda" and x.dtype != torch.float64 and not obstacle_to_triton(x.device)
@@ -80,7 +81,7 @@ def _forward(
     """
     x, y, *_ = factors
     kept: list[Tensor] = []
-    if _takes_triton(impl, x):
+    if takes_triton(impl, x):
         from calrobust.kernels import triton
 
         strip = triton.forward(_models(factors), partner, operands, columns=columns)
@@ -97,7 +98,7 @@ def _(
     x, y, *_ = factors
     n, m = x.shape[0], y.shape[0]
     teacher = len(factors) == 6
-    kept = (n if keep and not _takes_triton(impl, x) else 0, m)
+    kept = (n if keep and not takes_triton(impl, x) else 0, m)
     each = [(n,), (m if columns else 0,)]
     shapes = [*each, *(each * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
     return [x.new_empty(shape) for shape in shapes]
@@ -123,7 +124,7 @@ def _backward(
             Softmaxes(teacher_row_lse, teacher_column_lse, -c, -d, teacher_logits),
         ]
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
-        if _takes_triton(impl, a):
+        if takes_triton(impl, a):
             from calrobust.kernels import triton
 
             return triton.backward(_models(factors), softmaxes, partner, operands, needs)

@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors
-from calrobust.kernels.operators import Once, refuse
+from calrobust.kernels.operators import Once, refuse, takes_triton
 from calrobust.kernels.parts import divergence_terms, wide
 from calrobust.kernels.products import FeatureGradients, are_narrow
 
@@ -171,8 +171,11 @@ def _sums(
 ) -> list[Tensor]:
     """What `tiled_sums` gives; ``factors`` are those of the student, then of the teacher if there is one."""
     with torch.autocast(weights.device.type, enabled=False):  # a loss may be differentiated inside of it
+        form = tiled_sums
+        if takes_triton(impl, factors[0]):
+            from calrobust.kernels.triton import sigmoid_sums as form
         models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
-        sums, gradients = tiled_sums(models, Classes(*classes), weights, operands, needs)
+        sums, gradients = form(models, Classes(*classes), weights, operands, needs)
     return [*sums, *gradients]
 
 

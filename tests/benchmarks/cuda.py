@@ -1,4 +1,4 @@
-"""A CUDA device: losses against open_clip, torch and Inf-CL; metrics, temperature and teacher against their peers."""
+"""A CUDA device: losses against other kernels, open_clip and torch; metrics, temperature and teacher against theirs."""
 
 from __future__ import annotations
 
@@ -15,32 +15,48 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError
 
-from calrobust import TemperatureScaler
-from calrobust.functional import carot_loss, multimodal_contrastive_loss
+from calrobust import SigmoidContrastiveLoss, SigmoidDistillationLoss, TemperatureScaler
+from calrobust.functional import carot_loss, multimodal_contrastive_loss, sigmoid_contrastive_loss
 from calrobust.kernels import Impl
 from calrobust.metrics import CalibrationError, NegativeLogLikelihood
 
-SIZES = (4096, 8192, 16384, 32768, 65536)
-WIDTHS = (512, 768)
-DTYPES = (torch.bfloat16, torch.float32)
-JUDGED = (32768, 512, torch.bfloat16)  # where the targets hold
-SCALE = 50.0
-REPEATS = 9
+SETTINGS = {  # (width, dtype): sizes of batches
+    (512, torch.bfloat16): (4096, 32768, 65536),
+    (768, torch.bfloat16): (4096, 32768, 65536),
+    (512, torch.float32): (4096, 32768),
+}
+SCALE, BIAS = 50.0, -10.0
+REPEATS = 7
 ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
 SQUARE = 8192  # of the matrices that the rate of matrix products is measured on
 KERNELS: Impl = "triton"
 DEVICE = torch.device("cuda")
 
+UNITS = {"MCL": 4, "MCL + MKD": 6, "sigmoid": 3, "sigmoid + MKD": 4, "MCL, one direction": 4}
 PEERS_OF = {  # ours: what it is compared with
-    "triton": ("tiled", "dense", "ClipLoss", "ClipLoss, compiled", "linear_cross_entropy, chunked", "two Inf-CL"),
-    "triton + teacher": ("tiled + teacher", "dense + teacher", "DistillClipLoss", "DistillClipLoss, compiled"),
+    "MCL": ("tiled MCL", "dense MCL", "ClipLoss", "ClipLoss, compiled", "memeff", "two Inf-CL"),
+    "MCL + MKD": ("tiled MCL + MKD", "dense MCL + MKD", "DistillClipLoss", "DistillClipLoss, compiled"),
+    "sigmoid": ("tiled sigmoid", "SigLipLoss", "siglip-kernel"),
 }
-UNITS = {"triton": 4, "triton + teacher": 6}  # matrix products of 2·B²·D flop in a step
-TARGETS = {  # (ours, theirs): share of the time, share of the memory
-    ("triton", "two Inf-CL"): (0.5, None),
-    ("triton + teacher", "DistillClipLoss"): (0.5, 0.05),
+SHARES = {  # (ours, theirs): share of the time, share of the memory, from B = 32768 on in bfloat16
+    ("MCL", "two Inf-CL"): (0.5, None),
+    ("MCL", "memeff"): (0.8, None),
+    ("MCL + MKD", "DistillClipLoss"): (0.5, 0.05),
+    ("sigmoid", "siglip-kernel"): (1.0, None),
 }
-MODULES = {"Clip": "open_clip.loss", "Inf-CL": "inf_cl"}  # part of a candidate's name: where it comes from
+MILLISECONDS = {  # (ours, B) at D = 768 in bfloat16, on an H100
+    ("MCL", 65536): 66.0,
+    ("MCL + MKD", 65536): 99.0,
+    ("MCL", 32768): 16.5,
+    ("MCL + MKD", 32768): 24.75,
+}
+MEMORY = 1.4e9 / MIB  # of each at B = 65,536
+MODULES = {  # part of a candidate's name: where it comes from
+    "Loss": "open_clip.loss",
+    "Inf-CL": "inf_cl",
+    "memeff": "memeff",
+    "siglip-kernel": "siglip_kernel",
+}
 PRECISION = {torch.bfloat16: 2e-3, torch.float32: 5e-6}
 LIBRARY = (
     ("CalibrationError", "torchmetrics' Metric"),
@@ -57,9 +73,8 @@ def tables() -> Iterator[Table]:
         yield _absent()
         return
     where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    for width in WIDTHS:
-        for dtype in DTYPES:
-            yield _losses(where, width, dtype)
+    for width, dtype in SETTINGS:
+        yield _losses(where, width, dtype)
     yield _kernels(where)
     yield _library(where)
 
@@ -67,15 +82,10 @@ def tables() -> Iterator[Table]:
 def _absent() -> Table:
     """What there is to measure."""
     table = Table("CUDA", "Not yet measured: there was no CUDA device. What there is to measure:")
-    size, width, _ = JUDGED
-    for (ours, theirs), (time, memory) in TARGETS.items():
-        case = f"B = {size}, D = {width}, bfloat16"
-        table.rows += [_unmeasured(f"{case}, time: {ours} / {theirs}", time)]
-        table.rows += [_unmeasured(f"{case}, memory: {ours} / {theirs}", memory)] if memory is not None else []
-    sizes = f"B = {SIZES[0]} ... {SIZES[-1]}, D = {' and '.join(map(str, WIDTHS))}, bfloat16 and float32"
     for ours, peers in PEERS_OF.items():
-        table.rows.append(_unmeasured(f"{sizes}: {ours} / {'; '.join(peers)}"))
-        table.rows.append(_unmeasured(f"{sizes}, {ours}: share of the rate of a matrix product"))
+        table.rows.append(_unmeasured(f"{ours} / {'; '.join(peers)}"))
+    for ours in UNITS:
+        table.rows.append(_unmeasured(f"{ours}: share of the rate of a matrix product"))
     for dtype, limit in PRECISION.items():
         table.rows.append(_unmeasured(f"gradient error, {_name(dtype)}, against float64", limit))
     table.rows += [_unmeasured(f"{ours} / {theirs}") for ours, theirs in LIBRARY]
@@ -130,15 +140,11 @@ def inputs(size: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 def steps(features: list[Tensor]) -> dict[str, Call]:
     """Forward and backward of every candidate that is installed."""
     image, text, teacher_image, teacher_text = features
-    scale = torch.tensor(SCALE, device=DEVICE, requires_grad=True)
-    typed = scale.detach().to(image.dtype).requires_grad_()  # theirs multiplies in the features' dtype
-    own = torch.arange(len(image), device=DEVICE)
-    teacher = (teacher_image, teacher_text, scale.detach())
+    scale, bias = (torch.tensor(number, device=DEVICE, requires_grad=True) for number in (SCALE, BIAS))
+    typed, typed_bias = (number.detach().to(image.dtype).requires_grad_() for number in (scale, bias))  # as theirs are
+    teacher = teacher_image, teacher_text, scale.detach()
 
-    def ours(impl: Impl) -> Tensor:
-        return multimodal_contrastive_loss(image, text, scale, impl=impl)
-
-    def ours_taught(impl: Impl) -> Tensor:
+    def taught(impl: Impl) -> Tensor:
         return carot_loss(image, text, scale, *teacher, label_smoothing=0.0, distillation_weight=1.0, impl=impl)
 
     def distilled(loss: Any) -> Tensor:
@@ -146,26 +152,34 @@ def steps(features: list[Tensor]) -> dict[str, Call]:
         total: Tensor = contrastive + 2 * distillation  # its distillation is the mean of both directions, ours the sum
         return total
 
-    def linear(options: Any) -> Tensor:
-        rows = F.linear_cross_entropy(typed * image, text, own, options=options)
-        return (rows + F.linear_cross_entropy(typed * text, image, own, options=options)) / 2
-
     def infinite(loss: Any) -> Tensor:
         both: Tensor = (loss(image, text, scale=scale) + loss(text, image, scale=scale)) / 2
         return both
 
     losses: dict[str, Callable[[], Tensor]] = {}
-    for name, impl in (("triton", KERNELS), ("tiled", "tiled"), ("dense", "dense")):
-        losses[name], losses[f"{name} + teacher"] = partial(ours, impl), partial(ours_taught, impl)
+    for name, impl in (("", KERNELS), ("tiled ", "tiled"), ("dense ", "dense")):
+        losses[f"{name}MCL"] = partial(multimodal_contrastive_loss, image, text, scale, impl=impl)
+        losses[f"{name}MCL + MKD"] = partial(taught, impl)
+        losses[f"{name}sigmoid"] = partial(sigmoid_contrastive_loss, image, text, scale, bias, impl=impl)
+    del losses["dense sigmoid"]
+    one = partial(multimodal_contrastive_loss, image, text, scale, direction="image_to_text", impl=KERNELS)
+    losses["MCL, one direction"] = one
+    student = SigmoidContrastiveLoss(impl=KERNELS) + SigmoidDistillationLoss(impl=KERNELS)
+    losses["sigmoid + MKD"] = partial(student, image, text, scale, bias, *teacher, bias.detach())
     if (open_clip := peer("open_clip.loss")) is not None:
         clip, distill = open_clip.ClipLoss(), open_clip.DistillClipLoss()
         losses["ClipLoss"], losses["DistillClipLoss"] = partial(clip, image, text, typed), partial(distilled, distill)
         losses["ClipLoss, compiled"] = partial(torch.compile(clip), image, text, typed)
         losses["DistillClipLoss, compiled"] = partial(distilled, torch.compile(distill))
-    if hasattr(F, "linear_cross_entropy"):
-        losses["linear_cross_entropy, chunked"] = partial(linear, torch.nn.LinearCrossEntropyOptions())
+        losses["SigLipLoss"] = partial(open_clip.SigLipLoss(), image, text, typed, typed_bias)
     if (inf_cl := peer("inf_cl")) is not None:
         losses["two Inf-CL"] = partial(infinite, inf_cl.cal_inf_loss)
+    if (memeff := peer("memeff")) is not None:
+        loss = memeff.MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+        losses["memeff"] = partial(loss, image, text)
+    if (siglip_kernel := peer("siglip_kernel")) is not None:
+        log_scale = scale.detach().log().requires_grad_()
+        losses["siglip-kernel"] = partial(siglip_kernel.fused_siglip_loss, image, text, log_scale, bias)
     return {name: partial(_gradients, loss, features) for name, loss in losses.items()}
 
 
@@ -180,54 +194,55 @@ def _losses(where: str, width: int, dtype: torch.dtype) -> Table:
     )
     a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE).to(dtype) for _ in range(2))
     rate = 2 * SQUARE**3 / measured({"mm": lambda: torch.mm(a, b)})[0]["mm"] * 1000
-    for size in SIZES:
+    for size in SETTINGS[width, dtype]:
         milliseconds, megabytes = measured(steps(inputs(size, width, dtype)))
         for ours, peers in PEERS_OF.items():
             for theirs in peers:
-                limits = TARGETS.get((ours, theirs), (None, None)) if (size, width, dtype) == JUDGED else (None, None)
+                judged = size >= 32768 and dtype == torch.bfloat16
+                limits = SHARES.get((ours, theirs), (None, None)) if judged else (None, None)
                 label = f"{ours} / {theirs}"
                 table.rows += [
                     _ratio(f"B = {size}, time: {label}", milliseconds, limits[0], "ms"),
                     _ratio(f"B = {size}, memory: {label}", megabytes, limits[1], "MiB"),
                 ]
-            if ours in milliseconds:
-                achieved = UNITS[ours] * 2 * size**2 * width / milliseconds[ours] * 1000
-                units = f"{achieved / 1e12:.3g} TFLOP/s", f"{rate / 1e12:.3g} TFLOP/s"
-                label = f"B = {size}, {ours}: share of the rate of a matrix product"
-                table.rows.append(Row(label, *units, achieved / rate))
+        for ours, units in UNITS.items():
+            achieved = units * 2 * size**2 * width / milliseconds[ours] * 1000
+            rates = f"{achieved / 1e12:.3g} TFLOP/s", f"{rate / 1e12:.3g} TFLOP/s"
+            table.rows.append(Row(f"B = {size}, {ours}: share of the rate of a product", *rates, achieved / rate))
+            if (width, dtype) == (768, torch.bfloat16):
+                limit = MILLISECONDS.get((ours, size))
+                table.rows.append(value(f"B = {size}, {ours}: time", milliseconds[ours], limit, unit="ms"))
+                limit = MEMORY if (ours, size) in MILLISECONDS and size == 65536 else None
+                table.rows.append(value(f"B = {size}, {ours}: memory", megabytes[ours], limit, unit="MiB"))
     return table
 
 
 def _ratio(label: str, figures: dict[str, float], limit: float | None, unit: str) -> Row:
     ours, theirs = label.split(": ")[1].split(" / ")
-    if ours not in figures:
-        return Row(label, "-", "-", None, "≤", limit, "out of memory")
     module = next((module for part, module in MODULES.items() if part in theirs), None)
     note = missing(module) if module is not None and peer(module) is None else "theirs: out of memory"
-    if "linear" in theirs and not hasattr(F, "linear_cross_entropy"):
-        note = f"torch {torch.__version__} has none"
     return share(label, figures[ours], figures.get(theirs), limit, unit, note)
 
 
 def _kernels(where: str) -> Table:
     """What only a device can tell about the kernels: their precision, and whether their blocks are the best."""
-    size, width, dtype = JUDGED
+    size, width = 32768, 512
     table = Table("CUDA: the kernels", f"{where}; B = {size}, D = {width}; relative, in the Frobenius norm.")
-    for each, limit in PRECISION.items():
-        features = inputs(size, width, each)
+    for dtype, limit in PRECISION.items():
+        features = inputs(size, width, dtype)
         exact = [rows.detach().double() for rows in features]
         exact[:2] = [rows.requires_grad_() for rows in exact[:2]]
-        ours, reference = (_taught_gradients(rows) for rows in (features, exact))
+        ours, reference = _taught_gradients(features, KERNELS), _taught_gradients(exact, "tiled")
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, reference, strict=True))
-        table.rows.append(value(f"gradient error, {_name(each)}, against float64", error, limit))
-    table.rows += _blocks(inputs(size, width, dtype))
+        table.rows.append(value(f"gradient error, {_name(dtype)}, against float64", error, limit))
+    table.rows += _blocks(inputs(size, width, torch.bfloat16))
     return table
 
 
-def _taught_gradients(features: list[Tensor]) -> tuple[Tensor, ...]:
+def _taught_gradients(features: list[Tensor], impl: Impl) -> tuple[Tensor, ...]:
     image, text, *teacher = features
     loss = carot_loss(
-        image, text, SCALE, teacher[0], teacher[1], SCALE, label_smoothing=0.1, distillation_weight=1.5, impl=KERNELS
+        image, text, SCALE, teacher[0], teacher[1], SCALE, label_smoothing=0.1, distillation_weight=1.5, impl=impl
     )
     return torch.autograd.grad(loss, (image, text))
 
@@ -236,23 +251,31 @@ def _blocks(features: list[Tensor]) -> list[Row]:
     """The blocks of the kernels against others: what to write into their table."""
     from triton import OutOfResources
 
-    from calrobust.kernels import triton as kernels
+    from calrobust.kernels.triton.blocks import BLOCKS, Blocks
 
-    step = partial(_taught_gradients, features)
-    size = features[0].dtype.itemsize
-    default, milliseconds = kernels.BLOCKS[size], {}
-    shapes = ((128, 128), (128, 256), (256, 128), (128, 64), (64, 128), (64, 256))
-    tried = [kernels.Blocks(*shape, depth, warps, 3) for shape in shapes for depth in (32, 64) for warps in (4, 8)]
-    try:
-        for blocks in dict.fromkeys((default, *tried)):
-            kernels.BLOCKS[size] = blocks
-            with suppress(OutOfResources):  # of a block too large for the device
-                milliseconds[blocks] = measured({"step": step})[0]["step"]
-    finally:
-        kernels.BLOCKS[size] = default
-    best = min(milliseconds, key=milliseconds.__getitem__)
-    label = f"time at the blocks of the table / at the best blocks, {tuple(best)}"
-    return [share(label, milliseconds[default], milliseconds[best], None, "ms")]
+    calls, rows = steps(features), []
+    shapes = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 3, 128), (128, 64, 64, 4, 3))
+    for name, kernel, models in (
+        ("MCL", "forward", 1),
+        ("MCL", "backward", 1),
+        ("MCL + MKD", "forward", 2),
+        ("MCL + MKD", "backward", 2),
+        ("sigmoid", "sigmoid", 1),
+        ("sigmoid + MKD", "sigmoid", 2),
+    ):
+        key = kernel, features[0].dtype.itemsize, models
+        default, milliseconds = BLOCKS[key], {}
+        try:
+            for blocks in dict.fromkeys((default, *(Blocks(*shape) for shape in shapes))):
+                BLOCKS[key] = blocks
+                with suppress(OutOfResources):  # of a block too large for the device
+                    milliseconds[blocks] = measured({"step": calls[name]})[0]["step"]
+        finally:
+            BLOCKS[key] = default
+        best = min(milliseconds, key=milliseconds.__getitem__)
+        label = f"{name}, {kernel}: time at the blocks of the table / at the best blocks, {tuple(best)}"
+        rows.append(share(label, milliseconds[default], milliseconds[best], None, "ms"))
+    return rows
 
 
 def _library(where: str) -> Table:

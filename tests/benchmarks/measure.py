@@ -32,6 +32,8 @@ PEERS = {  # module: what to install for it
     "torch_uncertainty.metrics.classification": "torch-uncertainty[cpu]",
     "torch_uncertainty.post_processing": "torch-uncertainty[cpu]",
     "inf_cl": "inf_cl",
+    "memeff": "memeff",
+    "siglip_kernel": "siglip-kernel",
 }
 SLOW = 10.0  # seconds; what takes longer runs once, and its first run counts
 MIB = 2**20

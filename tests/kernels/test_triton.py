@@ -379,7 +379,8 @@ def test_sigmoid_sums_near_zero_keep_their_digits(bias: float) -> None:
     """Of a student that is sure of all its pairs, against a teacher that is less so and one that is equal to it."""
     features = [unit_rows(33, 16, seed).to(DEVICE).float() for seed in (0, 1)]
     scale = torch.tensor(2.0)
-    student, teacher = Model(*features, scale, torch.tensor(bias)), Model(*features, scale, torch.tensor(bias + 1))
+    student = Model(features[0], features[1], scale, torch.tensor(bias))
+    teacher = student._replace(bias=student.bias + 1)
     nothing = Classes(torch.zeros(33, dtype=torch.int64), torch.ones(33, dtype=torch.int64))
     ours, _ = sigmoid_sums([student, teacher], nothing, [1.0, 1.0], impl="triton")
     exact = [Model(*(factor.double() for factor in model)) for model in (student, teacher)]

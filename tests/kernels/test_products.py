@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -87,13 +88,13 @@ def test_gradients_are_multiplied_in_float16_where_that_is_fast(
     """Both factors of every product; elsewhere both are float32."""
     monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: narrow)
     dtypes: set[torch.dtype] = set()
-    original = products._add_product
+    original = products._multiply
 
-    def noted(total: Tensor, a: Tensor, b: Tensor) -> None:
-        dtypes.update((a.dtype, b.dtype))
-        original(total, a, b)
+    def noted(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
+        dtypes.update(part.dtype for part in (*left, *right))
+        original(left, right, out, add=add)
 
-    monkeypatch.setattr(products, "_add_product", noted)
+    monkeypatch.setattr(products, "_multiply", noted)
     models = [
         Factors(x.float(), y.float(), scale.float()) for x, y, scale in factors(9, 9, 3, 0, scale=1.0, teacher=True)
     ]

@@ -73,12 +73,12 @@ def _few_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("model", "confidences", "n"), CASES)
 def test_95_of_100_intervals_hold_the_true_error(model: str, confidences: str, n: int) -> None:
-    """92 to 98 % in the long run; of 1,000 data sets within two standard errors of that."""
+    """92 to 98 % in the long run; of 1,000 data sets within two standard errors of that (trap 49)."""
     assert 90.5 <= coverage.ece_coverage(model, confidences, n) <= 99
 
 
 def test_gaps_of_equal_size_are_held_as_often_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """94.9 % in the long run; 92.5 % if larger gaps were those observed plus a share of their noise."""
+    """94.9 % in the long run; 92.5 % if larger gaps were those observed plus a share of their noise (trap 49)."""
     monkeypatch.setattr(coverage, "DATA_SETS", 8000)
     assert 93.7 <= coverage.ece_coverage("overconfident by 0.04", "diffuse", 2_000) <= 96
 
@@ -127,7 +127,7 @@ def test_no_end_is_the_value_itself_where_there_is_noise() -> None:
 
 @pytest.mark.parametrize(("n", "confidence", "given"), [(199, 0.5, False), (200, 0.5, True), (10_000, 0.999, False)])
 def test_few_expected_errors_give_no_interval(n: int, confidence: float, given: bool) -> None:
-    """The sum of c(1 - c) decides, 50 here and just below, whatever is correct; the other figures stand."""
+    """The sum of c(1 - c) decides, 50 here and just below, whatever is correct; the rest stands (trap 49)."""
     for right in (0, n // 2, n):
         found = calibration_interval(*certainly(confidence, n, right))
         assert found.low.isnan() == found.high.isnan() == (not given)
@@ -155,7 +155,7 @@ def test_debiased_by_hand() -> None:
 @pytest.mark.parametrize("model", ["calibrated", "overconfident by 0.01", "T = 1.2 would calibrate"])
 @pytest.mark.parametrize("confidences", ["diffuse", "sharp"])
 def test_near_zero_the_debiased_value_has_a_third_of_the_bias(model: str, confidences: str) -> None:
-    """At 1,000 samples, where noise doubles the value and more."""
+    """At 1,000 samples, where noise doubles the value and more (trap 26)."""
     debiased, plain = coverage.bias(model, confidences)
     assert plain > 0.5  # per cent
     assert abs(debiased) < plain / 2.7

@@ -237,7 +237,7 @@ def test_compiles_into_one_graph_and_exports_with_any_sizes(direction: Any, impl
 
 
 def test_an_image_without_a_positive_is_no_number_where_values_are_not_looked_at() -> None:
-    """NaN in a graph, and an error where values are seen."""
+    """NaN in a graph, and an error where values are seen (trap 48)."""
     image, text = unit_rows(3, 4, 0), unit_rows(5, 4, 1)
     labels = torch.tensor([0, 9, 1]), torch.arange(5)
 

@@ -120,7 +120,7 @@ def test_is_the_loss_of_open_clip_and_of_siglip_kernel(pairs: Pairs, bias: float
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_near_zero_keep_their_digits(impl: Any, dtype: torch.dtype) -> None:
-    """From a hundredth to a millionth, right to 2e-5 and never negative, with labels too."""
+    """From a hundredth to a millionth, right to 2e-5 and never negative, with labels too (trap 43)."""
     x, of = unit_rows(64, 256, 0), torch.arange(64) // 2
     x = x[of]
     image, text, near = (F.normalize(x + 0.3 * unit_rows(64, 256, seed), dim=1).to(dtype) for seed in (1, 2, 3))

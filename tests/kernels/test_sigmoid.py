@@ -118,7 +118,7 @@ def test_far_logits_are_finite_and_right(dtype: torch.dtype, gap: float) -> None
 @pytest.mark.parametrize("impl", ["dense", "tiled"])
 @pytest.mark.parametrize("bias", [-12.0, -16.0, -20.0])
 def test_float32_sums_near_zero_keep_their_digits(impl: str, bias: float) -> None:
-    """Pairs that a model tells apart: each sum is right to 2e-5, and so is the divergence from a close teacher."""
+    """Pairs that a model tells apart: each sum and the divergence of a close teacher are right to 2e-5 (trap 43)."""
     x = unit_rows(64, 256, 0)
     y, near = (torch.nn.functional.normalize(x + 0.3 * unit_rows(64, 256, seed), dim=1).float() for seed in (1, 2))
     scale = torch.tensor(-2.0 * bias)
@@ -132,7 +132,7 @@ def test_float32_sums_near_zero_keep_their_digits(impl: str, bias: float) -> Non
 
 
 def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
-    """Value and gradient, in float32 too: both sides take the same steps."""
+    """Value and gradient, in float32 too: both sides take the same steps (trap 2)."""
     x, y = unit_rows(33, 8, 0, torch.float32), unit_rows(33, 8, 1, torch.float32)
     numbers = torch.tensor(50.0), torch.tensor(-10.0)
     for impl in ("dense", "tiled"):

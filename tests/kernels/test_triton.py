@@ -553,7 +553,7 @@ def test_two_runs_are_bit_equal(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", BEYOND_THE_BUDGET)
 def test_nothing_waits_for_the_device(options: dict[str, Any]) -> None:
-    """Neither forward nor backward, once kernels are compiled."""
+    """Neither forward nor backward, once kernels are compiled (trap 47)."""
     features, scale = batch(700, 64, torch.bfloat16), torch.tensor(50.0)
     step(features, scale, **options)
     with warnings.catch_warnings():
@@ -568,7 +568,7 @@ def test_nothing_waits_for_the_device(options: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", BEYOND_THE_BUDGET)
 def test_a_step_is_captured_in_a_cuda_graph(options: dict[str, Any]) -> None:
-    """Replayed on other features it gives their loss and gradients."""
+    """Replayed on other features it gives their loss and gradients (trap 47)."""
     features, scale = batch(700, 64, torch.bfloat16), torch.tensor(50.0)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -17,9 +17,9 @@ from benchmarks.measure import MIB, Row, Table
 TINY: dict[Any, dict[str, Any]] = {
     losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "IMAGES": 9, "BANKS": (5,), "WIDTH": 4, "REPEATS": 1},
     cuda: {
-        "SIZES": (8, 12),
-        "WIDTHS": (4,),
-        "JUDGED": (12, 4, torch.bfloat16),
+        "SETTINGS": {(768, torch.bfloat16): (8, 12), (4, torch.float32): (8,)},
+        "JUDGED": 12,
+        "MILLISECONDS": {("MCL", 12): 66.0},
         "ROWS": 60,
         "CLASSES": 5,
         "SQUARE": 4,
@@ -115,11 +115,12 @@ def test_the_tables_of_a_cuda_device_are_filled_where_there_is_one(monkeypatch: 
     monkeypatch.setattr(cuda, "measured", measured)
     monkeypatch.setattr(cuda, "_blocks", lambda features: [])
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    tables = [cuda._losses("here", 4, dtype) for dtype in cuda.DTYPES] + [cuda._kernels("here"), cuda._library("here")]
+    tables = [cuda._losses("here", *each) for each in cuda.SETTINGS] + [cuda._kernels("here"), cuda._library("here")]
     for row in (row for table in tables for row in table.rows):
         assert row.figure is not None or row.note.startswith(("not installed: pip install", "torch 2"))
     assert sum("Inf-CL" in row.what for row in tables[0].rows) == 4
     assert [row.limit for row in tables[0].rows if "DistillClipLoss" in row.what][4:6] == [0.5, 0.05]
+    assert [row.limit for row in tables[0].rows if row.what.endswith(", MCL: time")] == [None, 66.0]
 
 
 def test_a_peer_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

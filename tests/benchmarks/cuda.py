@@ -25,6 +25,7 @@ SETTINGS = {  # (width, dtype): sizes of batches
     (768, torch.bfloat16): (4096, 32768, 65536),
     (512, torch.float32): (4096, 32768),
 }
+JUDGED = 32768  # batches from this size on have limits in bfloat16, and the kernels are looked at in one of this size
 SCALE, BIAS = 50.0, -10.0
 REPEATS = 7
 ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
@@ -38,7 +39,7 @@ PEERS_OF = {  # ours: what it is compared with
     "MCL + MKD": ("tiled MCL + MKD", "dense MCL + MKD", "DistillClipLoss", "DistillClipLoss, compiled"),
     "sigmoid": ("tiled sigmoid", "SigLipLoss", "siglip-kernel"),
 }
-SHARES = {  # (ours, theirs): share of the time, share of the memory, from B = 32768 on in bfloat16
+SHARES = {  # (ours, theirs): share of the time, share of the memory
     ("MCL", "two Inf-CL"): (0.5, None),
     ("MCL", "memeff"): (0.8, None),
     ("MCL + MKD", "DistillClipLoss"): (0.5, 0.05),
@@ -198,7 +199,7 @@ def _losses(where: str, width: int, dtype: torch.dtype) -> Table:
         milliseconds, megabytes = measured(steps(inputs(size, width, dtype)))
         for ours, peers in PEERS_OF.items():
             for theirs in peers:
-                judged = size >= 32768 and dtype == torch.bfloat16
+                judged = size >= JUDGED and dtype == torch.bfloat16
                 limits = SHARES.get((ours, theirs), (None, None)) if judged else (None, None)
                 label = f"{ours} / {theirs}"
                 table.rows += [
@@ -226,7 +227,7 @@ def _ratio(label: str, figures: dict[str, float], limit: float | None, unit: str
 
 def _kernels(where: str) -> Table:
     """What only a device can tell about the kernels: their precision, and whether their blocks are the best."""
-    size, width = 32768, 512
+    size, width = JUDGED, 512
     table = Table("CUDA: the kernels", f"{where}; B = {size}, D = {width}; relative, in the Frobenius norm.")
     for dtype, limit in PRECISION.items():
         features = inputs(size, width, dtype)

@@ -47,6 +47,7 @@ __all__ = [
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 MEMORY_BUDGET = 256 * 2**20  # bytes of temporary logits
+ABSENT = EXCLUDED, EXCLUDED, 0.0  # a part without entries
 Features = tuple[Tensor, Tensor, Tensor | float]  # of images and of texts, and the logit scale
 Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 
@@ -129,6 +130,19 @@ class PairBatch:
         own = scale * torch.linalg.vecdot(x, partners)
         return F.pad(own, (0, self.partner.shape[0] - own.shape[0])).masked_fill(self.partner < 0, EXCLUDED)
 
+    def own_of_columns(self, own: Part) -> Part:
+        """``[M]`` each: of the own entries of each column, which are those of the rows whose partner it is."""
+        m, start = self.columns.total, self.columns.here.start
+        if self.in_order:
+            place = start, m - start - self.pairs
+            return Part(
+                *(
+                    F.pad(v[: self.pairs], place, value=fill) if v.shape[0] else v
+                    for v, fill in zip(own, ABSENT, strict=True)
+                )
+            )
+        return _by_partner(own, self.partner, m)
+
     def _factors(self, features: Features) -> Factors:
         images, texts, scale = features
         x, y = (texts, images) if self.swapped else (images, texts)
@@ -201,7 +215,7 @@ def pair_statistics(
         rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), totals[1], batch.of_rows, totals[0])
         if not columns:
             return PairStatistics(rows, None)
-        parts = [_own_of_columns(own, batch.partner, y.shape[0]), strip.columns.to(precise)]
+        parts = [batch.own_of_columns(own), strip.columns.to(precise)]
         sums = batch.columns.scatter_sum(torch.stack(column_sums, 1)).T
         own, other = _over_ranks(parts, batch.columns)
         return PairStatistics(rows, _direction(own, other, sums, totals[0], batch.of_columns, totals[1]))
@@ -222,8 +236,8 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
     )
 
 
-def _own_of_columns(own: Part, partner: Tensor, m: int) -> Part:
-    """``[m]`` each: of the own entries of each column, which are those of the rows whose partner it is."""
+def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
+    """``[m]`` each: of the own entries of each column; several rows may have one partner."""
     slot = partner.remainder(m + 1)  # the last one is for rows without a partner
 
     def sums(values: Tensor) -> Tensor:

@@ -62,10 +62,16 @@ def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:
 
 def merge(several: Sequence[Part]) -> Part:
     """The statistics over the union of the parts' candidates."""
-    lse, teacher_lse, divergence = (torch.stack(vectors) for vectors in zip(*several, strict=True))
-    total, teacher_total = lse.logsumexp(0), teacher_lse.logsumexp(0)
-    if teacher_lse.shape[1] == 0:
+    return merge_rows(Part(*(torch.stack(vectors) for vectors in zip(*several, strict=True))))
+
+
+def merge_rows(parts: Part) -> Part:
+    """The same of parts ``[number, length]``."""
+    lse, teacher_lse, divergence = parts
+    total = lse.logsumexp(0)
+    if teacher_lse.shape[-1] == 0:
         return Part.without_teacher(total)
+    teacher_total = teacher_lse.logsumexp(0)
     log_target = teacher_lse - teacher_total
     terms = log_target.exp() * divergence + divergence_terms(log_target, lse - total)
     return Part(total, teacher_total, terms.sum(0))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from calrobust.kernels import parts
 from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import Part, Strip, merge, wide
+from calrobust.kernels.parts import Part, Strip, merge, merge_rows, wide
 from calrobust.kernels.products import FeatureGradients
 from calrobust.kernels.tiled import Softmaxes
 from calrobust.kernels.triton.blocks import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
@@ -327,7 +327,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         pivots = x.new_empty(references, height, width)
         arguments = by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS, columns
         launch(_forward_kernel, (len(by_row), height), tile, partner[tile], *arguments)
-        of_rows.append(merge([_statistics(part) for part in by_row]))
+        of_rows.append(merge_rows(_statistics(by_row)))
         merged = x.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
             spans = launch.blocks.COLUMNS, COLUMN_SPAN
@@ -335,14 +335,14 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
             launch(
                 _columns_kernel, grid, tile, partner[tile], merged, by_column, pivots, length, m, *spans, blocks=narrow
             )
-        of_columns += [_statistics(part) for part in merged]
+        of_columns.append(merge_rows(_statistics(merged)))
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))
 
 
 def _statistics(sums: Tensor) -> Part:
-    """Of what the kernels store: the reference and Z, with a teacher its reference, E and F as well."""
-    reference, target, *teacher = sums.to(wide(sums.device))
+    """Of what the kernels store ``[parts, 2 or 5, length]``: references and Z, of a teacher references, E and F."""
+    reference, target, *teacher = sums.to(wide(sums.device)).unbind(1)
     if not teacher:
         return Part.without_teacher(_log_sum_exp(reference, target))
     t_reference, excess, divergence = teacher

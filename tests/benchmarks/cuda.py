@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,11 @@ MILLISECONDS = {  # (ours, B) at D = 768 in bfloat16, on an H100
     ("MCL + MKD", 32768): 24.75,
 }
 MEMORY = 1.4e9 / MIB  # of each at B = 65,536
+try:
+    from triton import OutOfResources
+except ImportError:  # then no kernel runs
+    OutOfResources = torch.cuda.OutOfMemoryError
+
 MODULES = {  # part of a candidate's name: where it comes from
     "Loss": "open_clip.loss",
     "Inf-CL": "inf_cl",
@@ -123,7 +128,7 @@ def measured(candidates: Mapping[str, Call]) -> tuple[dict[str, float], dict[str
             before = torch.cuda.memory_allocated()
             call()
             megabytes[name] = (torch.cuda.max_memory_allocated() - before) / MIB
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, OutOfResources):  # of the device, or of what a block may take
             continue
     seconds = in_turn({name: candidates[name] for name in megabytes}, REPEATS, Events())
     return {name: 1000 * each for name, each in seconds.items()}, megabytes
@@ -221,7 +226,11 @@ def _losses(where: str, width: int, dtype: torch.dtype) -> Table:
 def _ratio(label: str, figures: dict[str, float], limit: float | None, unit: str) -> Row:
     ours, theirs = label.split(": ")[1].split(" / ")
     module = next((module for part, module in MODULES.items() if part in theirs), None)
-    note = missing(module) if module is not None and peer(module) is None else "theirs: out of memory"
+    note = (
+        missing(module)
+        if module is not None and peer(module) is None
+        else "theirs: out of memory"
+    )
     return share(label, figures[ours], figures.get(theirs), limit, unit, note)
 
 
@@ -250,8 +259,6 @@ def _taught_gradients(features: list[Tensor], impl: Impl) -> tuple[Tensor, ...]:
 
 def _blocks(features: list[Tensor]) -> list[Row]:
     """The blocks of the kernels against others: what to write into their table."""
-    from triton import OutOfResources
-
     from calrobust.kernels.triton.blocks import BLOCKS, Blocks
 
     calls, rows = steps(features), []
@@ -269,8 +276,7 @@ def _blocks(features: list[Tensor]) -> list[Row]:
         try:
             for blocks in dict.fromkeys((default, *(Blocks(*shape) for shape in shapes))):
                 BLOCKS[key] = blocks
-                with suppress(OutOfResources):  # of a block too large for the device
-                    milliseconds[blocks] = measured({"step": calls[name]})[0]["step"]
+                milliseconds[blocks] = measured({"step": calls[name]})[0].get("step", math.inf)
         finally:
             BLOCKS[key] = default
         best = min(milliseconds, key=milliseconds.__getitem__)

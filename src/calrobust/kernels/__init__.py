@@ -230,7 +230,7 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
         torch.where(has_own, -F.logsigmoid(own.lse - other.lse), 0),
         base - positive[0] / anchors.positives if positive else torch.zeros_like(base),
         base - mean / candidates,
-        merge([other, own]).divergence,
+        merge([other, own]).divergence if other.teacher_lse.shape[0] else other.divergence,
         anchors,
         total,
     )

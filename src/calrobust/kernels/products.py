@@ -44,8 +44,8 @@ class FeatureGradients:
         Each entry of the gradient in S is a sum of softmaxes times ``weights``, which bound it.
         """
         self.x, self.y, self.scale = factors
-        _, self.needs_y, self.needs_scale = needs
-        self.takes_rows = needs[0] or (self.needs_scale and not needs[1])  # scale needs either of the two products
+        self.needs = needs
+        self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
         self.is_rounded = dtype != self.x.dtype
         self.gain, self.operands = torch.ones_like(self.scale), [[self.x], [self.y]]
         if self.is_rounded:
@@ -54,34 +54,29 @@ class FeatureGradients:
             self.operands = [
                 _split(gain * t, dtype, parts) for gain, t in zip(self.gains, (self.x, self.y), strict=True)
             ]
-        self.x_gradient, self.y_gradient, self.scale_gradient = (
-            torch.zeros_like(factor) if needed else factor.new_empty(0)
-            for factor, needed in zip(factors, needs, strict=True)
-        )
+        wanted = self.takes_rows, needs[1]
+        self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
         """Adds the rows ``tile`` of the gradient in S, times ``gain`` and in parts of the dtype of the products."""
-        x, y = self.operands
-        if self.needs_y:
-            _multiply([part.T for part in gradient], [part[tile] for part in x], self.y_gradient, add=True)
-        if not self.takes_rows:
-            return
-        rows = self.x_gradient[tile] if len(self.x_gradient) else torch.empty_like(self.x[tile])
-        _multiply(gradient, y, rows, add=False)
-        if self.is_rounded:
-            rows.div_(self.gain).div_(self.gains[1])
-        if self.needs_scale:
-            self.scale_gradient += torch.linalg.vecdot(rows, self.x[tile]).sum()
-        rows *= self.scale
+        (x, y), (of_x, of_y) = self.operands, self.totals
+        if self.takes_rows:
+            _multiply(gradient, y, of_x[tile], add=False)
+        if self.needs[1]:
+            _multiply([part.T for part in gradient], [part[tile] for part in x], of_y, add=True)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients after the last tile; one that is not needed is empty."""
-        if self.is_rounded and self.needs_y:
-            self.y_gradient.div_(self.gain).div_(self.gains[0])
-        if self.needs_scale and not self.takes_rows:
-            self.scale_gradient += torch.linalg.vecdot(self.y_gradient, self.y).sum()
-        self.y_gradient *= self.scale
-        return self.x_gradient, self.y_gradient, self.scale_gradient
+        of_x, of_y = self.totals
+        if self.is_rounded:
+            of_x.div_(self.gain).div_(self.gains[1])
+            of_y.div_(self.gain).div_(self.gains[0])
+        of_scale = self.scale.new_empty(0)
+        if self.needs[2]:
+            total, features = (of_x, self.x) if self.takes_rows else (of_y, self.y)
+            of_scale = torch.linalg.vecdot(total, features).sum()
+        of_x = of_x.mul_(self.scale) if self.needs[0] else of_x.new_empty(0)
+        return of_x, of_y.mul_(self.scale), of_scale
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calrobust.kernels.dense import Factors
 
-TILE_BYTES = 256 * 2**20  # of the gradient in S
+TILE_BYTES = 160 * 2**20  # of the gradient in S
 KERNELS = ("forward", "backward", "sigmoid")
 
 

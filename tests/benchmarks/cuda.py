@@ -226,11 +226,7 @@ def _losses(where: str, width: int, dtype: torch.dtype) -> Table:
 def _ratio(label: str, figures: dict[str, float], limit: float | None, unit: str) -> Row:
     ours, theirs = label.split(": ")[1].split(" / ")
     module = next((module for part, module in MODULES.items() if part in theirs), None)
-    note = (
-        missing(module)
-        if module is not None and peer(module) is None
-        else "theirs: out of memory"
-    )
+    note = missing(module) if module is not None and peer(module) is None else "theirs: out of memory"
     return share(label, figures[ours], figures.get(theirs), limit, unit, note)
 
 

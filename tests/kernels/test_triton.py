@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import wrong_kernels
 from ahead_of_time import compiled
 from matrices import assert_like_dense, factors, partners, value_and_gradients, vectors
 from strategies import class_labels, unit_rows
@@ -28,7 +29,7 @@ from torch.testing import assert_close
 
 from calrobust import CaRotLoss
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
-from calrobust.kernels import dense, operators
+from calrobust.kernels import dense, operators, proof
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import merge
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
@@ -439,6 +440,54 @@ def test_float32_losses_keep_their_digits_near_zero(noise: float) -> None:
         assert (values[0].double().mean() / values[1].mean() - 1).abs() <= 2e-5
 
 
+@pytest.fixture
+def unproven() -> Any:
+    """Nothing is known of the kernels, before and after."""
+    for known in (proof.fault, proof._warn):
+        known.cache_clear()
+    yield
+    for known in (proof.fault, proof._warn):
+        known.cache_clear()
+
+
+@kernels
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_right_kernels_prove_themselves(form: str, operands: torch.dtype, teacher: bool) -> None:
+    """Nothing is found, and nobody is warned."""
+    assert proof.is_proven("auto", torch.zeros(1).device, operands, form=form, teacher=teacher)
+
+
+@kernels
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.parametrize("broken", ["_weighted_softmaxes", "_times"])
+def test_wrong_kernels_are_found_out(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning, once, where any form will do; and where Triton is asked for, as an error with the reason."""
+    softmax: Any = importlib.import_module("calrobust.kernels.triton.softmax")
+    monkeypatch.setattr(softmax, broken, getattr(wrong_kernels, broken))
+    device = torch.zeros(1).device
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert not proof.is_proven("auto", device, torch.float32, form="softmax", teacher=True)
+        said = [str(warning.message) for warning in caught]
+        assert not said or "they differ from the tiled form by" in said[0]
+    assert said == []
+    features = [unit_rows(5, 3, seed, torch.float32).to(DEVICE) for seed in range(4)]
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot be used for .* they differ from the tiled form"):
+        multimodal_distillation_loss(features[0], features[1], 3.0, features[2], features[3], 3.0, impl="triton")
+
+
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there the kernels run")
+def test_kernels_that_cannot_be_launched_are_found_out() -> None:
+    """As with a Triton that finds no compiler or no driver: the reason is what it says itself."""
+    with torch.device("cpu"), pytest.warns(RuntimeWarning, match=r"not used for .* on cpu, .* RuntimeError: "):
+        assert not proof.is_proven("auto", torch.device("cpu"), torch.float32, form="softmax", teacher=False)
+
+
 def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what is in the way and what to do instead."""
     if not INTERPRETED:
@@ -465,10 +514,10 @@ def test_auto_takes_triton_on_cuda_wherever_it_runs(
     monkeypatch.setattr(operators, "_TRITON_IS_INSTALLED", installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert obstacle in operators.obstacle_to_triton(torch.device("cuda", 0))
-    assert operators.takes_triton("auto", features_on("cuda", torch.float32)) == (not obstacle)
-    assert not operators.takes_triton("auto", features_on("cuda", torch.float64))
-    assert not operators.takes_triton("auto", features_on("cpu", torch.float32))
-    assert not operators.takes_triton("tiled", features_on("cuda", torch.float32))
+    assert operators.may_take_triton("auto", features_on("cuda", torch.float32)) == (not obstacle)
+    assert not operators.may_take_triton("auto", features_on("cuda", torch.float64))
+    assert not operators.may_take_triton("auto", features_on("cpu", torch.float32))
+    assert not operators.may_take_triton("tiled", features_on("cuda", torch.float32))
 
 
 def test_a_device_of_rocm_takes_the_tiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +525,7 @@ def test_a_device_of_rocm_takes_the_tiled_form(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     assert operators.obstacle_to_triton(torch.device("cuda", 0)) == "a device of ROCm"
-    assert not operators.takes_triton("auto", features_on("cuda", torch.float32))
+    assert not operators.may_take_triton("auto", features_on("cuda", torch.float32))
 
 
 def test_only_impl_triton_loads_triton() -> None:

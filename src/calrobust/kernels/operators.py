@@ -33,9 +33,9 @@ def softmax_statistics(
 ) -> Strip:
     """What `dense.softmax_statistics` gives, from a form that holds no pair matrix.
 
-    ``"auto"`` is Triton where it runs, except for float64. Elsewhere it is tiled, and keeps the logits for backward if
-    they fit into ``memory_budget`` bytes. ``operands`` is the dtype in which the features came: nothing is lost if they
-    are multiplied in it.
+    ``"auto"`` is Triton where it runs and proves itself, except for float64. Elsewhere it is tiled, and keeps the
+    logits for backward if they fit into ``memory_budget`` bytes. ``operands`` is the dtype in which the features came:
+    nothing is lost if they are multiplied in it.
     """
     x, y, _ = student
     factors = [*student, *(teacher or ())]
@@ -64,11 +64,20 @@ def obstacle_to_triton(device: torch.device) -> str:
     return "" if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}"
 
 
-def takes_triton(impl: str, x: Tensor) -> bool:
-    """Whether the form is Triton's."""
+def may_take_triton(impl: str, x: Tensor) -> bool:
+    """Whether the form is Triton's, if its kernels prove themselves."""
     if impl != "auto":
         return impl == "triton"
     return x.device.type == "cuda" and x.dtype != torch.float64 and not obstacle_to_triton(x.device)
+
+
+def takes_triton(impl: str, x: Tensor, operands: torch.dtype, *, form: str, teacher: bool) -> bool:
+    """Whether the form is Triton's: its kernels are compared with the tiled form on first use."""
+    if not may_take_triton(impl, x):
+        return False
+    from calrobust.kernels.proof import is_proven
+
+    return is_proven(impl, x.device, operands, form=form, teacher=teacher)
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
@@ -81,11 +90,12 @@ def _forward(
     """
     x, y, *_ = factors
     kept: list[Tensor] = []
-    if takes_triton(impl, x):
+    if takes_triton(impl, x, operands, form="softmax", teacher=len(factors) == 6):
         from calrobust.kernels import triton
 
         strip = triton.forward(_models(factors), partner, operands, columns=columns)
     else:
+        keep &= not may_take_triton(impl, x)
         strip, kept = tiled.forward(_models(factors), partner, operands, columns=columns, keep=keep)
     vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]
     return [*vectors, *kept, *(x.new_empty(0, len(y)) for _ in range(2 - len(kept)))]
@@ -98,7 +108,7 @@ def _(
     x, y, *_ = factors
     n, m = x.shape[0], y.shape[0]
     teacher = len(factors) == 6
-    kept = (n if keep and not takes_triton(impl, x) else 0, m)
+    kept = (n if keep and not may_take_triton(impl, x) else 0, m)
     each = [(n,), (m if columns else 0,)]
     shapes = [*each, *(each * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
     return [x.new_empty(shape) for shape in shapes]
@@ -124,7 +134,7 @@ def _backward(
             Softmaxes(teacher_row_lse, teacher_column_lse, -c, -d, teacher_logits),
         ]
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
-        if takes_triton(impl, a):
+        if takes_triton(impl, a, operands, form="softmax", teacher=len(factors) == 6):
             from calrobust.kernels import triton
 
             return triton.backward(_models(factors), softmaxes, partner, operands, needs)

@@ -27,7 +27,7 @@ SETTINGS = {  # (width, dtype): sizes of batches
 }
 JUDGED = 32768  # batches from this size on have limits in bfloat16, and the kernels are looked at in one of this size
 SCALE, BIAS = 50.0, -10.0
-REPEATS = 7
+REPEATS = 5
 ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
 SQUARE = 8192  # of the matrices that the rate of matrix products is measured on
 KERNELS: Impl = "triton"

@@ -1,7 +1,5 @@
 """What several rooms check: each error names the argument, the rule, what came and the likely fix."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real

@@ -1,7 +1,5 @@
 """The teacher's copy of a student. They share nothing else than asked, or an error says what stands in the way."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
 from functools import partial

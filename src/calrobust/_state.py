@@ -1,7 +1,5 @@
 """The state of a model by name: which tensors of two models belong together, and which of them are averaged."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 

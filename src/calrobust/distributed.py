@@ -1,7 +1,5 @@
 """A batch that is divided among the ranks of a process group: collectives over its rows, with gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, get_args

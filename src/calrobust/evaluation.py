@@ -1,7 +1,5 @@
 """From a model and a loader to the logits that calibration is measured on."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -8,10 +8,9 @@ from typing import Any, NoReturn, Unpack, cast
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_number
-from calrobust.functional.contrastive import Contrastive
-from calrobust.functional.distillation import Distillation
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import OPTIONS, Directions, Options, PairOptions, Request, Term, weighted_terms
+from calrobust.functional.softmax import Contrastive, Distillation
 from calrobust.kernels import Features, Labels
 
 __all__ = [

@@ -6,8 +6,6 @@ float in ``[0, 1]`` serves as well. After ``k`` updates, the weight of the pre-t
 product of the first ``k`` decays.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The losses of sigmoid models such as SigLIP as modules, which add to all other losses on pairs."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 from calrobust.functional.pairs import PairOptions

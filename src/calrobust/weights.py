@@ -1,7 +1,5 @@
 """Models made of other models' weights: WiSE-FT, uniform soups, Model Stock."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -9,13 +9,12 @@ from calrobust.functional.calibration import (
     classwise_calibration_error,
     top_label,
 )
-from calrobust.functional.contrastive import multimodal_contrastive_loss
-from calrobust.functional.distillation import carot_loss, multimodal_distillation_loss
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import PairOptions
 from calrobust.functional.scoring import brier_score, negative_log_likelihood
 from calrobust.functional.sigmoid import sigmoid_contrastive_loss, sigmoid_distillation_loss
+from calrobust.functional.softmax import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.functional.temperature import fit_temperature
 
 __all__ = [

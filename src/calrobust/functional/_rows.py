@@ -1,7 +1,5 @@
 """One walk over the rows of a score matrix: the only place where the metrics take a softmax."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The orthogonality constraint (OC) on a projection."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Proper scores: the Brier score and the negative log-likelihood."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The losses of sigmoid models such as SigLIP, which ask of each image and each text whether they belong together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack

@@ -7,8 +7,6 @@ With β = 1/T and d = logit - highest logit of the row, the negative log-likelih
 with expectations under the softmax of β d. Neither of these depends on the scale of the logits.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A teacher on many ranks: saved whole, loaded onto the shards of each rank if there are any, alike at the start."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """Lightning: an EMA teacher beside its ``Trainer``."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from typing import Any
 

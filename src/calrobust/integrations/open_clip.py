@@ -1,7 +1,5 @@
 """open_clip: our losses under the calling conventions of its trainer."""
 
-from __future__ import annotations
-
 import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version

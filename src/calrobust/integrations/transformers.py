@@ -1,7 +1,5 @@
 """Hugging Face Transformers: an EMA teacher beside its ``Trainer``, and the features of its CLIP models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,23 +1,9 @@
 """The seam: all that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
 
-The words of every file here, for the *factors* ``x [N, D]``, ``y [M, D]`` and ``scale`` of ``S = scale · x yᵀ [N, M]``:
-
-- *anchor*: a row or a column of S, whose *candidates* are its entries. *partner*: a column chosen for a row among its
-  positives, or -1 for none. Several rows may have one partner, and a column need not be the partner of any row.
-- *own* entries: that of a row and its partner, for both of them. They are kept apart from all *other* entries of the
-  row and the column, so that a loss near zero is not the small difference of two large numbers.
-- *lse*: the log-sum-exp of some entries of a row or column. *divergence*: the Kullback-Leibler divergence from a
-  teacher's softmax over the same entries to the student's. *part*: these statistics of disjoint sets of entries, which
-  `parts.merge` joins.
-- *strip*: the rows of one rank against all columns. *tile*: some rows of a strip against all columns, the most of S
-  that is in memory at a time. *block*: the rectangle that a program of a CUDA kernel holds on the chip.
-- *operands*: the dtype in which the features came. *unit*: the cost of one matrix product of the size of S.
-
-The statistics of rows are always found, those of columns if they are asked for. The gradient in S is formed in
-`tiled.backward`, and by a kernel in `triton.backward`; `products` takes it on to the factors.
+``docs/derivations.md`` defines the words of the files here. The statistics of rows are always found, those of columns
+if they are asked for. The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.backward`; `products`
+takes it on to the factors.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Any, Literal, NamedTuple, get_args

@@ -1,7 +1,5 @@
 """The softmax statistics of a pair matrix by their definition: the oracle of every other form."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

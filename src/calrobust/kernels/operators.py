@@ -3,8 +3,6 @@
 A form is a module with two functions, ``forward`` and ``backward``: `tiled`, which is the one to read, or `triton`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any

@@ -1,13 +1,6 @@
-r"""Softmax statistics of disjoint sets of candidates, and how they merge into those of the union.
+"""Softmax statistics of disjoint sets of candidates, and how they merge into those of the union.
 
-The log-sum-exp of a union is the log-sum-exp of those of the parts. The divergence follows the chain rule of relative
-entropy: with :math:`\tilde w_k, w_k` the shares of part k in the teacher's and in the student's softmax,
-
-.. math:: \mathrm{KL} = \sum_k \tilde w_k \mathrm{KL}_k + \mathrm{KL}(\tilde w \,\|\, w)
-
-**Small divergences.** Both softmaxes sum to 1, so :math:`\sum_j \tilde p_j \log(\tilde p_j / p_j)` is also
-:math:`\sum_j (\tilde p_j \delta_j + p_j - \tilde p_j)` with :math:`\delta_j = \log \tilde p_j - \log p_j`. No term of
-this sum is negative, so none cancels another, and an error in a log-sum-exp counts only by its square.
+``docs/derivations.md`` has the rules of merging, and why a divergence is a sum of terms of which none is negative.
 """
 
 from __future__ import annotations

@@ -1,23 +1,19 @@
 r"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows, with gradient from the same sweep.
 
-Each entry of Z is a logit of its own: does the text of the column belong to the image of the row? With
-:math:`v_{ij} = -z_{ij}` for positive pairs, :math:`z_{ij}` for all others, and :math:`\sigma` the sigmoid, row i has
+With the sigmoid :math:`\sigma`, :math:`v_{ij} = -z_{ij}` for positive pairs and :math:`z_{ij}` for others, row i has
 
 .. math::
     \sum_j \operatorname{softplus}(v_{ij}) \qquad\text{and}\qquad
     \sum_j \mathrm{KL}(\sigma(\tilde z_{ij}) \,\|\, \sigma(z_{ij}))
 
 its negative log-likelihood, and the divergence from a teacher. No summand is negative, so small sums keep their digits.
-With weights a and b of the two sums of each row, the gradient in Z is
+With weights a and b of the two sums, and t = 1 for positive pairs and 0 for all others, the gradient in Z is
 
 .. math:: a_i (\sigma(z_{ij}) - t_{ij}) + b_i (\sigma(z_{ij}) - \sigma(\tilde z_{ij}))
 
-where t is 1 for positive pairs and 0 for all others. It needs nothing but the entry itself. So one sweep over tiles
-gives sums and gradients, for 3 units, or 4 with a teacher, where the weights are known before. In a mean they are, up
-to one number, the upstream gradient. Otherwise the backward pass sweeps again.
+It needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with a teacher, if
+the weights are known before. In a mean they are, up to one number. Otherwise the backward pass sweeps again.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,34 +1,17 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact with gradient.
 
-Only one *tile* exists at a time: some rows of S against all columns. A matrix product of a tile costs R·M·D
-multiply-adds; over all tiles that is one *unit*. A step takes 4 units: forward 1 for S; backward 1 for S
-again, 1 for the gradient of x and 1 for that of y. A teacher adds 2, for T. Kept logits save those of backward for S
-and T, and a frozen tower saves that of its gradient.
-
-**One exponential for rows and columns.** With the row softmax ``p_ij = exp(s_ij − u_i)``, u the log-sum-exp of the row,
-a column's sum of exponentials is ``exp(c) Σ_i w_i p_ij`` with ``w_i = exp(u_i − c)`` and a pivot c near the u: a
-matrix-vector product instead of a second exponential. If a column lies so far from c that its terms underflow, the sum
-itself shows it, and that column is then taken from the logits.
-
-**Divergences.** `parts` says why the sum of ``p̃_ij f(r_ij)`` over j is the divergence of row i, where
-``f(r) = exp(r) − 1 − r`` and ``r_ij = log p_ij − log p̃_ij``. The column softmaxes q of S and q̃ of T satisfy
-``log q_ij − log q̃_ij = r_ij − d_i`` up to a constant for each column. Here d_i is the row lse of T minus that of S,
-less a constant for all rows. With ``ρ_i = exp(−d_i) − 1`` and ``b_j = Σ_i q̃_ij (exp(r_ij − d_i) − 1)``, the
-divergence of column j is
-
-.. math:: \sum_i \tilde q_{ij} \bigl( f(-d_i) + f(r_{ij}) + \rho_i (e^{r_{ij}} - 1) \bigr) + \log(1 + b_j) - b_j
-
-again in matrix-vector products. Columns whose sums would cancel are taken from the logits.
+Only one *tile* exists at a time: some rows of S against all columns. A step takes 4 units: forward 1 for S; backward 1
+for S again, 1 for the gradient of x and 1 for that of y. A teacher adds 2, for T. Kept logits save those of backward
+for S and T, and a frozen tower saves that of its gradient. ``docs/derivations.md`` says how one exponential serves rows
+and columns, and how the divergences of columns follow from those of rows.
 
 **Gradient.** Let ``a, b, c, d`` be the upstream gradients of row lse, column lse, row divergence, column divergence,
 and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
 
 .. math:: \partial L / \partial s_{ij} = (a_i + c_i) p_{ij} + (b_j + d_j) q_{ij} - c_i \tilde p_{ij} - d_j \tilde q_{ij}
 
-where ``q_ij = p_ij exp(u_i − column_lse_j)``, so that the gradient is p times an outer product.
+where ``q_ij = p_ij exp(row_lse_i − column_lse_j)``, so that the gradient is p times an outer product.
 """
-
-from __future__ import annotations
 
 import math
 from typing import NamedTuple

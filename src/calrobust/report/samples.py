@@ -1,7 +1,5 @@
 """What a report keeps of predictions, and what it estimates from them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

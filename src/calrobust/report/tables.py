@@ -1,7 +1,5 @@
 """The rows of a report as Markdown, LaTeX and CSV."""
 
-from __future__ import annotations
-
 import csv
 import math
 import os

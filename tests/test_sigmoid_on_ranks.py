@@ -1,4 +1,4 @@
-"""The sigmoid losses over several processes against one process on the whole batch, with gloo and a file store."""
+"""Sigmoid losses and features over several processes against one on the whole batch, with gloo and a file store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
-from calrobust import MultimodalContrastiveLoss, SigmoidContrastiveLoss, SigmoidDistillationLoss
+from calrobust import (
+    FeatureDistillationLoss,
+    MultimodalContrastiveLoss,
+    SigmoidContrastiveLoss,
+    SigmoidDistillationLoss,
+)
 
 IMAGES = {2: [5, 3], 3: [4, 1, 6]}
 TEXTS = {2: [6, 9], 3: [5, 7, 6]}
@@ -37,11 +42,16 @@ def whole(world: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
 def criteria(**options: Any) -> list[Any]:
     """All kinds of terms, and sums of them."""
     contrastive, distillation = SigmoidContrastiveLoss(**options), SigmoidDistillationLoss(temperature=2.0, **options)
+    modality: Any = "image" if options.get("reduction") == "none" else "both"
     return [
         contrastive,
         distillation,
+        FeatureDistillationLoss(modality=modality, **options),
         contrastive + 1.5 * SigmoidDistillationLoss(**options),
-        contrastive + 0.5 * distillation + 2 * MultimodalContrastiveLoss(direction="image_to_text", **options),
+        contrastive
+        + 0.5 * distillation
+        + 2 * MultimodalContrastiveLoss(direction="image_to_text", **options)
+        + FeatureDistillationLoss(modality="image", **options),
     ]
 
 

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from calrobust import functional, schedules
 from calrobust.evaluation import collect_logits, zero_shot_classifier
-from calrobust.losses import CaRotLoss, MultimodalContrastiveLoss, MultimodalDistillationLoss, OrthogonalityLoss
+from calrobust.losses import (
+    CaRotLoss,
+    FeatureDistillationLoss,
+    MultimodalContrastiveLoss,
+    MultimodalDistillationLoss,
+    OrthogonalityLoss,
+)
 from calrobust.report import ShiftReport
 from calrobust.sigmoid_losses import SigmoidContrastiveLoss, SigmoidDistillationLoss
 from calrobust.teacher import EMATeacher
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CaRotLoss",
     "EMATeacher",
+    "FeatureDistillationLoss",
     "MultimodalContrastiveLoss",
     "MultimodalDistillationLoss",
     "OrthogonalityLoss",

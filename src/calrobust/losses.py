@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Unpack, cast
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_number
+from calrobust.functional.features import FeatureDistillation, Modality
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import OPTIONS, Directions, Options, PairOptions, Request, Term, weighted_terms
 from calrobust.functional.softmax import Contrastive, Distillation
@@ -15,6 +16,7 @@ from calrobust.kernels import Features, Labels
 
 __all__ = [
     "CaRotLoss",
+    "FeatureDistillationLoss",
     "LossSum",
     "MultimodalContrastiveLoss",
     "MultimodalDistillationLoss",
@@ -79,8 +81,8 @@ class PairLoss(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """The weighted terms by name, for logging; ``forward`` has the arguments and errors, and gives their sum.
 
-        Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive`` and ``sigmoid_distillation``; a second term
-        of a kind is ``distillation_2``. The gradient of several sigmoid terms is cheaper by ``forward``.
+        Names are ``contrastive``, ``distillation``, ``feature``, ``sigmoid_contrastive`` and ``sigmoid_distillation``;
+        a second term of a kind is ``distillation_2``. The gradient of several sigmoid terms is cheaper by ``forward``.
         """
         given = (image_features, text_features, logit_scale, *others)
         values = self._values(given, named, labels, together=False)
@@ -231,6 +233,26 @@ class MultimodalDistillationLoss(_TermLoss):
         super().__init__(options, temperature=temperature, direction=direction)
 
 
+class FeatureDistillationLoss(_TermLoss):
+    """Distance of the student's features from a teacher's, which anchors one tower or both.
+
+    Module form of :func:`~calrobust.functional.feature_distillation_loss`, which has formula, shapes and errors.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import FeatureDistillationLoss
+        >>> image = text = torch.eye(2)
+        >>> FeatureDistillationLoss(modality="image")(image, text, 1.0, image.flip(0), text, 1.0)  # 1 - 0
+        tensor(1.)
+    """
+
+    _kind = FeatureDistillation
+    modality: Modality
+
+    def __init__(self, *, modality: Modality = "both", **options: Unpack[PairOptions]) -> None:
+        super().__init__(options, modality=modality)
+
+
 class LossSum(PairLoss):
     """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it.
 
@@ -346,12 +368,6 @@ class OrthogonalityLoss(nn.Module):
 
     Module form of :func:`~calrobust.functional.orthogonality_loss`, which has formula, shapes and errors. It is a loss
     on weights, so its value adds to that of a loss on pairs, but the modules do not add.
-
-    Args:
-        squared: False gives the norm itself instead of its square.
-
-    Raises:
-        TypeError: ``squared`` is not a bool.
 
     Example:
         >>> import torch

@@ -12,6 +12,7 @@ from torch import nn
 
 from calrobust import (
     CaRotLoss,
+    FeatureDistillationLoss,
     MultimodalContrastiveLoss,
     MultimodalDistillationLoss,
     OrthogonalityLoss,
@@ -20,6 +21,7 @@ from calrobust import (
 )
 from calrobust.functional import (
     carot_loss,
+    feature_distillation_loss,
     multimodal_contrastive_loss,
     multimodal_distillation_loss,
     orthogonality_loss,
@@ -62,6 +64,8 @@ SIGMOID = Target("functional.sigmoid_contrastive_loss", sigmoid_contrastive_loss
 SIGMOID_MODULE = Target("SigmoidContrastiveLoss.forward", SigmoidContrastiveLoss(), lambda: pairs(logit_bias=-10.0))
 SIGMOID_DISTILLATION = Target("functional.sigmoid_distillation_loss", sigmoid_distillation_loss, taught_sigmoids)
 SIGMOID_SUM = Target("SigmoidDistillationLoss.forward", SigmoidDistillationLoss() + MCL, taught_sigmoids)
+FEATURE = Target("functional.feature_distillation_loss", feature_distillation_loss, taught)
+FEATURE_SUM = Target("FeatureDistillationLoss.forward", FeatureDistillationLoss() + MKD, taught)
 SUM = Target("losses.LossSum.forward", MCL + 1.5 * MKD, taught)
 TERMS = Target("losses.LossSum.terms", (MCL + 1.5 * MKD).terms, taught)
 OPEN_CLIP = Target("integrations.open_clip.OpenClipLoss.forward", OpenClipLoss(MCL), pairs)
@@ -98,6 +102,8 @@ TABLE: Table = [
             SIGMOID_MODULE,
             SIGMOID_DISTILLATION,
             SIGMOID_SUM,
+            FEATURE,
+            FEATURE_SUM,
             SUM,
             TERMS,
             OPEN_CLIP,
@@ -128,7 +134,8 @@ TABLE: Table = [
                 {"text_features": MORE, "reduction": "none"},
                 ValueError,
                 "reduction='none' must be of pairs or of one direction, got both with 4 images and 5 texts that are "
-                "no pairs; pass direction='image_to_text' or 'text_to_image'",
+                "no pairs; pass direction='image_to_text' or 'text_to_image', "
+                "and modality='image' or 'text' to a distillation of features",
             ),
             Wrong(
                 {"text_features": MORE, "labels": torch.arange(4)},
@@ -233,6 +240,25 @@ TABLE: Table = [
         [
             *several("teacher_logit_bias", ValueError, math.nan, torch.arange(2.0)),
             *several("teacher_logit_bias", TypeError, "0", torch.tensor(1)),
+        ],
+    ),
+    (
+        [FEATURE, FEATURE_SUM],
+        [
+            Wrong(
+                {name: MORE[:4, :2] for name in ("teacher_image_features", "teacher_text_features")},
+                ValueError,
+                "teacher_image_features must have the student's width, got [4, 2] for [4, 3]; project them, or distil "
+                "similarities with MultimodalDistillationLoss",
+            ),
+            *several("teacher_text_features", ValueError, MORE, MORE[:3]),
+        ],
+    ),
+    (
+        [FEATURE, Target("FeatureDistillationLoss", FeatureDistillationLoss, dict)],
+        [
+            Wrong({"modality": "images"}, ValueError, "modality must be one of 'both', 'image', 'text', got 'images'"),
+            *several("modality", ValueError, None, ("image",)),
         ],
     ),
     ([SIGMOID], [*several("text_features", ValueError, ROWS[:3]), *several("logit_bias", TypeError, None)]),

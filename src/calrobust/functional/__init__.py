@@ -9,6 +9,7 @@ from calrobust.functional.calibration import (
     classwise_calibration_error,
     top_label,
 )
+from calrobust.functional.features import feature_distillation_loss
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import PairOptions
@@ -29,6 +30,7 @@ __all__ = [
     "calibration_interval",
     "carot_loss",
     "classwise_calibration_error",
+    "feature_distillation_loss",
     "fit_temperature",
     "multimodal_contrastive_loss",
     "multimodal_distillation_loss",

@@ -304,7 +304,8 @@ def _check_anchors(terms: list[Term], student: Features, labels: Labels | None, 
     if reduction == "none" and not one and (n != m or isinstance(labels, tuple)):
         raise ValueError(
             f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(directions))} with "
-            f"{n} images and {m} texts that are no pairs; pass direction='image_to_text' or 'text_to_image'"
+            f"{n} images and {m} texts that are no pairs; pass direction='image_to_text' or 'text_to_image', "
+            "and modality='image' or 'text' to a distillation of features"
         )
 
 

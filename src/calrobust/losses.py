@@ -29,12 +29,11 @@ _TEACHER = tuple(f"teacher_{name}" for name in _STUDENT)
 
 
 class PairLoss(nn.Module, ABC):
-    """A loss on pairs: ``a + b``, ``w * a`` and ``a * w`` are losses too, and share one pass over the pair matrix.
+    """Base class of losses on pairs: ``a + b`` and ``w * a`` are losses too, and share one pass over the pair matrix.
 
-    Base class of :class:`~calrobust.MultimodalContrastiveLoss`, :class:`~calrobust.MultimodalDistillationLoss` and
-    their sums. Call any of them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if
-    no term distils. Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's
-    SigLIP models do. A bias changes no softmax, so its gradient is zero unless there are sigmoid terms.
+    Call them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if no term distils.
+    Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's SigLIP models
+    do. A bias changes no softmax: without sigmoid terms its gradient is zero.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -63,8 +62,8 @@ class PairLoss(nn.Module, ABC):
 
         After the logit scale may come the student's logit bias, then the teacher's image features ``[N, E]``, text
         features ``[M, E]``, logit scale and maybe logit bias, by place or by name (``logit_bias``,
-        ``teacher_image_features``, ...). The teacher's are required if a term distils, and an error if none does.
-        ``labels`` are for contrastive terms: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``.
+        ``teacher_image_features``, ...). They are required if a term distils, and else an error. ``labels`` are for
+        contrastive terms: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``.
         """
         given = (image_features, text_features, logit_scale, *others)
         first, *rest = self._values(given, named, labels, together=True)
@@ -79,10 +78,10 @@ class PairLoss(nn.Module, ABC):
         labels: Labels | None = None,
         **named: Tensor | float | None,
     ) -> dict[str, Tensor]:
-        """The weighted terms by name, for logging; ``forward`` has the arguments and errors, and gives their sum.
+        """The weighted terms by name, for logging, from the arguments of ``forward``, which gives their sum.
 
-        Names are ``contrastive``, ``distillation``, ``feature``, ``sigmoid_contrastive`` and ``sigmoid_distillation``;
-        a second term of a kind is ``distillation_2``. The gradient of several sigmoid terms is cheaper by ``forward``.
+        Names are ``contrastive``, ``distillation``, ``feature``, ``sigmoid_contrastive`` and ``sigmoid_distillation``,
+        and ``distillation_2`` for a second one. The gradient of several sigmoid terms is cheaper by ``forward``.
         """
         given = (image_features, text_features, logit_scale, *others)
         values = self._values(given, named, labels, together=False)
@@ -94,7 +93,7 @@ class PairLoss(nn.Module, ABC):
     def _values(
         self, given: tuple[Any, ...], named: dict[str, Any], labels: Labels | None, *, together: bool
     ) -> list[Tensor]:
-        """The weighted terms, or ``together`` some values of which only the sum is to be differentiated."""
+        """The weighted terms, or ``together`` values of which only the sum is to be differentiated."""
         bias: Tensor | float | None = None
 
         def request() -> Request:
@@ -116,7 +115,7 @@ class PairLoss(nn.Module, ABC):
     def _by_name(
         self, given: tuple[Tensor | float | None, ...], named: dict[str, Tensor | float | None]
     ) -> dict[str, Tensor | float | None]:
-        """All arguments but ``labels`` by their names; those of a teacher are there if and only if a term distils."""
+        """All arguments but ``labels`` by name, with those of a teacher if and only if a term distils."""
         has_bias = len(given) > 3 and getattr(given[3], "ndim", 0) < 2  # it is a scalar, unlike a teacher's features
         names = [*_STUDENT[: 4 if has_bias else 3], *_TEACHER]
         found = dict(zip(names, given, strict=False))
@@ -256,8 +255,8 @@ class FeatureDistillationLoss(_TermLoss):
 class LossSum(PairLoss):
     """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it.
 
-    Terms of one temperature share a pass over the pair matrix. ``weights`` and ``losses`` are lists, whose entries may
-    change while training: ``criterion.weights[1] = 0.5``, ``criterion.losses[0].label_smoothing = 0.1``.
+    ``weights`` and ``losses`` are lists, whose entries may change while training: ``criterion.weights[1] = 0.5``,
+    ``criterion.losses[0].label_smoothing = 0.1``. Terms of one temperature share a pass over the pair matrix.
 
     Args:
         weighted: pairs of a weight and a loss.
@@ -293,7 +292,7 @@ class LossSum(PairLoss):
         return self.losses[0].options()
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
-        """The terms with today's weights, which must be finite; the options of all losses must agree."""
+        """The terms with today's weights, checked."""
         for weight, loss in zip(self.weights, self.losses, strict=True):
             check_number(weight=weight)
             if loss.options() != self.losses[0].options():
@@ -317,9 +316,9 @@ class LossSum(PairLoss):
 class CaRotLoss(LossSum):
     """MCL with label smoothing plus a weight times MKD: CaRot's objective on pairs.
 
-    The sum ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``
-    under its own name. :func:`~calrobust.functional.carot_loss` has formula, shapes and errors. ``label_smoothing`` and
-    ``distillation_weight`` are attributes, which may change while training.
+    The sum ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``;
+    module form of :func:`~calrobust.functional.carot_loss`, which has formula, shapes and errors.
+    ``label_smoothing`` and ``distillation_weight`` are attributes, which may change while training.
 
     Example:
         >>> import torch

@@ -40,18 +40,18 @@ class PairOptions(TypedDict, total=False):
     """
 
     reduction: Reduction
-    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. Where images and texts
-    are no pairs, as they differ in number or have labels of their own, mean and sum of image to text are over images,
-    those of text to image over texts, and ``"none"`` is for one direction."""
+    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
+    in number or have labels of their own, mean and sum are over the images or texts of a direction, and ``"none"`` is
+    for one direction."""
     gather: bool
     """Contrast against the images and texts of every rank (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
     """``"dense"`` holds the whole pair matrix, and has derivatives of every order and mode. The others have first
-    derivatives in reverse mode: ``"tiled"`` needs O(N·D) memory; ``"triton"`` does the same in kernels for CUDA
-    devices; ``"auto"`` (default) takes Triton where it runs, and is tiled elsewhere, where it keeps the matrix for
-    backward if it fits into ``memory_budget``."""
+    derivatives in reverse mode: ``"tiled"`` needs O(N·D) memory; ``"triton"`` does the same in CUDA kernels; ``"auto"``
+    (default) takes Triton where it runs, and else is tiled and keeps the matrix for backward if it fits into
+    ``memory_budget``."""
     memory_budget: int
     """Bytes of logits that ``"auto"`` may hold for backward; 256 MiB by default. The sigmoid losses hold none."""
 
@@ -88,7 +88,7 @@ OPTIONS = tuple(field.name for field in fields(Options))
 
 
 class Term(Protocol):
-    """A summand: values of images and texts, read off the statistics of the pair matrix at the term's temperature."""
+    """A summand: values of images and texts, from statistics of the pair matrix."""
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool]
@@ -96,7 +96,7 @@ class Term(Protocol):
 
     @staticmethod
     def evaluate(sharing: Sequence[tuple[float, Any]], shared: Shared) -> list[Tensor]:
-        """The values of all weighted terms that share this function and a temperature, reduced over all ranks."""
+        """The reduced values of all weighted terms that share this function and a temperature."""
 
     @property
     def temperature(self) -> float:
@@ -132,10 +132,7 @@ class Shared:
         return self._batches[swapped]
 
     def reduce(self, each: Sequence[tuple[Tensor, Tensor | int]]) -> Tensor:
-        """The sum over directions of their values, or of the mean or sum over the anchors of all ranks.
-
-        A direction has values and the number of anchors over all ranks, by which a mean divides.
-        """
+        """The sum over directions, each with values and the number of anchors over all ranks."""
         reduction = self.options.reduction
         if reduction == "none":
             return torch.stack([values for values, _ in each]).sum(0)
@@ -175,10 +172,8 @@ class SoftmaxTerm:
 def weighted_terms(request: Callable[[], Request], options: PairOptions, *, together: bool = False) -> list[Tensor]:
     """Each term times its weight, reduced over all ranks; terms of one temperature share one pass.
 
-    If only their sum is meant, and they have a gradient ``together``, those of sigmoids are cheaper.
-
-    With ``gather``, an error on one rank must raise on all of them, or the others would wait for it forever. So the
-    request is a function: errors that it raises are told to the other ranks too.
+    If only the sum is to be differentiated, ``together``, sigmoid terms are cheaper. The request is a function because
+    with ``gather`` all ranks are told of an error that it raises, or they would wait forever.
     """
     if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(

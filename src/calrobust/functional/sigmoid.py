@@ -31,18 +31,17 @@ def sigmoid_contrastive_loss(
 
     Args:
         image_features: shape ``[N, D]``, as for :func:`~calrobust.functional.multimodal_contrastive_loss`.
-        text_features: shape ``[M, D]``, likewise.
+        text_features: shape ``[M, D]``.
         logit_scale: > 0, already exponentiated.
         logit_bias: a number or a tensor of one element; 0.0 for a model without one.
-        labels: as for :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive.
+        labels: as for the same function, but an image may have no positive.
         **options: see :class:`~calrobust.functional.PairOptions`. Mean, sum and ``"none"`` are over the N images.
 
     Returns:
         A scalar ≥ 0 in nats, or ``[N]`` for ``reduction="none"``; float32, or float64 for float64 features.
 
     Raises:
-        ValueError: as for :func:`~calrobust.functional.multimodal_contrastive_loss`; the bias is not a finite number.
-        TypeError: likewise.
+        ValueError, TypeError: as for the same function, or the bias is not a finite number.
 
     Example:
         >>> import torch
@@ -76,14 +75,14 @@ def sigmoid_distillation_loss(
     .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
 
     Here :math:`z_{ij}` is as in :func:`~calrobust.functional.sigmoid_contrastive_loss`, :math:`\tilde z_{ij}` is the
-    teacher's, and KL is that of two answers, yes and no. The teacher never receives a gradient.
+    teacher's, and KL is that of two answers, yes and no.
 
     Args:
-        image_features: shape ``[N, D]``, as for :func:`~calrobust.functional.multimodal_distillation_loss`.
-        text_features: shape ``[M, D]``, likewise.
+        image_features: shape ``[N, D]``, as for :func:`~calrobust.functional.multimodal_contrastive_loss`.
+        text_features: shape ``[M, D]``.
         logit_scale: > 0, already exponentiated.
         logit_bias: a number or a tensor of one element; 0.0 for a model without one.
-        teacher_image_features: shape ``[N, E]``.
+        teacher_image_features: shape ``[N, E]``: the same images seen by the teacher, which gets no gradient.
         teacher_text_features: shape ``[M, E]``.
         teacher_logit_scale: the teacher's own.
         teacher_logit_bias: the teacher's own.
@@ -95,8 +94,8 @@ def sigmoid_distillation_loss(
         where teacher and student are equal.
 
     Raises:
-        ValueError: as for :func:`~calrobust.functional.multimodal_distillation_loss`; a bias is not a finite number.
-        TypeError: likewise.
+        ValueError, TypeError: as for :func:`~calrobust.functional.multimodal_distillation_loss`, or a bias is not a
+            finite number.
 
     Example:
         >>> import torch

@@ -24,23 +24,22 @@ def multimodal_contrastive_loss(
 
     .. math:: \ell_i = \log \sum_j e^{s_{ij}} - (1 - \varepsilon)\, \bar s_i - \tfrac{\varepsilon}{M} \sum_j s_{ij}
 
-    Here :math:`s_{ij}` is ``logit_scale`` times the dot product of image :math:`i` and text :math:`j`, the sums are
-    over all M texts, and :math:`\bar s_i` is the mean of :math:`s_{ij}` over the positives of image :math:`i`, which
-    share the target. From text to image the two are exchanged. The value is the average of the two directions, or that
-    of the one which ``direction`` names. Without ``labels``, text :math:`i` is the only positive of image :math:`i`.
+    Here :math:`s_{ij}` is ``logit_scale`` times the dot product of image :math:`i` and text :math:`j`, sums are over
+    all M texts, and :math:`\bar s_i` is the mean of :math:`s_{ij}` over the positives of image :math:`i`. From text to
+    image the two are exchanged. The value is the average of the two directions, or that of the one in ``direction``.
 
     Args:
         image_features: shape ``[N, D]``, floating, unit norm; used as given, never normalised.
-        text_features: shape ``[M, D]``. Without labels, row ``i`` belongs to row ``i`` of the images, and M ≥ N: any
-            further texts are candidates of the images, but are not compared with images themselves.
+        text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and M ≥ N:
+            further texts are only candidates of the images.
         logit_scale: what multiplies the dot products, > 0: a number or a tensor of one element, already exponentiated.
         labels: shape ``[N]``, ``int64``: pairs with equal labels are positives of each other. Or a pair of tensors
-            ``(image_labels [N], text_labels [M])``: an image and a text with equal labels are positives, as the texts
-            of a class bank are with ``(target, torch.arange(C))``. Each image needs a positive unless ``direction`` is
-            ``"text_to_image"``; where values are not looked at, off the CPU and in compiled code, its loss is NaN. A
-            text may have none and is then left out of the second direction. Costs O(N·D + M·D), no mask.
-        label_smoothing: :math:`\varepsilon` in [0, 1), as in torch: :math:`\varepsilon / M` of the target on each of
-            the M candidates.
+            ``(image_labels [N], text_labels [M])``: an image and a text with equal labels are positives; for a class
+            bank they are ``(target, torch.arange(C))``. Each image needs a positive unless ``direction`` is
+            ``"text_to_image"``; off the CPU and in compiled code its loss is NaN without. A text without a positive is
+            left out of the second direction. Costs O(N·D + M·D), no mask.
+        label_smoothing: :math:`\varepsilon` in [0, 1): each of the M candidates gets :math:`\varepsilon / M` of the
+            target, as in torch.
         direction: ``"image_to_text"`` or ``"text_to_image"`` for one of them, at the cost of one.
         **options: see :class:`~calrobust.functional.PairOptions`.
 
@@ -50,9 +49,8 @@ def multimodal_contrastive_loss(
 
     Raises:
         ValueError: the features differ in width, dtype or device, are empty or not 2-D; ``labels`` do not fit, or M < N
-            without any; an image has no positive; ``label_smoothing`` is outside [0, 1); ``logit_scale`` is ≤ 0; an
-            option has an unknown value; ``reduction="none"`` is asked for both directions of what are no pairs;
-            ``impl="triton"`` without a CUDA device.
+            without any; an image has no positive; a number or option is out of range; ``reduction="none"`` is asked for
+            both directions of what are no pairs; ``impl="triton"`` without a CUDA device.
         TypeError: the features are not floating-point tensors, ``labels`` are not ``int64``, or an option is unknown.
 
     Example:
@@ -93,15 +91,14 @@ def multimodal_distillation_loss(
 
     Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by :math:`\tau`. The means of
-    the two directions are **summed**, as in the paper, unless ``direction`` names one. open_clip's ``DistillClipLoss``
-    averages them, and its value (not its gradient) also holds the teacher's entropy. Images and texts need not be
-    pairs, nor as many. The teacher never receives a gradient.
+    the two directions are **summed**, as in the paper. open_clip's ``DistillClipLoss`` averages them, and its value
+    (not its gradient) also holds the teacher's entropy. Images and texts need not be pairs, nor as many.
 
     Args:
         image_features: shape ``[N, D]``, as in :func:`~calrobust.functional.multimodal_contrastive_loss`.
         text_features: shape ``[M, D]``.
         logit_scale: > 0, already exponentiated.
-        teacher_image_features: shape ``[N, E]``: the same images seen by the teacher, in a width of its own.
+        teacher_image_features: shape ``[N, E]``: the same images seen by the teacher, which gets no gradient.
         teacher_text_features: shape ``[M, E]``.
         teacher_logit_scale: the teacher's own.
         temperature: :math:`\tau` > 0, which softens both maps.
@@ -113,8 +110,7 @@ def multimodal_distillation_loss(
         any features are. Exactly 0 where teacher and student are equal.
 
     Raises:
-        ValueError: as for MCL, of student and teacher; the teacher's batch differs in size; ``temperature`` ≤ 0.
-        TypeError: the features are not floating-point tensors, or an option is unknown.
+        ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
 
     Example:
         >>> import torch
@@ -154,8 +150,8 @@ def carot_loss(
     .. math:: \mathcal{L} = \mathcal{L}_\mathrm{MCL}(\varepsilon) + \lambda\, \mathcal{L}_\mathrm{MKD}
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss` and
-    :func:`~calrobust.functional.multimodal_distillation_loss`; ``distillation_weight`` is :math:`\lambda`, finite: 1.5
-    in the paper, for MKD summed over its two directions.
+    :func:`~calrobust.functional.multimodal_distillation_loss`; ``distillation_weight`` is :math:`\lambda`, 1.5 in the
+    paper.
 
     Example:
         >>> import torch
@@ -164,8 +160,7 @@ def carot_loss(
         >>> carot_loss(image, text, 1.0, image, text, 1.0, label_smoothing=0.0, distillation_weight=1.5)
         tensor(0.3133)
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, its objective without the orthogonality term, which is on weights
-    (:func:`~calrobust.functional.orthogonality_loss`).
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, without :func:`~calrobust.functional.orthogonality_loss`.
     """
     student = (image_features, text_features, logit_scale)
     teacher = (teacher_image_features, teacher_text_features, teacher_logit_scale)
@@ -198,7 +193,7 @@ class Contrastive(SoftmaxTerm):
         check_choice(DIRECTIONS, direction=self.direction)
 
     def values(self, statistics: Direction) -> tuple[Tensor, Tensor | int]:
-        """Cross-entropy of each anchor, half of it if both directions are averaged, and the number of anchors."""
+        """Cross-entropy of each anchor, half of it for both directions, and the number of anchors."""
         smoothing = float(self.label_smoothing)
         loss = statistics.negative_log_likelihood + (1 - smoothing) * statistics.above_positives
         loss = loss + smoothing * statistics.above_mean if smoothing else loss
@@ -223,6 +218,6 @@ class Distillation(SoftmaxTerm):
         check_choice(DIRECTIONS, direction=self.direction)
 
     def values(self, statistics: Direction) -> tuple[Tensor, int]:
-        """MKD of each anchor, from statistics with a teacher at this temperature, and the number of anchors."""
-        # Not temperature**2: Python raises an error where that overflows.
+        """MKD of each anchor, and the number of anchors."""
+        # Not temperature**2, which raises an error where it overflows.
         return float(self.temperature) * float(self.temperature) * statistics.divergence, statistics.total

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 from calrobust.functional.calibration import bin_confidences, calibration_error, top_label
 from calrobust.functional.intervals import calibration_interval
-from calrobust.functional.temperature import fit_temperature
+from calrobust.functional.scoring import fit_temperature
 from calrobust.report import ShiftReport
 from calrobust.report.samples import ECE_PARTS, FIGURES, fingerprints_of
 

@@ -11,7 +11,7 @@ from strategies import Predictions, classifier, predictions
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from calrobust.functional.temperature import fit_temperature
+from calrobust.functional.scoring import fit_temperature
 from calrobust.temperature import TemperatureScaler
 
 

@@ -11,7 +11,7 @@ from calrobust._checks import check_flag, check_number
 from calrobust.functional.features import FeatureDistillation, Modality
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import OPTIONS, Directions, Options, PairOptions, Request, Term, weighted_terms
-from calrobust.functional.softmax import Contrastive, Distillation
+from calrobust.functional.similarity import Contrastive, Distillation
 from calrobust.kernels import Features, Labels
 
 __all__ = [

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from calrobust.functional.pairs import PairOptions
-from calrobust.functional.sigmoid import SigmoidContrastive, SigmoidDistillation
+from calrobust.functional.similarity import SigmoidContrastive, SigmoidDistillation
 from calrobust.losses import _TermLoss
 
 __all__ = ["SigmoidContrastiveLoss", "SigmoidDistillationLoss"]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
-from calrobust._copying import copied, filled
-from calrobust._state import Pair, paired, tensors, write
+from calrobust._state import Pair, copied, filled, paired, tensors, write
 
 
 class EMATeacher(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calrobust._checks import check_float64, check_floating
-from calrobust.functional.temperature import fit_temperature
+from calrobust.functional.scoring import fit_temperature
 
 
 class TemperatureScaler(nn.Module):

@@ -15,7 +15,6 @@ from strategies import Predictions, classifier, confidences_and_correct, predict
 from torch import Tensor
 from torch.testing import assert_close
 
-from calrobust.functional._rows import probability_blocks
 from calrobust.functional.calibration import (
     Bins,
     Norm,
@@ -30,6 +29,7 @@ from calrobust.functional.calibration import (
     equal_mass_bins,
     top_label,
 )
+from calrobust.functional.scoring import probability_blocks
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 ERRORS = [calibration_error, adaptive_calibration_error, classwise_calibration_error]

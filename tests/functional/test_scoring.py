@@ -8,8 +8,13 @@ from strategies import Predictions, classifier, predictions
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from calrobust.functional._rows import probability_blocks
-from calrobust.functional.scoring import brier_score, log_losses, negative_log_likelihood, squared_errors
+from calrobust.functional.scoring import (
+    brier_score,
+    log_losses,
+    negative_log_likelihood,
+    probability_blocks,
+    squared_errors,
+)
 
 
 def tolerance(p: Predictions) -> float:

@@ -20,7 +20,7 @@ from calrobust.functional.calibration import (
     equal_mass_bins,
     top_label,
 )
-from calrobust.functional.temperature import fit_temperature
+from calrobust.functional.scoring import fit_temperature
 from calrobust.plotting import reliability_diagram
 
 with warnings.catch_warnings():

@@ -13,10 +13,14 @@ from calrobust.functional.features import feature_distillation_loss
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import PairOptions
-from calrobust.functional.scoring import brier_score, negative_log_likelihood
-from calrobust.functional.sigmoid import sigmoid_contrastive_loss, sigmoid_distillation_loss
-from calrobust.functional.softmax import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
-from calrobust.functional.temperature import fit_temperature
+from calrobust.functional.scoring import brier_score, fit_temperature, negative_log_likelihood
+from calrobust.functional.similarity import (
+    carot_loss,
+    multimodal_contrastive_loss,
+    multimodal_distillation_loss,
+    sigmoid_contrastive_loss,
+    sigmoid_distillation_loss,
+)
 
 __all__ = [
     "Bins",

@@ -17,7 +17,7 @@ from calrobust._checks import (
     check_one_device,
     check_tensor,
 )
-from calrobust.functional._rows import Block, as_rows, can_read_values, probability_blocks
+from calrobust.functional.scoring import Block, as_rows, can_read_values, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
 NORMS: tuple[str, ...] = get_args(Norm)

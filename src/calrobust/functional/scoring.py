@@ -1,9 +1,104 @@
-"""Proper scores: the Brier score and the negative log-likelihood."""
+"""Scores of rows of logits: the only place where the metrics take a softmax, and the temperature of the best score."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from calrobust.functional._rows import Block, as_rows, can_read_values, probability_blocks
+from calrobust._checks import (
+    check_flag,
+    check_float64,
+    check_ignore_index,
+    check_kind,
+    check_label_values,
+    check_predictions,
+    check_softmax_exists,
+)
+
+# On a CPU a block and its softmax stay in cache from one pass to the next; a GPU needs enough rows to be busy.
+CPU_BLOCK_BYTES = 2**20  # for each thread
+GPU_BLOCK_BYTES = 2**26
+
+
+class Block(NamedTuple):
+    """Some rows, at least in float32, to be read before the next block is taken."""
+
+    target: Tensor  # [n], as are the last three
+    scores: Tensor  # [n, C] logits or probabilities
+    from_logits: bool
+    probs: Tensor  # [n, C]
+    own: Tensor  # the label's probability
+    confidences: Tensor
+    correct: Tensor
+
+
+def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks scores ``[N, C, ...]`` and labels; gives the samples to keep as rows ``[M, C]`` and labels ``[M]``."""
+    check_predictions(target, **preds)
+    check_float64(**preds)
+    check_ignore_index(ignore_index)
+    (scores,) = preds.values()
+    scores, target = scores.detach().movedim(1, -1).flatten(0, -2), target.flatten()
+    if ignore_index is None:
+        return scores, target
+    kept = target != ignore_index
+    return scores[kept], target[kept]
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether reading values waits for no device and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
+    """How many rows of ``scores`` make a block when held in ``dtype``."""
+    rows = len(scores)
+    if not torch.compiler.is_compiling():  # the compiler fuses the passes itself
+        size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
+        rows = min(rows, size // (scores.shape[1] * dtype.itemsize))
+    return max(1, rows)
+
+
+def probability_blocks(
+    preds: Tensor, target: Tensor, from_logits: bool, validate: bool | None = None
+) -> Iterator[Block]:
+    """Yields rows that :func:`as_rows` has checked: at least one block, maybe an empty one.
+
+    ``validate`` says whether values are checked; None checks them where that is free. There, labels are always checked,
+    because a wrong one would be an error of indexing.
+    """
+    check_flag(from_logits=from_logits)
+    free = can_read_values(preds)
+    validate = free if validate is None else validate
+    if validate or free:
+        check_label_values(target, preds.shape[1])
+    if validate:
+        check_kind(from_logits=from_logits, preds=preds)
+    dtype = torch.promote_types(preds.dtype, torch.float32)
+    step = block_rows(preds, dtype)
+    buffer = preds.new_empty(step if from_logits else 0, preds.shape[1], dtype=dtype)
+    for some, labels in zip(preds.split(step), target.split(step), strict=True):
+        scores = some.to(dtype)
+        probs = torch.softmax(scores, 1, out=buffer[: len(scores)]) if from_logits else scores
+        own, confidences = probs.gather(1, labels[:, None])[:, 0], probs.amax(1)
+        correct = _is_predicted(scores, labels, own, confidences)
+        yield Block(labels, scores, from_logits, probs, own, confidences, correct)
+
+
+def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tensor) -> Tensor:
+    """Whether ``argmax`` of the scores gives the label; of equal scores the first one counts."""
+    if not can_read_values(scores):
+        return scores.argmax(1) == labels
+    # On a CPU argmax takes longer than the softmax. Two classes can only both round to the highest probability where it
+    # is at most 1/2; these rows alone are searched. 0.999, as exp need not be monotone to the last digit.
+    correct = own == confidences
+    maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
+    if len(maybe_tied):
+        correct[maybe_tied] = scores[maybe_tied].argmax(1) == labels[maybe_tied]
+    return correct
 
 
 def log_losses(block: Block) -> Tensor:
@@ -68,3 +163,199 @@ def negative_log_likelihood(
     """
     blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
     return torch.cat([log_losses(block) for block in blocks]).double().mean()
+
+
+FEW = 2**18  # logits; with fewer, float32 arithmetic could be off by more than 1e-6, as rounding averages out slowly
+SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all rows is already a small one
+SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
+MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
+LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
+EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
+HUGE = 1e20  # products of logits this far below the top, -inf among them, could overflow
+FLOOR = -200.0  # what they are replaced by once they are scaled: exp(-200) is as good as 0
+GAP = 32.0  # a mask is at least this many times as far below the highest logit as any unmasked logit
+GAP_LOGITS = 4096  # how many are searched for such a gap
+NEGLIGIBLE = 5.0  # nats; masks lie at least twice as far below the top, and exp(-10) is 5e-5
+
+
+class _Data(NamedTuple):
+    """Logits, with what one pass over them has found."""
+
+    logits: Tensor
+    top: Tensor  # [N] highest logit
+    own: Tensor  # [N] the label's logit - top
+    huge: bool = False  # whether some logits lie HUGE below the top
+
+    def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yields ``logits - top`` in blocks of rows, each of which overwrites the one before."""
+        step = block_rows(self.logits, dtype)
+        buffer = self.logits.new_empty(step, self.logits.shape[1], dtype=dtype)
+        for logits, top in zip(self.logits.split(step), self.top.split(step), strict=True):
+            yield torch.sub(logits.to(dtype), top[:, None], out=buffer[: len(logits)])
+
+
+def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
+    r"""The temperature T > 0 that minimises the negative log-likelihood of ``logits / T``.
+
+    .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
+
+    The sum is convex in 1/T. A safeguarded Newton iteration finds its minimum in three or four passes over the logits,
+    with nothing to tune. Scaling the logits scales T, and shifting a row changes nothing.
+
+    Some data have no such minimum. They give a :class:`UserWarning` that names the cause and, where s is the mean
+    distance of a logit from the highest of its row, a T that is never worse than 1:
+
+    - separable (every label has the highest logit; the likelihood grows as T → 0): ``min(1, s / 100)``
+    - anti-correlated (the labels' logits lie below average; it grows as T → ∞): ``max(1, 100 * s)``
+    - constant logits, so that T changes nothing: 1
+
+    A single sample, or labels of one class only, are fitted with a warning: such a T says little about other data.
+
+    Args:
+        logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf``, or a number far below all others, masks
+            a class. No gradient flows through the fit.
+        target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
+
+    Returns:
+        A float64 scalar on the logits' device, exact to about 1e-7 relative, or 1e-5 where the logits of a sample
+        hardly differ. Arithmetic is float32, or float64 for float64 or few logits; sums are always float64.
+
+    Raises:
+        TypeError: ``logits`` is not floating or ``target`` is not int64.
+        ValueError: shapes or devices do not fit, there are no samples or a single class, ``logits`` are probabilities,
+            a logit is NaN or +inf, a label is outside [0, C) or on a class whose logit is ``-inf``.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import fit_temperature
+        >>> logits, target = torch.tensor([[8.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
+        >>> fit_temperature(logits, target)  # the odds are 3 to 1: exp(8 / T) = 3
+        tensor(7.2819, dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2 (temperature scaling).
+    """
+    logits, target = as_rows(target, logits=logits)
+    if len(logits) == 0:
+        raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
+    check_label_values(target, logits.shape[1])
+    check_kind(from_logits=True, logits=logits)
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        data, means = _scan(logits, target)
+        limit = _mask_distance(data, means)
+        # Newton's method sums over all classes, so that a T it finds is right whether or not some are masked. Only its
+        # start, and the T of degenerate data, depend on what is taken for a mask.
+        temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
+        if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
+            temperature, causes = _solve(data, _visible_means(data, math.inf))
+        if len(target) == 1:
+            causes.append("there is a single sample")
+        elif (target == target[0]).all():
+            causes.append(f"all labels are of class {int(target[0])}")
+    if causes:
+        warnings.warn(
+            f"the data do not determine a temperature: {'; '.join(causes)}; T = {temperature:.6g}", stacklevel=2
+        )
+    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+
+
+def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
+    """The data, and ``[N]``: the mean of logit - top over the classes of each row."""
+    dtype = torch.promote_types(logits.dtype, torch.float64 if logits.numel() <= FEW else torch.float32)
+    top = logits.amax(1).to(dtype)
+    if not top.isfinite().all():
+        check_softmax_exists(target, logits=logits)
+    own = logits.gather(1, target[:, None])[:, 0].to(dtype) - top
+    if own.isneginf().any():
+        row = int(own.isneginf().nonzero()[0])
+        raise ValueError(
+            f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
+            "unmask the class or drop the sample"
+        )
+    data = _Data(logits, top, own)
+    means = torch.cat([differences.mean(1) for differences in data.differences(dtype)])
+    return data._replace(huge=bool(means.amin() < -HUGE)), means
+
+
+def _visible_means(data: _Data, limit: float) -> Tensor:
+    """``[N]``: the mean of logit - top over the classes of each row that are less than ``limit`` below the top."""
+    means = []
+    for differences in data.differences(torch.float64):
+        hidden = differences <= -limit
+        means.append(differences.masked_fill_(hidden, 0).sum(1) / (~hidden).sum(1))
+    return torch.cat(means).to(data.top.dtype)
+
+
+def _mask_distance(data: _Data, means: Tensor) -> float:
+    """How far below the top finite masks begin: half of the way across the first wide gap, or inf without a gap."""
+    step = max(1, data.logits.numel() // GAP_LOGITS)
+    some = torch.arange(0, len(means), step, device=means.device)
+    some = torch.cat((some, means.argmin()[None]))  # the row with the lowest mean has masks, if any row has
+    distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
+    below = (distances > 0) & distances.isfinite()
+    usual = distances.where(below, math.inf).amin(1).median()
+    ordered = distances[below & (distances >= usual)].sort().values
+    wide = (ordered[1:] / ordered[:-1] > GAP).nonzero()
+    return float(ordered[wide[0, 0] + 1]) / 2 if len(wide) else math.inf
+
+
+def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
+    """T, and why the data do not determine it; ``means`` are over the classes that are not masked."""
+    spread = -float(means.mean(dtype=torch.float64))
+    if spread == 0:
+        return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
+    if (data.own == 0).all():
+        return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
+    # The likelihood's slope at 1/T = 0, where all classes are equally probable: if it falls there, it falls everywhere.
+    if float((means - data.own).sum(dtype=torch.float64)) >= 0:
+        return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
+    beta = 1 / spread
+    step = len(means) // SUBSET_ROWS
+    if step >= 4:
+        subset = _Data(data.logits[::step], data.top[::step], data.own[::step], data.huge)
+        beta, _ = _newton(subset, beta, max_steps=8)
+        beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
+    beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
+    return 1 / beta, [] if converged else [f"Newton's method did not converge in {MAX_STEPS} steps"]
+
+
+def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
+    """1/T, and whether the last step was a small one."""
+    low, high = 0.0, math.inf  # the gradient is negative at low and positive at high
+    for _ in range(max_steps):
+        gradient, curvature = _derivatives(data, beta)
+        if gradient == 0:
+            return beta, True
+        low, high = (beta, high) if gradient < 0 else (low, beta)
+        ratio = 1 - gradient / curvature if curvature > 0 else LARGEST_RATIO if gradient < 0 else 0.0
+        new = beta * min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)
+        if not low < new < high:
+            new = math.sqrt(low * high)
+        if abs(new / beta - 1) <= SMALL_STEP:
+            return new, True
+        beta = new
+    return beta, False
+
+
+def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
+    """First and second derivative of the negative log-likelihood, times β and β².
+
+    With β = 1/T and d = logit - highest logit of the row, the negative log-likelihood is convex in β, and
+
+        β ∂/∂β = Σ (E[β d] - β d of the label),    β² ∂²/∂β² = Σ Var[β d],
+
+    with expectations under the softmax of β d. Neither of these depends on the scale of the logits.
+    """
+    dtype, n_classes = data.top.dtype, data.logits.shape[1]
+    buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
+    sums = data.logits.new_zeros(2, dtype=torch.float64)
+    for differences in data.differences(dtype):
+        scaled = differences.mul_(beta)
+        if data.huge:
+            scaled.clamp_(min=FLOOR)
+        weighted = torch.softmax(scaled, 1, out=buffer[: len(scaled)])
+        mean = weighted.mul_(scaled).sum(1)
+        square = weighted.mul_(scaled).sum(1)
+        sums += torch.stack((mean, square - mean.square())).sum(1, dtype=torch.float64)
+    sums[0] -= beta * data.own.sum(dtype=torch.float64)
+    gradient, curvature = sums.tolist()
+    return gradient, curvature

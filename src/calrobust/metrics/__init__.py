@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_integer, check_n_bins
-from calrobust.functional._rows import Block
 from calrobust.functional.calibration import (
     Norm,
     bin_classes,
@@ -24,7 +23,7 @@ from calrobust.functional.calibration import (
     equal_mass_bins,
     top_labels,
 )
-from calrobust.functional.scoring import log_losses, squared_errors
+from calrobust.functional.scoring import Block, log_losses, squared_errors
 from calrobust.metrics._shared import BinnedMetric, MeanMetric, PredictionMetric
 
 __all__ = [

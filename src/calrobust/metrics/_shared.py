@@ -17,8 +17,8 @@ from calrobust._checks import (
     check_softmax_exists,
     check_tensor,
 )
-from calrobust.functional._rows import Block, as_rows, probability_blocks
 from calrobust.functional.calibration import Bins
+from calrobust.functional.scoring import Block, as_rows, probability_blocks
 
 
 class PredictionMetric(Metric):

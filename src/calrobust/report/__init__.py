@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,36 @@ from torch import Tensor
 
 from calrobust._checks import check_choice, check_n_bins
 from calrobust.functional.calibration import Bins
-from calrobust.functional.temperature import fit_temperature
-from calrobust.report import tables
+from calrobust.functional.scoring import fit_temperature
 from calrobust.report.samples import Fit, Samples, check_held_out, fingerprints_of, mean_figures, on_cpu
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Row = dict[str, Any]
+
+HEADINGS = {  # column of the summary -> of the printed tables
+    "id_accuracy": "ID accuracy",
+    "ood_accuracy": "OOD accuracy",
+    "id_ece": "ID ECE",
+    "ood_ece": "OOD ECE",
+    "temperature": "T",
+    "id_ece_ts": "ID ECE + TS",
+    "ood_ece_ts": "OOD ECE + TS",
+}
+MISSING = "\N{EN DASH}"
+BRACKETS = (
+    " In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
+    "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as "
+    "the mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect "
+    "calibration."
+)
+MARKDOWN = str.maketrans({"|": r"\|"})
+LATEX = str.maketrans(
+    {mark: "\\" + mark for mark in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}"}
+)
 
 
 class ShiftReport:
@@ -186,18 +212,18 @@ class ShiftReport:
 
     def to_markdown(self, *, intervals: bool = True) -> str:
         """The summary as a Markdown table with a caption; ``intervals`` shows intervals, noise floors and p-values."""
-        return tables.markdown(self.summary(), self._caption(intervals), intervals)
+        return _markdown(self.summary(), self._caption(intervals), intervals)
 
     def to_latex(self, *, intervals: bool = True) -> str:
         r"""The same as a LaTeX ``tabular`` for ``\usepackage{booktabs}``, with the caption as a comment."""
-        return tables.latex(self.summary(), self._caption(intervals), intervals)
+        return _latex(self.summary(), self._caption(intervals), intervals)
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes :meth:`summary`, or :meth:`per_domain`, in full precision, with an empty field for NaN.
 
         An existing file is replaced at once or not at all, with an ``OSError`` if the new one cannot be written.
         """
-        tables.write_csv(Path(path), self.per_domain() if per_domain else self.summary())
+        _write_csv(Path(path), self.per_domain() if per_domain else self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, ready for JSON: NaN is None.
@@ -207,10 +233,10 @@ class ShiftReport:
             ``[method][column]``; and ``per_domain``, a dict ``[method][domain][column]``.
         """
         domains: dict[str, Any] = {}
-        for row in map(tables.without_nan, self.per_domain()):
+        for row in map(_without_nan, self.per_domain()):
             domains.setdefault(row.pop("method"), {})[row.pop("domain")] = row
         head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(True)}
-        summary = {row.pop("method"): row for row in map(tables.without_nan, self.summary())}
+        summary = {row.pop("method"): row for row in map(_without_nan, self.summary())}
         return {**head, "summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> pd.DataFrame:
@@ -235,7 +261,7 @@ class ShiftReport:
         return self._fits[method].temperature if method in self._fits else math.nan
 
     def _caption(self, intervals: bool) -> str:
-        return tables.caption(self.n_bins, self.id_domain, self.domains[1:], intervals)
+        return _caption(self.n_bins, self.id_domain, self.domains[1:], intervals)
 
     def _check_has_data(self) -> None:
         if not self._samples:
@@ -265,3 +291,72 @@ def _check_names(**names: Any) -> None:
             raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
         if not value.strip():
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
+
+
+def _caption(n_bins: int, id_domain: str, ood_domains: Sequence[str], intervals: bool) -> str:
+    """What the figures of the printed tables are, in one line."""
+    ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
+    figures = f"Accuracy and ECE ({n_bins} bins) in per cent; ID: {id_domain}; OOD: {ood}; "
+    scaling = "+ TS: logits divided by T, which was fitted on held-out data."
+    return " ".join((figures + scaling + BRACKETS * intervals).split())
+
+
+def _markdown(rows: Sequence[Row], caption: str, intervals: bool) -> str:
+    """The summary in per cent with aligned columns, and its caption."""
+    table = _cells(rows, intervals, MARKDOWN)
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]  # a rule has three characters
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+        for row in (table[0], rule, *table[1:])
+    ]
+    return "\n".join([*lines, "", caption])
+
+
+def _latex(rows: Sequence[Row], caption: str, intervals: bool) -> str:
+    """The summary in per cent as a ``tabular``, with its caption as a comment."""
+    head, *body = (" & ".join(row) + r" \\" for row in _cells(rows, intervals, LATEX))
+    begin, end = rf"\begin{{tabular}}{{l{'r' * len(HEADINGS)}}}", r"\end{tabular}"
+    return "\n".join(["% " + caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Replaces the file at once, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic within a folder
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(map(_without_nan, rows))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _without_nan(row: Row) -> Row:
+    """With None in place of NaN: JSON has no NaN, and CSV writes None as an empty field."""
+    return {name: None if value != value else value for name, value in row.items()}
+
+
+def _cells(rows: Sequence[Row], intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
+    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in HEADINGS)] for row in rows]
+    return [["Method", *HEADINGS.values()], *([cell.translate(escapes) for cell in cells] for cells in body)]
+
+
+def _cell(row: Row, column: str, intervals: bool) -> str:
+    value = row[column]
+    if math.isnan(value):
+        return MISSING
+    if column == "temperature":
+        return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}"
+    shown = f"{100 * value:.1f}"
+    if not intervals:
+        return shown
+    ends = (f"{100 * row.get(column + end, math.nan):.1f}" for end in ("_low", "_high", "_debiased", "_floor"))
+    low, high, debiased, floor = ends
+    if "accuracy" in column:
+        return f"{shown} ({low}{MISSING}{high})"
+    if low != "nan":
+        return f"{shown} ({low}{MISSING}{high}; {floor})"
+    p = row[column + "_p"]
+    return f"{shown} ({debiased}; {floor}; " + (f"p = {p:.3f})" if p >= 0.001 else "p < 0.001)")

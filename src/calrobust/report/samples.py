@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_kind, check_label_values, check_predictions, check_softmax_exists
-from calrobust.functional._rows import block_rows
 from calrobust.functional.calibration import top_label
 from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
+from calrobust.functional.scoring import block_rows
 
 LEVEL = 0.95  # of every interval, and named in captions
 ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")

@@ -160,3 +160,16 @@ def _tokens(caption: str) -> Tensor:
 def class_captions() -> Tensor:
     """The ten digits in the four templates, as tokens ``[10, 4, 16]``."""
     return torch.stack([tokenize([template.format(name) for template in TEMPLATES]) for name in CLASSES])
+
+
+def context_captions() -> Tensor:
+    """Prompts that name a style and no character, as tokens ``[M, 16]``."""
+    return tokenize([f"a {word} of the" for words in STYLE_WORDS.values() for word in words])
+
+
+def random_texts(generator: Generator, n: int = 80, length: int = 8) -> Tensor:
+    """Random words of the vocabulary between its marks of start and end, as tokens ``[n, 16]``."""
+    first, last = _tokenizer().sot_token_id, _tokenizer().eot_token_id
+    words = torch.randint(0, first, (n, length), generator=generator)
+    marked = torch.cat([torch.full((n, 1), first), words, torch.full((n, 1), last)], 1)
+    return torch.nn.functional.pad(marked, (0, CONTEXT_LENGTH - marked.shape[1]))

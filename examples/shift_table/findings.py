@@ -26,14 +26,14 @@ def findings(seeds: Sequence[Figures]) -> list[str]:
         f"means of {len(seeds)} seeds" if len(seeds) > 1 else "one seed: another one moves OOD figures by some points"
     )
     level = f"less than {LEVEL:g} apart" + (", or seeds that disagree," if len(seeds) > 1 else "")
-    return [
-        f"In points of percent; {scope}; {level} is called level.",
-        "Best of all rows: " + _best(seeds, rows),
-        "Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned),
-        _against(seeds, "FT", "ZS"),
-        *(_comparison(seeds, "CaRot", column) for column in COLUMNS.values()),
-        *(_scaling(seeds, row) for row in ("FT", "CaRot")),
-    ]
+    sentences = [f"In points of percent; {scope}; {level} is called level.", "Best of all rows: " + _best(seeds, rows)]
+    if fine_tuned:
+        sentences.append("Best of the fine-tuned rows, WiSE-FT's averages left out: " + _best(seeds, fine_tuned))
+    if {"FT", "ZS"} <= {*rows}:
+        sentences.append(_against(seeds, "FT", "ZS"))
+    if "CaRot" in rows and len(rows) > 1:
+        sentences += [_comparison(seeds, "CaRot", column) for column in COLUMNS.values()]
+    return [*sentences, *(_scaling(seeds, row) for row in ("FT", "CaRot") if row in rows)]
 
 
 def _mean(seeds: Sequence[Figures], row: str, column: str) -> float:
@@ -46,12 +46,12 @@ def _winner(seeds: Sequence[Figures], rows: Iterable[str], column: str) -> str:
 
 
 def _best(seeds: Sequence[Figures], rows: Sequence[str]) -> str:
-    """The best row in every column, and in how many of them that is a CaRot row."""
+    """The best row in every column, and in how many of them that is a CaRot row, if there is one."""
     winners = {column: _winner(seeds, rows, column) for column in COLUMNS.values()}
     named = (f"{column} {row} ({_mean(seeds, row, column):.1f})" for column, row in winners.items())
     carot = [column for column, row in winners.items() if row.startswith("CaRot")]
     wins = f"CaRot is first in {len(carot)} of {len(winners)}" + (f" ({', '.join(carot)})" if carot else "")
-    return f"{', '.join(named)}. {wins}."
+    return f"{', '.join(named)}." + (f" {wins}." if any(row.startswith("CaRot") for row in rows) else "")
 
 
 def _difference(seeds: Sequence[Figures], row: str, other: str, column: str) -> str:

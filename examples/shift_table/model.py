@@ -34,7 +34,11 @@ class DigitClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[N, 10]`` of pictures ``[N, 3, 32, 32]``."""
-        return F.normalize(self.visual(images), dim=-1) @ self.weight.T
+        return self.features(images) @ self.weight.T
+
+    def features(self, images: Tensor) -> Tensor:
+        """Unit-norm features ``[N, 64]``."""
+        return F.normalize(self.visual(images), dim=-1)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The rows of the table: one pre-trained model, fine-tuned in the ways that the paper compares.
+"""The rows of the table: one pre-trained model, fine-tuned in the ways that the paper compares, and in some others.
 
 Every row sees the same batches in the same order, with the same optimiser, for the same number of steps. Models stay in
 eval mode throughout: BatchNorm keeps its pre-trained statistics, so that averaged weights fit the buffers beside them.
@@ -7,8 +7,9 @@ eval mode throughout: BatchNorm keeps its pre-trained statistics, so that averag
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import open_clip
 import torch
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 import calrobust
 from calrobust.functional import orthogonality_loss
-from shift_table.data import Split, class_captions
+from shift_table.data import Split, class_captions, context_captions, random_texts
 from shift_table.model import DigitClassifier, zero_shot_classifier
 from shift_table.training import optimizer_for, optimizer_step
 
 ROWS = ("ZS", "FT", "FT w/ LS", "WiSE-FT", "WiSE-FT w/ LS", "FLYP", "FLYP w/ LS", "CaRot", "CaRot (NeurIPS)")
-TRAINED_ROWS = 6  # the others are the pre-trained model and averages of weights
+FURTHER_ROWS = ("TRACER", "CAR-FT", "Lipsum-FT")  # not in the table unless --rows asks for them
+Penalty = Callable[[Tensor, Tensor], Tensor]  # of the features of images, and of those that the pre-trained model gives
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class FineTuning:
     teacher_decay: float = 0.99  # fits 240 steps: at 0.97 the teacher has soon forgotten, at 0.999 it hardly moves
     orthogonality: float = 0.2
     wise_ft_alpha: float = 0.5
+    tracer: float = 0.9
+    tracer_features: float = 2000.0  # times a mean over all entries, as its authors count
+    contexts: float = 1.0
+    random_texts: float = 0.1
 
     def steps(self, train: Split) -> int:
         """Optimiser steps of one row; the last, incomplete batch of an epoch is left out."""
@@ -58,15 +64,36 @@ class Trainer:
         self.seed = seed
         self.progress = progress
 
-    def ft(self, *, label_smoothing: float = 0.0) -> DigitClassifier:
+    def ft(self, *, label_smoothing: float = 0.0, penalty: Penalty | None = None) -> DigitClassifier:
         """FT: the image tower and the zero-shot head, by cross-entropy."""
         model = copy.deepcopy(self.zero_shot)
         optimizer, schedule = self._optimizer(model)
         for images, _, target in self._batches():
-            loss = F.cross_entropy(model(images), target, label_smoothing=label_smoothing)
+            features = model.features(images)
+            loss = F.cross_entropy(features @ model.weight.T, target, label_smoothing=label_smoothing)
+            if penalty:
+                with torch.no_grad():
+                    pretrained = self.zero_shot.features(images)
+                loss = loss + penalty(features, pretrained)
             loss.backward()
             optimizer_step(model, optimizer, schedule)
         return model
+
+    def car_ft(self) -> DigitClassifier:
+        """CAR-FT: FT that keeps the pre-trained model's softmax of each image over prompts of contexts."""
+        contexts, scale = self._encoded(context_captions()), self._scale()
+        distillation = self.recipe.contexts * calrobust.MultimodalDistillationLoss(direction="image_to_text")
+        return self.ft(penalty=lambda x, pretrained: distillation(x, contexts, scale, pretrained, contexts, scale))
+
+    def lipsum_ft(self) -> DigitClassifier:
+        """Lipsum-FT: FT that keeps the pre-trained model's logits of each image with random texts, new ones a step."""
+        generator, scale = Generator().manual_seed(self.seed), self._scale()
+
+        def penalty(x: Tensor, pretrained: Tensor) -> Tensor:
+            texts = self._encoded(random_texts(generator))
+            return self.recipe.random_texts * F.mse_loss(scale * x @ texts.T, scale * pretrained @ texts.T) / 2
+
+        return self.ft(penalty=penalty)
 
     def wise_ft(self, fine_tuned: DigitClassifier) -> DigitClassifier:
         """WiSE-FT: halfway between the weights of the zero-shot and of a fine-tuned classifier."""
@@ -102,6 +129,39 @@ class Trainer:
             teacher.update(model)
         return zero_shot_classifier(model)
 
+    def tracer(self) -> DigitClassifier:
+        """TRACER: FLYP, with features and softmaxes held to a Beta-weighted mean of the student's path."""
+        model = copy.deepcopy(self.clip)
+        decay = calrobust.schedules.beta(0.5, 0.5, updates=self.recipe.steps(self.train))
+        teacher = calrobust.EMATeacher(model, decay=decay)
+        contrastive, distillation = calrobust.MultimodalContrastiveLoss, calrobust.MultimodalDistillationLoss
+        # A mean over all entries is 2 / D times the mean of half the squared distances.
+        features = 2 / self.zero_shot.weight.shape[1] * self.recipe.tracer_features
+        near = 0.5 * distillation() + features * calrobust.FeatureDistillationLoss()
+        criterion = contrastive() + self.recipe.tracer * near
+        images_to_texts, texts_to_images = (
+            0.5 * self.recipe.tracer * (contrastive(direction=way) + distillation(direction=way))
+            for way in ("image_to_text", "text_to_image")
+        )
+        optimizer, schedule = self._optimizer(model)
+        for images, captions, _ in self._batches():
+            (x, y, scale), (x0, y0, scale0) = model(images, captions), teacher(images, captions)
+            loss = criterion(x, y, scale, x0, y0, scale0)
+            loss = loss + images_to_texts(x, y0, scale, x0, y0, scale0) + texts_to_images(x0, y, scale, x0, y0, scale0)
+            loss.backward()
+            optimizer_step(model, optimizer, schedule)
+            teacher.update(model)
+        return zero_shot_classifier(model)
+
+    def _scale(self) -> float:
+        return float(self.clip.logit_scale.exp().item())
+
+    @torch.no_grad()
+    def _encoded(self, texts: Tensor) -> Tensor:
+        """Features of tokens by the pre-trained text tower."""
+        features: Tensor = self.clip.encode_text(texts.to(self.clip.logit_scale.device), normalize=True)
+        return features
+
     def _optimizer(self, model: nn.Module) -> tuple[AdamW, LambdaLR]:
         return optimizer_for(
             model,
@@ -131,23 +191,27 @@ class Trainer:
 
 
 def fine_tuned_rows(
-    clip: open_clip.CLIP, train: Split, recipe: FineTuning, seed: int
+    clip: open_clip.CLIP, train: Split, recipe: FineTuning, seed: int, rows: Sequence[str] = ROWS
 ) -> Iterator[tuple[str, DigitClassifier]]:
-    """Every row's name and classifier, each made when it is asked for."""
-    with tqdm(total=TRAINED_ROWS * recipe.steps(train), unit="step") as progress:
+    """The name and classifier of each of ``rows``, made when it is asked for."""
+    trained = {row.removeprefix("WiSE-") for row in rows} - {"ZS"}  # WiSE-FT averages weights of rows that are trained
+    with tqdm(total=len(trained) * recipe.steps(train), unit="step") as progress:
         trainer = Trainer(clip, train, recipe, seed, progress)
-
-        def phase(row: str) -> str:
+        ft, smoothing = cache(trainer.ft), {"label_smoothing": recipe.label_smoothing}
+        ways: dict[str, Callable[[], DigitClassifier]] = {
+            "ZS": lambda: trainer.zero_shot,
+            "FT": ft,
+            "FT w/ LS": partial(ft, **smoothing),
+            "WiSE-FT": lambda: trainer.wise_ft(ft()),
+            "WiSE-FT w/ LS": lambda: trainer.wise_ft(ft(**smoothing)),
+            "FLYP": trainer.flyp,
+            "FLYP w/ LS": partial(trainer.flyp, **smoothing),
+            "CaRot": trainer.carot,
+            "CaRot (NeurIPS)": partial(trainer.carot, orthogonality=recipe.orthogonality),
+            "TRACER": trainer.tracer,
+            "CAR-FT": trainer.car_ft,
+            "Lipsum-FT": trainer.lipsum_ft,
+        }
+        for row in rows:
             progress.set_description(f"seed {seed}: {row}")
-            return row
-
-        smoothing = recipe.label_smoothing
-        yield phase("ZS"), trainer.zero_shot
-        yield phase("FT"), (ft := trainer.ft())
-        yield phase("FT w/ LS"), (ft_smoothed := trainer.ft(label_smoothing=smoothing))
-        yield phase("WiSE-FT"), trainer.wise_ft(ft)
-        yield phase("WiSE-FT w/ LS"), trainer.wise_ft(ft_smoothed)
-        yield phase("FLYP"), trainer.flyp()
-        yield phase("FLYP w/ LS"), trainer.flyp(label_smoothing=smoothing)
-        yield phase("CaRot"), trainer.carot()
-        yield phase("CaRot (NeurIPS)"), trainer.carot(orthogonality=recipe.orthogonality)
+            yield row, ways[row]()

@@ -5,26 +5,31 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from atomic import write_atomically
-from shift_table import data, drawing, results
+from shift_table import data, drawing, results, rows
 from shift_table.checkpoint import load_or_build
 from shift_table.data import CLASSES, HELD_OUT_FONTS, OOD_STYLES, Data, Split, WebData, handwriting_indices
 from shift_table.findings import COLUMNS, Figures, findings
 from shift_table.model import DigitClassifier, new_clip, zero_shot_classifier
 from shift_table.pretraining import pretrained_clip
-from shift_table.rows import ROWS, Trainer, fine_tuned_rows
+from shift_table.rows import FURTHER_ROWS, ROWS, Trainer, fine_tuned_rows
 from shift_table.sheet import contact_sheet
 from shift_table.training import optimizer_for, optimizer_step
 from tiny_shift_table import TINY, TWO_STEPS, fewer
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 from tqdm import tqdm
+
+import calrobust
 
 CPU = torch.device("cpu")
 
@@ -217,15 +222,111 @@ class TestRows:
     """Every row is fine-tuned from the same weights, on the same batches, into its own classifier."""
 
     def test_every_row_runs_and_differs(self, sixteen: Split) -> None:
-        """Two steps make nine classifiers, in the order of the table, no two of which agree."""
+        """Two steps make twelve classifiers, in the order of the table, no two of which agree."""
         clip = new_clip(0).eval()
-        rows = dict(fine_tuned_rows(clip, sixteen, TWO_STEPS, seed=0))
-        assert tuple(rows) == ROWS
+        made = dict(fine_tuned_rows(clip, sixteen, TWO_STEPS, 0, (*ROWS, *FURTHER_ROWS)))
+        assert tuple(made) == (*ROWS, *FURTHER_ROWS)
         with torch.no_grad():
-            logits = [classifier(sixteen.images) for classifier in rows.values()]
+            logits = [classifier(sixteen.images) for classifier in made.values()]
         assert all(row.shape == (16, len(CLASSES)) for row in logits)
         for i, one in enumerate(logits):
             assert all((one - other).abs().max() > 1e-6 for other in logits[:i])
+
+    def test_rows_that_are_asked_for_train_no_others(self, sixteen: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the order in which they are asked for; WiSE-FT trains the row that it averages, which is trained once."""
+        trained: list[str] = []
+
+        def noted(way: str, of: Callable[..., DigitClassifier]) -> Callable[..., DigitClassifier]:
+            def note(trainer: Trainer, **how: Any) -> DigitClassifier:
+                trained.append(way)
+                return of(trainer, **how)
+
+            return note
+
+        for way in ("ft", "flyp", "carot", "tracer"):
+            monkeypatch.setattr(Trainer, way, noted(way, getattr(Trainer, way)))
+        clip = new_clip(0).eval()
+        asked = ("WiSE-FT", "TRACER", "FT", "ZS")
+        assert tuple(row for row, _ in fine_tuned_rows(clip, sixteen, TWO_STEPS, 0, asked)) == asked
+        assert trained == ["ft", "tracer"]
+        assert tuple(row for row, _ in fine_tuned_rows(clip, sixteen, TWO_STEPS, 0)) == ROWS
+
+    @pytest.mark.parametrize("way", ["car_ft", "lipsum_ft"])
+    def test_ft_is_held_by_its_formula(self, sixteen: Split, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A divergence of softmaxes over contexts, and half the mean square of what logits of random texts move."""
+        trainer = Trainer(new_clip(0).eval(), sixteen, TWO_STEPS, 0, tqdm(disable=True))
+        given: dict[str, rows.Penalty] = {}
+        monkeypatch.setattr(trainer, "ft", lambda **arguments: given.update(arguments))
+        getattr(trainer, way)()
+        contexts = data.tokenize([f"a {word} of the" for words in data.STYLE_WORDS.values() for word in words])
+        tokens = contexts if way == "car_ft" else data.random_texts(Generator().manual_seed(0))
+        with torch.no_grad():
+            texts = trainer.clip.encode_text(tokens, normalize=True)
+        x, pretrained = (F.normalize(torch.randn(5, 64, generator=Generator().manual_seed(k)), dim=1) for k in (0, 1))
+        z, z0 = (
+            trainer.clip.logit_scale.exp().item() * features.double() @ texts.double().T for features in (x, pretrained)
+        )
+        divergence = F.kl_div(z.log_softmax(1), z0.log_softmax(1), reduction="batchmean", log_target=True)
+        expected = (
+            TWO_STEPS.contexts * divergence if way == "car_ft" else TWO_STEPS.random_texts * F.mse_loss(z, z0) / 2
+        )
+        assert_close(given["penalty"](x, pretrained).double(), expected, rtol=1e-5, atol=0)
+
+    def test_random_texts_are_new_each_time_and_well_formed(self) -> None:
+        """Eight words between the marks of start and end, which open_clip's tower looks for, then nothing."""
+        generator = Generator().manual_seed(0)
+        first, second = (data.random_texts(generator) for _ in range(2))
+        assert first.shape == (80, data.CONTEXT_LENGTH)
+        assert (first != second).any(1).all()
+        marks = data.tokenize(["a"])[0]
+        assert (first[:, 0] == marks[0]).all()
+        assert (first[:, 9] == marks.max()).all()
+        assert (first.argmax(1) == 9).all()
+        assert (first[:, 10:] == 0).all()
+
+    def test_tracer_descends_its_formula(self, sixteen: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its gradient at the first step, with a teacher that is another model, is that of the terms written out."""
+
+        class Other:
+            def __init__(self, student: nn.Module, decay: object) -> None:
+                self.clip = new_clip(1).eval()
+
+            @torch.no_grad()
+            def __call__(self, *inputs: Tensor) -> Any:
+                return self.clip(*inputs)
+
+        class FirstStepError(Exception):
+            pass
+
+        def stop(model: nn.Module, *_: object) -> None:
+            found.update({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            raise FirstStepError
+
+        found: dict[str, Tensor] = {}
+        clip = new_clip(0).eval()
+        trainer = Trainer(clip, sixteen, TWO_STEPS, 0, tqdm(disable=True))
+        monkeypatch.setattr(calrobust, "EMATeacher", Other)
+        monkeypatch.setattr(rows, "optimizer_step", stop)
+        with pytest.raises(FirstStepError):
+            trainer.tracer()
+        images, captions, _ = next(trainer._batches())
+        (x, y, s), (x0, y0, s0) = clip(images, captions), Other(clip, 0)(images, captions)
+        own = torch.arange(len(x))
+
+        def contrasted(a: Tensor, b: Tensor) -> Tensor:
+            return F.cross_entropy(s * a @ b.T, own)
+
+        def diverged(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+            student, teacher = (s * a @ b.T).log_softmax(1), (s0 * a0 @ b0.T).log_softmax(1)
+            return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+        held = diverged(x, y, x0, y0) + diverged(y, x, y0, x0) + contrasted(x, y0) + contrasted(y, x0)
+        held = held + diverged(x, y0, x0, y0) + diverged(y, x0, y0, x0)
+        held = held / 2 + 2000 * (F.mse_loss(x, x0) + F.mse_loss(y, y0))
+        ((contrasted(x, y) + contrasted(y, x)) / 2 + 0.9 * held).backward()
+        expected = {name: p.grad for name, p in clip.named_parameters() if p.grad is not None}
+        scale = max(float(gradient.abs().max()) for gradient in expected.values())
+        assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
 
     def test_fine_tuning_leaves_the_pretrained_model_alone(self, sixteen: Split) -> None:
         """Every row starts from the same weights: none of them moves those it started from."""
@@ -234,7 +335,7 @@ class TestRows:
         for _ in fine_tuned_rows(clip, sixteen, TWO_STEPS, seed=0):
             assert_close(clip.state_dict(), before, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("row", ["ft", "flyp", "carot"])
+    @pytest.mark.parametrize("row", ["ft", "flyp", "carot", "tracer", "car_ft", "lipsum_ft"])
     def test_batchnorm_statistics_stay_pretrained(self, sixteen: Split, row: str) -> None:
         """Fine-tuning runs in eval mode, so weights can be averaged without touching buffers."""
         trainer = Trainer(new_clip(0).eval(), sixteen, TWO_STEPS, 0, tqdm(disable=True))
@@ -367,6 +468,17 @@ class TestFindings:
         disagreeing = "\n".join(findings([self.WON, self.LOST]))
         assert "CaRot, OOD accuracy: level with ZS (-9.0, -24.0 to +6.0), FT (+8.0, -7.0 to +23.0)" in disagreeing
 
+    def test_only_what_is_there_is_compared(self) -> None:
+        """Without CaRot, FT or ZS nothing is said of them, and one row alone has nothing to be compared with."""
+        others = {row: self.WON[row] for row in ("FLYP", "FT")}
+        text = "\n".join(findings([others]))
+        assert "Best of all rows: ID accuracy FLYP (94.5)" in text
+        assert "takes FT's ID ECE from 3.0" in text
+        assert "CaRot" not in text
+        assert "ZS" not in text
+        assert len(findings([{"ZS": self.WON["ZS"]}])) == 2
+        assert "CaRot, " not in "\n".join(findings([{"CaRot": self.WON["CaRot"]}]))
+
     def test_scaling_is_reported_as_it_went(self) -> None:
         """What temperature scaling does to each ECE is told in numbers, better or worse."""
         text = "\n".join(findings([self.WON]))
@@ -412,9 +524,28 @@ class TestScript:
         assert {row["seed"] for row in rows} == {"3", "4"}
         assert all((tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") for name in results.FILES[2:])
 
+    def test_rows_are_chosen(
+        self, script: ModuleType, drawn: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The table has these rows alone, in this order."""
+        monkeypatch.setattr(script, "make_data", lambda: fewer(drawn))
+        monkeypatch.setattr(script, "FAST", (TINY, TWO_STEPS))
+        monkeypatch.setattr(results, "contact_sheet", lambda _: contact_sheet(drawn))
+        folders = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["shift_table.py", "--fast", "--rows", "CAR-FT", "ZS", *folders])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            script.main()
+        table = (tmp_path / "out" / "table.md").read_text()
+        names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+        assert names[-2:] == ["CAR-FT", "ZS"]
+        assert len(names) == 4
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            (["--rows", "ZS", "FT", "ZS"], "--rows must differ from each other, got ZS, FT, ZS"),
+            (["--rows", "FLIP"], "invalid choice: 'FLIP'"),
             (["--seeds", "1", "1"], "--seeds must differ from each other, got [1, 1]"),
             (["--device", "cuda"], "--device cuda needs a CUDA GPU"),
         ],

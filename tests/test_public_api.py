@@ -74,9 +74,8 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "_state": {"_checks"},
     "teacher": {"_checks", "_state"},
     "schedules": {"_checks"},
-    "temperature": {"_checks", "functional"},
     "weights": {"_checks", "_state"},
-    "evaluation": {"_checks"},
+    "evaluation": {"_checks", "functional"},
     "report": {"_checks", "functional", "report"},
     "plotting": {"_checks", "functional", "report"},
     "integrations": {

@@ -11,8 +11,8 @@ from strategies import Predictions, classifier, predictions
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from calrobust.evaluation import TemperatureScaler
 from calrobust.functional.scoring import fit_temperature
-from calrobust.temperature import TemperatureScaler
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from calrobust import functional, schedules
-from calrobust.evaluation import collect_logits, zero_shot_classifier
+from calrobust.evaluation import TemperatureScaler, collect_logits, zero_shot_classifier
 from calrobust.losses import (
     CaRotLoss,
     FeatureDistillationLoss,
@@ -15,7 +15,6 @@ from calrobust.losses import (
 from calrobust.report import ShiftReport
 from calrobust.sigmoid_losses import SigmoidContrastiveLoss, SigmoidDistillationLoss
 from calrobust.teacher import EMATeacher
-from calrobust.temperature import TemperatureScaler
 from calrobust.weights import average, interpolate, model_stock
 
 if TYPE_CHECKING:

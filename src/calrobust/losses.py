@@ -8,9 +8,8 @@ from typing import Any, NoReturn, Unpack, cast
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_number
-from calrobust.functional.features import FeatureDistillation, Modality
-from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import OPTIONS, Directions, Options, PairOptions, Request, Term, weighted_terms
+from calrobust.functional.regularisers import FeatureDistillation, Modality, orthogonality_loss
 from calrobust.functional.similarity import Contrastive, Distillation
 from calrobust.kernels import Features, Labels
 

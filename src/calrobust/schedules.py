@@ -1,9 +1,8 @@
 """Schedules for :class:`~calrobust.EMATeacher`: from the index of an update to the decay it uses.
 
-Each is a small immutable object that can be compared, printed and pickled with the teacher. It raises ``ValueError``
-for an argument out of its range, and ``TypeError`` for one of another type. Any function from ``n = 0, 1, ...`` to a
-float in ``[0, 1]`` serves as well. After ``k`` updates, the weight of the pre-trained model in the teacher is the
-product of the first ``k`` decays.
+Each is an immutable object that can be compared and pickled. It raises ``ValueError`` for an argument out of range, and
+``TypeError`` for one of another type. Any function from ``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too. After
+``k`` updates the pre-trained model has as its weight in the teacher the product of the first ``k`` decays.
 """
 
 from abc import ABC, abstractmethod
@@ -52,10 +51,9 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    The line has at least one update: training steps divided by the teacher's ``update_every``. The paper goes from 0.05
-    to 0.9 over the first 20 % of training. A low start forgets the pre-trained model: after one update the teacher is
-    95 % student, and the ten updates of the example leave the pre-trained model a weight of 2e-5. To keep it as an
-    anchor, start high or use :class:`constant`.
+    ``updates`` ≥ 1 are training steps divided by the teacher's ``update_every``. The paper goes from 0.05 to 0.9 over
+    the first 20 % of training. A low start forgets the pre-trained model: the ten updates of the example leave it a
+    weight of 2e-5. To keep it as an anchor, start high or use :class:`constant`.
 
     Example:
         >>> from calrobust import schedules
@@ -85,9 +83,8 @@ class power(_Schedule):
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
     With ``exponent=1`` and ``scale=1`` the teacher is the mean of the students it has seen; a smaller exponent favours
-    the recent ones. After ``scale`` updates, the share of the newest has fallen to ``2 ** -exponent``. Both are > 0,
-    and ``start <= end``. This is the warm-up of timm's ``ModelEmaV3``, which calls the arguments ``warmup_power``,
-    ``warmup_gamma``, ``min_decay`` and ``decay``. Its first update always copies the student, ours with ``start=0``.
+    recent ones. Both are > 0, and ``start <= end``. This is the warm-up of timm's ``ModelEmaV3`` (``warmup_power``,
+    ``warmup_gamma``, ``min_decay``, ``decay``), whose first update always copies the student; ours with ``start=0``.
 
     Example:
         >>> from calrobust import schedules
@@ -142,10 +139,9 @@ class beta(_Schedule):
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
     where :math:`T` is ``updates``, from 1 to ten million, model :math:`t = 0` the one the teacher started from, and
-    model :math:`t = n + 1` the student at update ``n``. After ``updates`` updates the mean is complete, and the decay
-    is 1. Both shapes are > 0. With ``a`` below 1 the mean favours the pre-trained model, with ``b`` below 1 the last
-    students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update with this schedule: ``torch.compile``
-    would compile each of its decays.
+    model :math:`t = n + 1` the student at update ``n``. After :math:`T` updates the decay is 1. Both shapes are > 0.
+    With ``a`` < 1 the mean favours the pre-trained model, with ``b`` < 1 the last students, and ``a = b = 1`` is
+    :class:`uniform`. Do not compile the update: ``torch.compile`` would compile each decay.
 
     Example:
         >>> from calrobust import schedules
@@ -176,9 +172,9 @@ class beta(_Schedule):
 class every(_Schedule):
     """A schedule by training step: the teacher moves at steps 0, k, 2k, ... and stays as it is in between.
 
-    Here k is ``steps``, at least 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is asked for step n. It
-    is for a teacher with ``update_every=1``, whose updates are the training steps. With ``update_every=k`` instead, the
-    teacher first moves after k steps, and its schedule counts the moves.
+    Here k is ``steps`` ≥ 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is asked for step n. The
+    teacher has ``update_every=1``. With ``update_every=k`` instead, it first moves after k steps, and its schedule
+    counts the moves.
 
     Example:
         >>> from calrobust import schedules

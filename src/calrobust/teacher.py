@@ -22,26 +22,25 @@ class EMATeacher(nn.Module):
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
     Parameters and the running statistics of torch's normalisation layers are averaged, from the very first update on.
-    Every other persistent buffer is copied from the student, and a value that is not finite on either side takes the
-    student's. (In parameters such values are looked for only when the teacher is made.) A student in bfloat16 or
-    float16 is averaged in float32 masters, because its own precision would round small moves away.
+    Every other persistent buffer is the student's, and so is a value that is not finite on either side (looked for in
+    parameters only when the teacher is made). A student in bfloat16 or float16 is averaged in float32 masters, because
+    its own precision would round small moves away.
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
-    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks that are
-    methods of an object, or a ``functools.partial``, run in the copy with a copy of that object or of the arguments.
-    To compile the copy, call ``teacher.module.compile()``. The guide :doc:`/guides/many_gpus` is about DDP and FSDP2.
+    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks run in the
+    copy with copies of their objects and arguments. To compile the copy, call ``teacher.module.compile()``.
+    :doc:`/guides/many_gpus` is about DDP and FSDP2.
 
     Args:
-        student: the model to copy. Of a ``DistributedDataParallel`` or compiled module, the model inside is copied.
-        decay: :math:`\alpha` in ``[0, 1]``, or a callable that gives it for the index ``n = 0, 1, ...`` of the update
+        student: the model to copy, or a ``DistributedDataParallel`` or compiled module around it.
+        decay: :math:`\alpha` in ``[0, 1]``, or a callable that gives it for ``n = 0, 1, ...``, the index of the update
             that acts; see :mod:`calrobust.schedules`.
         update_every: call :meth:`update` once a training step; every ``update_every``-th call moves the copy.
         device: where to keep the copy; ``None`` means beside the student.
-        copy: a second model, such as ``build_model()``, to use as the copy where ``deepcopy`` cannot make one. It takes
-            the student's parameters and persistent buffers.
+        copy: a second model, such as ``build_model()``, to become the copy where ``deepcopy`` cannot make one.
         share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now, such
-            as those under LoRA adapters or of a frozen tower. They must stay frozen. They take no memory or time, move
-            with the student alone, and are not in the ``state_dict``. FSDP2 shards the models apart, so it needs False.
+            as those under LoRA adapters. They must stay frozen, move with the student alone, and are not in the
+            ``state_dict``. FSDP2 needs False.
 
     Attributes:
         module: the copy.
@@ -50,9 +49,8 @@ class EMATeacher(nn.Module):
 
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
-        ValueError: a number is out of its range, a parameter has no values (it is empty, lazy, or on the meta device),
-            a function would let the copy share data with the student, ``copy`` does not fit, or ``device`` is not
-            that of the parameters to share.
+        ValueError: a number is out of range, a parameter has no values (empty, lazy, or on the meta device), a function
+            would let the copy share data with the student, or ``copy`` or ``device`` does not fit.
 
     Example:
         >>> import torch
@@ -109,7 +107,7 @@ class EMATeacher(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the copy without gradient, with the arguments and the result of the student's ``forward``."""
+        """Runs the copy without gradient."""
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
@@ -120,9 +118,9 @@ class EMATeacher(nn.Module):
         What DDP, ``torch.compile`` and activation checkpointing add to the student's names is ignored.
 
         Raises:
-            ValueError: names or shapes are not those of the copy, a tensor has no values, only one of the two models
-                is sharded, a shared parameter is no longer frozen or no longer the student's, or the schedule gives a
-                decay outside ``[0, 1]``. Nothing has changed then.
+            ValueError: names or shapes are not those of the copy, a tensor has no values, only one of the models is
+                sharded, a shared parameter is not frozen or not the student's any more, or the decay is outside
+                ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
         if self._swapped:
@@ -154,9 +152,9 @@ class EMATeacher(nn.Module):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block, and gives its own back at the end.
 
-        The values change in place, so wrappers and optimisers stay valid. They come back bit for bit, also after an
-        exception. Train and eval modes stay as they are. The block takes memory for one more copy of the student's
-        weights. The errors are those of :meth:`update`; a block within a block raises ``RuntimeError``.
+        Values change in place, so wrappers and optimisers stay valid, and come back bit for bit, also after an
+        exception. Modes stay as they are. The block takes memory for a copy of the student's weights. The errors are
+        those of :meth:`update`; a block within a block raises ``RuntimeError``.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -180,8 +178,7 @@ class EMATeacher(nn.Module):
         shares = ", share_frozen=True" if self._shared else ""
         return f"decay={self.decay!r}, update_every={self.update_every}{shares}"
 
-    # The copy and its masters are submodules, so that `state_dict` finds them. The next two methods hide them from all
-    # else that walks through a parent.
+    # The copy and its masters are submodules for `state_dict`. The next two methods hide them from other walks.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Submodules that were added to the teacher, without the copy."""

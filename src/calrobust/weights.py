@@ -28,11 +28,9 @@ def interpolate(
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact, bit for bit. ``alpha``
-    may be a function that gives it for the name of each floating tensor, without wrappers' words. LiNeS, for one, takes
-    :math:`\alpha + \beta (l - 1) / (L - 1)` at layer l of L.
-
-    Models, result and errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale
-    first: a shorter one acts as a hidden temperature.
+    may be a function of the name of each floating tensor, without wrappers' words. LiNeS, for one, takes
+    :math:`\alpha + \beta (l - 1) / (L - 1)` at layer l of L. Models, result and errors are as for :func:`average` of
+    ``[zero_shot, fine_tuned]``. Give both heads the same scale first: a shorter one acts as a hidden temperature.
 
     Example:
         >>> import torch
@@ -70,14 +68,14 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
     .. math:: \theta = \frac{\sum_{k=1}^{K} w_k\, \theta_k}{\sum_{k=1}^{K} w_k}
 
-    with one of the ``weights``, numbers ≥ 0, for each model. Models are K ≥ 1 state dicts or modules of the same names
-    and shapes, in a list or another iterable, and stay as they are; one of weight 0 takes no part. The result is a new
-    state dict with the names, dtypes and devices of the first.
+    with one of the ``weights``, numbers ≥ 0, for each model; one of weight 0 takes no part. Models are K ≥ 1 state
+    dicts or modules of the same names and shapes, in an iterable. The result is a new state dict with the names, dtypes
+    and devices of the first.
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
-    other buffers, and values that are not finite in some model, are those of the last model. A plain state dict does
-    not say which entries are buffers: unless one of the models is a module, every floating entry is averaged, except
-    the vectors of ``spectral_norm``. Prefixes that wrappers such as DDP add to names are ignored.
+    other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
+    knows its buffers, every floating entry is averaged but the vectors of ``spectral_norm``. Prefixes that wrappers
+    such as DDP add to names are ignored.
 
     Raises:
         ValueError: there is no model, names or shapes differ, or ``weights`` break their rule.
@@ -114,10 +112,9 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
-    for each tensor on its own. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the
-    mean cosine between any two of their differences from the pre-trained :math:`\theta_0`. A negative mean counts as
-    0. A tensor that a model did not change has cosine 0 with all others. Models, result and errors are as for
-    :func:`average` of ``[pretrained, *models]``.
+    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine,
+    at least 0, between any two of their differences from the pre-trained :math:`\theta_0`; it is 0 for a difference of
+    0. Models, result and errors are as for :func:`average` of ``[pretrained, *models]``.
 
     Example:
         >>> import torch
@@ -161,7 +158,7 @@ def _combine(
     first, *others = states
     for model in others:
         check_same_state(**{first: states[first], model: states[model]})
-    # The vectors of spectral_norm, whose mean would not have norm 1, and the buffers, which only a module tells.
+    # The vectors of spectral_norm, whose mean would not have norm 1, and buffers.
     copied = {name for name in states[first] if _SPECTRAL.search(name)}
     copied |= {f"{name[:-5]}{end}" for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):

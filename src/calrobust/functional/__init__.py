@@ -9,10 +9,9 @@ from calrobust.functional.calibration import (
     classwise_calibration_error,
     top_label,
 )
-from calrobust.functional.features import feature_distillation_loss
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
-from calrobust.functional.orthogonality import orthogonality_loss
 from calrobust.functional.pairs import PairOptions
+from calrobust.functional.regularisers import feature_distillation_loss, orthogonality_loss
 from calrobust.functional.scoring import brier_score, fit_temperature, negative_log_likelihood
 from calrobust.functional.similarity import (
     carot_loss,

@@ -55,10 +55,9 @@ def top_label(
 
     .. math:: \hat p_i = \max_c p_{ic} = \frac{1}{\sum_c e^{z_{ic} - \max_k z_{ik}}}
 
-    Both are of shape ``[N]``, without the samples that are left out; the first is float32, or float64 for float64
-    ``preds``. Of equal scores the first class is the predicted one, as with :func:`torch.argmax`. The softmax is taken
-    in blocks of rows that fit a processor's cache, never of the whole batch. Arguments and errors are those of
-    :func:`~calrobust.functional.calibration_error`.
+    Both are of shape ``[N]``, without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal
+    scores the first class is the predicted one, as with :func:`torch.argmax`. The softmax is taken in blocks of rows,
+    never of the whole batch. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -84,9 +83,8 @@ def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, from which :func:`~calrobust.functional.binned_error` computes.
 
-    Bins are ``[lo, hi)`` and the last one is closed, so that 1.0 is in the last bin and 0.0 in the first. The edges are
-    ``arange(n_bins + 1) * (1 / n_bins)`` in float64. netcal has the same bins; torchmetrics gives 1.0 a bin of its own
-    and compares with float32 edges.
+    Bins are ``[lo, hi)``, and the last one is closed. The edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64,
+    as in netcal. torchmetrics gives 1.0 a bin of its own and has float32 edges.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1]. One that is NaN or outside makes the value NaN.
@@ -111,8 +109,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
     """Sums over bins that hold equally many samples, as far as this is possible without splitting equal confidences.
 
-    Samples that share a confidence, with ranks from ``first`` to ``last``, go to the bin of their middle rank,
-    ``floor((first + last) * n_bins / (2 * N))``. So nothing depends on the order of the samples.
+    Samples of equal confidence, of ranks ``first`` to ``last``, go to the bin ``(first + last) * n_bins // (2 * N)``.
     """
     confidences, order = valid_confidences(confidences, correct, n_bins).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
@@ -152,15 +149,15 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         \mathrm{RMSCE} = \Bigl(\sum_b \tfrac{n_b}{N} (a_b - c_b)^2\Bigr)^{1/2}, \quad
         \mathrm{MCE} = \max_b |a_b - c_b|
 
-    for ``norm`` ``"l1"``, ``"l2"`` and ``"max"``. An empty bin weighs nothing. The result is float64 in [0, 1], or NaN
-    without samples, with one value for each row of bins.
+    for ``norm`` ``"l1"``, ``"l2"`` and ``"max"``. The result is float64 in [0, 1], or NaN without samples, with one
+    value for each row of bins.
 
     Args:
         bins: sums as :func:`~calrobust.functional.bin_confidences` gives them; the last dimension is over bins.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
-        debiased: only for ``"l2"``: subtract from each square what the noise of :math:`a_b` adds to it on average,
-            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of a single sample, whose noise is unknown, counts 0. A negative
-            sum, which is common for a well calibrated model, gives 0.
+        debiased: only for ``"l2"``: subtract from each square what noise adds to it on average,
+            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of one sample, whose noise is unknown, counts 0. A negative sum,
+            which is common for a well calibrated model, gives 0.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
@@ -195,7 +192,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
-    """Raises for a ``norm`` or a ``debiased`` that :func:`binned_error` does not take."""
+    """Raises for options that :func:`binned_error` does not take."""
     check_choice(NORMS, norm=norm)
     check_flag(debiased=debiased)
     if debiased and norm != "l2":
@@ -216,9 +213,9 @@ def calibration_error(
 
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
-    Noise makes the value larger: a perfectly calibrated model shows up to :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on
-    average. :func:`~calrobust.functional.calibration_interval` says how much of a value may be noise. The result is a
-    float64 scalar in [0, 1], NaN without samples or with NaN in ``preds``.
+    A perfectly calibrated model shows up to :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on average, because of noise; see
+    :func:`~calrobust.functional.calibration_interval`. The result is a float64 scalar in [0, 1], NaN without samples or
+    with NaN in ``preds``.
 
     Args:
         preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
@@ -231,8 +228,8 @@ def calibration_error(
 
     Raises:
         TypeError: ``preds`` is not floating, ``target`` is not int64, or an option is of another type.
-        ValueError: shapes or devices do not fit, there is a single class, or an option is unknown or out of range. Only
-            on a CPU: labels are out of range, or ``preds`` are probabilities where logits are due or the reverse.
+        ValueError: shapes or devices do not fit, there is a single class, or an option is out of range. Only on a CPU:
+            labels are out of range, or ``preds`` are probabilities where logits are due or the reverse.
 
     Example:
         >>> import torch
@@ -260,9 +257,9 @@ def adaptive_calibration_error(
 
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
-    Samples of equal confidence are never split: they share the bin in which the middle one of them ranks. So the value
-    does not depend on the order of the samples, and many ties make fewer, unequal bins. Arguments, result and errors
-    are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    Samples of equal confidence share the bin of the middle one, so that the value does not depend on their order. Many
+    ties make fewer, unequal bins. Arguments, result and errors are those of
+    :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -287,9 +284,8 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All probabilities are put into the first bin of their class, then the high ones are moved to their own bin.
-        # A row has at most 2 * n_bins high ones, so that with many classes almost no bin is searched. High begins at
-        # half a bin's width, to keep away from rounding at the edge.
+        # All probabilities go into the first bin of their class, then the high ones into their own: at most 2 * n_bins
+        # of a row, from half a bin's width on, to keep away from rounding at the edge.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
@@ -305,7 +301,7 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
 
 
 def classwise_error(bins: Bins, norm: Norm) -> Tensor:
-    """One :func:`binned_error` over the bins of all classes; each class has N samples, so that all weigh the same."""
+    """One :func:`binned_error` over the bins of all classes, each of N samples."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm=norm)
 
 
@@ -323,9 +319,8 @@ def classwise_calibration_error(
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 
     where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and belong to it
-    with frequency :math:`a_{bc}`. ``"l2"`` is the root of the mean square over samples and classes, ``"max"`` the
-    largest gap of any bin of any class. With many classes most probabilities are near 0, hence so is the value.
-    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    with frequency :math:`a_{bc}`. With many classes most probabilities are near 0, hence so is the value. Arguments,
+    result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch

@@ -13,6 +13,7 @@ from benchmarks.measure import Table, header, slope
 MODULES = {
     "losses": "losses",
     "cuda": "cuda",
+    "compile": "compile",
     "ema": "ema",
     "metrics": "metrics",
     "temperature": "temperature",

@@ -1,6 +1,6 @@
 """Time and memory of calrobust beside its peers.
 
-python tests/benchmarks/run.py [--only losses|cuda|ema|metrics|temperature|import|coverage] [--write]
+python tests/benchmarks/run.py [--only losses|cuda|compile|ema|metrics|temperature|import|coverage] [--write]
 """
 
 import sys

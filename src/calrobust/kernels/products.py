@@ -56,14 +56,17 @@ class FeatureGradients:
             ]
         wanted = self.takes_rows, needs[1]
         self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
+        self.of_scale = torch.zeros_like(self.scale)
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
         """Adds the rows ``tile`` of the gradient in S, times ``gain`` and in parts of the dtype of the products."""
         (x, y), (of_x, of_y) = self.operands, self.totals
-        if self.takes_rows:
-            _multiply(gradient, y, of_x[tile], add=False)
         if self.needs[1]:
             _multiply([part.T for part in gradient], [part[tile] for part in x], of_y, add=True)
+        if self.takes_rows:
+            _multiply(gradient, y, of_x[tile], add=False)
+            if self.needs[2]:
+                self.of_scale += torch.linalg.vecdot(of_x[tile], self.x[tile]).sum()
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients after the last tile; one that is not needed is empty."""
@@ -71,12 +74,11 @@ class FeatureGradients:
         if self.is_rounded:
             of_x.div_(self.gain).div_(self.gains[1])
             of_y.div_(self.gain).div_(self.gains[0])
-        of_scale = self.scale.new_empty(0)
-        if self.needs[2]:
-            total, features = (of_x, self.x) if self.takes_rows else (of_y, self.y)
-            of_scale = torch.linalg.vecdot(total, features).sum()
+            self.of_scale.div_(self.gain).div_(self.gains[1])
+        if self.needs[2] and not self.takes_rows:
+            self.of_scale = torch.linalg.vecdot(of_y, self.y).sum()
         of_x = of_x.mul_(self.scale) if self.needs[0] else of_x.new_empty(0)
-        return of_x, of_y.mul_(self.scale), of_scale
+        return of_x, of_y.mul_(self.scale), self.of_scale if self.needs[2] else self.of_scale.new_empty(0)
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:

@@ -37,9 +37,11 @@ def is_proven(impl: str, device: torch.device, operands: torch.dtype, *, form: s
 def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
     """What is wrong with the kernels of a form on a device, and empty if they agree with the tiled form."""
     dtype = torch.promote_types(operands, torch.float32)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shapes = [(ROWS, WIDTH), (COLUMNS, WIDTH)] * (1 + teacher)
-    features = [torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=1) for shape in shapes]
+    features = [
+        torch.nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=1) for shape in shapes
+    ]
     x, y, *others = (each.to(operands).to(device, dtype) for each in features)
     scale = torch.tensor(20.0, dtype=dtype, device=device)
     models = [Factors(x, y, scale), *([Factors(others[0], others[1], scale)] if teacher else [])]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import coverage, cuda, ema, losses, measure, metrics, page, temperature, weight
+from benchmarks import compiler, coverage, cuda, ema, losses, measure, metrics, page, temperature, weight
 from benchmarks.measure import MIB, Row, Table
 
 TINY: dict[Any, dict[str, Any]] = {
@@ -25,6 +25,7 @@ TINY: dict[Any, dict[str, Any]] = {
         "SQUARE": 4,
         "REPEATS": 1,
     },
+    compiler: {"CAPABILITIES": (90,), "WIDTHS": (32, 64)},
     ema: {"VOCABULARY": 8, "DEPTH": 1, "REPEATS": 1},
     metrics: {
         "ROWS": 60,

@@ -13,7 +13,7 @@ from benchmarks.measure import Table, header, slope
 MODULES = {
     "losses": "losses",
     "cuda": "cuda",
-    "compile": "compile",
+    "compile": "compiler",
     "ema": "ema",
     "metrics": "metrics",
     "temperature": "temperature",

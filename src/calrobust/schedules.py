@@ -52,8 +52,9 @@ class linear_warmup(_Schedule):
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
     ``updates`` ≥ 1 are training steps divided by the teacher's ``update_every``. The paper goes from 0.05 to 0.9 over
-    the first 20 % of training. A low start forgets the pre-trained model: the ten updates of the example leave it a
-    weight of 2e-5. To keep it as an anchor, start high or use :class:`constant`.
+    the first 20 % of training. A low start forgets the pre-trained model: after one update the teacher is 95 % student,
+    and the ten updates of the example leave the pre-trained model a weight of 2e-5. To keep it, start high or use
+    :class:`constant`.
 
     Example:
         >>> from calrobust import schedules

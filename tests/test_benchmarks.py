@@ -15,7 +15,7 @@ from benchmarks import compiler, coverage, cuda, ema, losses, measure, metrics, 
 from benchmarks.measure import MIB, Row, Table
 
 TINY: dict[Any, dict[str, Any]] = {
-    losses: {"SIZES": (8, 12), "LARGEST": 16, "LINEAR_SIZE": 16, "IMAGES": 9, "BANKS": (5,), "WIDTH": 4, "REPEATS": 1},
+    losses: {"SIZES": (8, 12), "LARGEST": 20, "LINEAR_SIZE": 16, "IMAGES": 9, "BANKS": (5,), "WIDTH": 4, "REPEATS": 1},
     cuda: {
         "SETTINGS": {(768, torch.bfloat16): (8, 12), (4, torch.float32): (8,)},
         "JUDGED": 12,

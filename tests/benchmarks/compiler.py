@@ -31,7 +31,7 @@ def tables() -> Iterator[Table]:
         return
     table = Table(
         "CUDA: what the compiler makes",
-        f"bfloat16, an even number of rows and columns, Triton {triton.__version__}, no device. Spills are bytes of a "
+        f"For CUDA devices that need not be there: bfloat16, an even number of rows and columns, Triton {triton.__version__}. Spills are bytes of a "
         "thread's stack.",
     )
     for capability in CAPABILITIES:
@@ -74,7 +74,7 @@ def roofline() -> Table:
     """By counting: products at the rate of the tensor cores, and the gradient in S at that of the memory."""
     table = Table(
         "CUDA: the least time of a step",
-        f"B = {SIZE:,}, D = {WIDTH}, bfloat16, on an H100 at its peak rates: {ROOF[0] / 1e12:.0f} TFLOP/s and "
+        f"B = {SIZE:,}, D = {WIDTH}, bfloat16, CUDA, on an H100 at its peak rates: {ROOF[0] / 1e12:.0f} TFLOP/s and "
         f"{ROOF[1] / 1e12:.2f} TB/s. A unit is 2·B²·D operations. The gradient in S is written once and read twice, "
         "2 bytes an entry; features and their gradients are little beside it.",
     )

@@ -31,8 +31,8 @@ def tables() -> Iterator[Table]:
         return
     table = Table(
         "CUDA: what the compiler makes",
-        f"For CUDA devices that need not be there: bfloat16, an even number of rows and columns, Triton {triton.__version__}. Spills are bytes of a "
-        "thread's stack.",
+        "For CUDA devices that need not be there: bfloat16, an even number of rows and columns, Triton "
+        f"{triton.__version__}. Spills are bytes of a thread's stack.",
     )
     for capability in CAPABILITIES:
         for teacher in (False, True):

@@ -1,23 +1,10 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
 
-**Sums at a reference.** A program takes a block of rows and visits blocks of columns. For each entry it forms
-``p = exp(s − a)`` and, with a teacher, ``p̃ = exp(t − ã)``, where the references a and ã are the largest logits of the
-row so far, and from ``r = log p − log p̃`` the three numbers of a *comparison*: the target ``p̃``, the excess ``p − p̃``
-and the divergence ``p̃ (exp(r) − 1 − r)``. Over any entries, with Z̃, E and F the sums of the three and ``b = E / Z̃``,
-
-.. math:: \mathrm{lse} = a + \log(\tilde Z + E), \quad \mathrm{KL} = F / \tilde Z + \log(1 + b) - b
-
-whatever the references are. They are logarithms to base 2. Other references multiply entries or sums by the comparison
-of the factors ``exp(a − a′)`` and ``exp(ã − ã′)``; `_times` is that product. So one exponential of an entry serves its
-row and its column, and neither logarithms nor normalised softmaxes appear inside. No product is fused into the
-difference ``s − t``: a teacher equal to the student gives exactly zero.
-
-**Columns.** The sums of a block's columns go to memory, at references that its program took from its first block. A
-second kernel merges those of several blocks of rows. Where a sum has lost terms or would cancel, it forms the sums of
-that block again, at the columns' own references.
-
-**Backward.** The gradient in S (the formula is in `tiled`) is formed from recomputed logits, a tile at a time, as
-`products` takes it on to x and y.
+For each entry a program forms ``p = exp(s − a)`` and ``p̃ = exp(t − ã)`` at *references* a and ã, the largest logits of the
+row so far, and their `comparison`. Rows and columns are sums of comparisons; ``docs/derivations.md`` has the formulas.
+The sums of a block's columns go to memory, and a second kernel merges them. Where one has lost terms or would cancel, it
+forms the sums of that block again, at the columns' own references. No product is fused into ``s − t``: a teacher equal
+to the student gives exactly zero.
 """
 
 import torch

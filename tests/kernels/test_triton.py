@@ -441,13 +441,23 @@ def test_float32_losses_keep_their_digits_near_zero(noise: float) -> None:
 
 
 @pytest.fixture
-def unproven() -> Any:
-    """Nothing is known of the kernels, before and after."""
-    for known in (proof.fault, proof._warn):
-        known.cache_clear()
-    yield
-    for known in (proof.fault, proof._warn):
-        known.cache_clear()
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of the kernels."""
+    monkeypatch.setattr(proof, "FAULTS", {})
+    proof._warn.cache_clear()
+
+
+def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
+    unproven: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compared while it is captured, and what is known is not forgotten."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(proof, "fault", None)
+    key = torch.device("cuda", 0), torch.float32, "softmax", False
+    assert proof.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
+    proof.FAULTS[key] = "broken"
+    with pytest.warns(RuntimeWarning, match="broken"):
+        assert not proof.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
 
 
 @kernels

@@ -1,10 +1,10 @@
 r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
 
-For each entry a program forms ``p = exp(s − a)`` and ``p̃ = exp(t − ã)`` at *references* a and ã, the largest logits of the
-row so far, and their `comparison`. Rows and columns are sums of comparisons; ``docs/derivations.md`` has the formulas.
-The sums of a block's columns go to memory, and a second kernel merges them. Where one has lost terms or would cancel, it
-forms the sums of that block again, at the columns' own references. No product is fused into ``s − t``: a teacher equal
-to the student gives exactly zero.
+For each entry a program forms ``p = exp(s − a)`` and ``p̃ = exp(t − ã)`` at *references* a and ã, the largest logits of
+the row so far, and their `comparison`. Rows and columns are sums of comparisons; ``docs/derivations.md`` has the
+formulas. The sums of a block's columns go to memory, and a second kernel merges them. Where one has lost terms or would
+cancel, it forms the sums of that block again, at the columns' own references. No product is fused into ``s − t``: a
+teacher equal to the student gives exactly zero.
 """
 
 import torch

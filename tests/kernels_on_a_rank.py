@@ -1,4 +1,7 @@
-"""One rank of the test of interpreted kernels in two processes: ``python kernels_on_a_rank.py rank folder``."""
+"""One rank of the tests of kernels in two processes: ``python kernels_on_a_rank.py rank folder backend``.
+
+With gloo the kernels are interpreted on the CPU, with nccl each rank has a CUDA device of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ from calrobust.functional import multimodal_contrastive_loss
 SIZES = [13, 20]
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, backend: str) -> None:
     """A batch of which p of the own pair is 0.99: its gradient on this rank, within 2e-3 of that of the whole batch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    dist.init_process_group(backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     images, noise = unit_rows(33, 64, 0), unit_rows(33, 64, 1)
-    features = [F.normalize(rows, dim=1).bfloat16() for rows in (images, images + 0.5 * noise)]
+    features = [F.normalize(rows, dim=1).bfloat16().to(device) for rows in (images, images + 0.5 * noise)]
     own = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
     ours = [rows[own].clone().requires_grad_() for rows in features]
     exact = [rows.double().requires_grad_() for rows in features]
@@ -37,4 +41,4 @@ def main(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -84,11 +84,23 @@ def test_the_kernels_are_right_under_the_interpreter() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="starts interpreted processes of its own")
 def test_ranks_run_the_kernels_on_their_strips(tmp_path: Path) -> None:
     """Two gloo processes with 13 and 20 pairs of low precision: each rank's own pairs are where they are exact."""
+    run_on_ranks(tmp_path, "gloo", {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_run_the_kernels_on_a_device_each(tmp_path: Path) -> None:
+    """The same over NCCL."""
+    run_on_ranks(tmp_path, "nccl", {})
+
+
+def run_on_ranks(folder: Path, backend: str, environment: dict[str, str]) -> None:
+    """Both ranks of `kernels_on_a_rank.py`."""
     script = Path(__file__).parents[1] / "kernels_on_a_rank.py"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(rank), str(tmp_path)],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-W", "ignore", str(script), str(rank), str(folder), backend],
+            env=os.environ | environment,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -1,7 +1,6 @@
 """Reliability diagrams, and calibration against accuracy under shift.
 
-matplotlib is imported on use, and its settings are not changed. pyplot is not used, so a figure made here is never the
-current one. Save it with ``figure.savefig``; a notebook shows the figure that a cell ends with.
+pyplot is not used, so a figure made here is never the current one. Save it with ``figure.savefig``.
 """
 
 from __future__ import annotations
@@ -20,32 +19,31 @@ if TYPE_CHECKING:
 
 __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatching differ as well.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # in the order of the methods
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe and Ito's, for the colour-blind
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
-MARKERS = "osD^v<>"  # one more than there are colours, so that a pair of both repeats only after 42 methods
-FONT, COLUMN = 7.5, 3.3  # points; inches, the width of a column in most journals
+MARKERS = "osD^v<>"  # one more than there are colours, so that pairs repeat only after 42 methods
+FONT, COLUMN = 7.5, 3.3  # points; inches
 BARS: dict[str, dict[str, Any]] = {
     "accuracy": {"facecolor": BLUE},
     "overconfident by": {"facecolor": "#F6CDB4", "edgecolor": VERMILION, "linewidth": 0.6, "hatch": "//////"},
     "underconfident by": {"facecolor": "#C4DFF0", "edgecolor": BLUE, "linewidth": 0.6, "hatch": "......"},
 }
 FAINTEST = 0.15  # opacity of the bars of a nearly empty bin
-STRIP = 0.2  # height of the histogram under a reliability diagram, in units of its accuracy axis
+STRIP = 0.2  # height of the histogram, in units of accuracy
 ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}  # legends
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     """Accuracy against confidence in each bin, the gap between the two and, below, a histogram of the confidences.
 
-    A bar is a bin's accuracy. The hatched part lies between it and the bin's mean confidence. Bins with fewer samples
-    are fainter, because a large gap over few samples is little evidence. The title gives the ECE and the sample count.
+    The hatched part of a bar lies between accuracy and mean confidence. Bins with fewer samples are fainter. The title
+    gives the ECE and the sample count.
 
     Args:
-        bins: sums of shape ``[n_bins]`` over bins of equal width, as :func:`~calrobust.functional.bin_confidences` or
-            :meth:`ShiftReport.bins <calrobust.ShiftReport.bins>` gives them.
-        ax: axes to draw into, which are returned; None makes new ones, in ``reliability_diagram(bins).figure``.
+        bins: sums of shape ``[n_bins]``, from :func:`~calrobust.functional.bin_confidences` or
+            :meth:`ShiftReport.bins <calrobust.ShiftReport.bins>`.
+        ax: axes to draw into, which are returned; None makes new ones.
 
     Raises:
         TypeError, ValueError: ``bins`` are not three floating tensors ``[n_bins]``, or ``ax`` is not axes.
@@ -78,17 +76,15 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
     r"""Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
 
-    Pooling gives each OOD sample the same weight, not each domain, and gaps of opposite sign cancel. So the ECE of a
-    panel at the right is not the report's mean OOD ECE, and is usually lower. Without OOD domains there is no panel at
-    the right.
+    The ECE at the right is not the report's mean OOD ECE, but usually lower, because gaps of opposite sign cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
         methods: one for each row; None takes the first method of the report and its last two.
 
     Raises:
-        TypeError: ``report`` is not a :class:`~calrobust.ShiftReport`, or ``methods`` is not a sequence.
-        ValueError: the report is incomplete, or ``methods`` is empty or holds a method that is not in the report.
+        TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``methods`` is not a
+            sequence of its methods or is empty.
 
     Example:
         >>> import torch
@@ -102,7 +98,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         ['ID\nECE 21.3 %, n = 3', 'OOD, pooled\nECE 21.3 %, n = 3']
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    report.summary()  # raises if the report is incomplete
+    report.summary()  # raises for an incomplete report
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
     check_instance(Sequence, "pass a list of names", methods=methods)
@@ -130,8 +126,8 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
 def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     """OOD ECE against OOD accuracy in per cent, one marker for each method; the best place is at the lower right.
 
-    Horizontal lines are 95 % intervals of the accuracy. Vertical lines are those of the ECE, which only a single OOD
-    domain has. A dash under a marker is the method's noise floor: if the two meet, the method shows no miscalibration.
+    Lines are 95 % intervals; only a single OOD domain has one of the ECE. A dash under a marker is the noise floor. If
+    the two meet, the method shows no miscalibration.
 
     Args:
         report: with data of ``id_domain`` and at least one other domain for every method.
@@ -145,12 +141,11 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         >>> from calrobust import ShiftReport
         >>> from calrobust.plotting import shift_scatter
         >>> report = ShiftReport(id_domain="photo")
-        >>> logits = torch.tensor([[0.9, 0.1]]).log().expand(10, 2)  # always 90 % sure of class 0
         >>> for domain in ("photo", "sketch"):
-        ...     report.add("FT", domain, logits, torch.tensor([0] * 7 + [1] * 3))
+        ...     report.add("FT", domain, 2 * torch.eye(3), torch.tensor([0, 1, 2]))
         >>> ax = shift_scatter(report)
-        >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy 70 %, ECE |70 - 90|
-        [70, 20]
+        >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy and ECE, as above
+        [100, 21]
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     rows, ax = report.summary(), _axes(ax, 0.8 * COLUMN)
@@ -172,7 +167,6 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -181,7 +175,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _axes(ax: Axes | None, height: float) -> Axes:
-    """The axes that were given, or those of a new figure as wide as a column."""
     if ax is None:
         return _figure(COLUMN, height).add_subplot()
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ CONFIDENCE_ROUNDING = 1e-6  # how far rounding may carry a confidence out of [0,
 
 
 class Bins(NamedTuple):
-    """Sums over the samples of each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both.
+    """Sums over each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both.
 
     Example:
         >>> import torch
@@ -56,8 +56,7 @@ def top_label(
     .. math:: \hat p_i = \max_c p_{ic} = \frac{1}{\sum_c e^{z_{ic} - \max_k z_{ik}}}
 
     Both are of shape ``[N]``, without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal
-    scores the first class is the predicted one, as with :func:`torch.argmax`. The softmax is taken in blocks of rows,
-    never of the whole batch. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
+    scores the first counts. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -75,16 +74,15 @@ def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
 
 
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
-    """The bin ``[lo, hi)`` of each float64 confidence, the last bin closed. The edges are NumPy's ``linspace``."""
+    """The bin of each float64 confidence."""
     edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidences.device) * (1 / n_bins)
     return torch.bucketize(confidences, edges, right=True)
 
 
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
-    """Sums over bins of equal width, from which :func:`~calrobust.functional.binned_error` computes.
+    """Sums over bins of equal width, for :func:`~calrobust.functional.binned_error`.
 
-    Bins are ``[lo, hi)``, and the last one is closed. The edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64,
-    as in netcal. torchmetrics gives 1.0 a bin of its own and has float32 edges.
+    Bins are ``[lo, hi)``, and the last one is closed. The edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1]. One that is NaN or outside makes the value NaN.
@@ -107,10 +105,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
 
 
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
-    """Sums over bins that hold equally many samples, as far as this is possible without splitting equal confidences.
-
-    Samples of equal confidence, of ranks ``first`` to ``last``, go to the bin ``(first + last) * n_bins // (2 * N)``.
-    """
+    """Sums over bins of equally many samples; equal confidences share a bin."""
     confidences, order = valid_confidences(confidences, correct, n_bins).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
     index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
@@ -118,7 +113,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
 
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Checks the arguments and returns float64, with NaN where a confidence is outside [0, 1]."""
+    """Checks the arguments; returns float64, with NaN for confidences outside [0, 1]."""
     check_floating(confidences=confidences)
     check_tensor(correct=correct)
     if correct.dtype != torch.bool:
@@ -153,11 +148,10 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
     value for each row of bins.
 
     Args:
-        bins: sums as :func:`~calrobust.functional.bin_confidences` gives them; the last dimension is over bins.
+        bins: sums of shape ``[..., n_bins]``, see :func:`~calrobust.functional.bin_confidences`.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
         debiased: only for ``"l2"``: subtract from each square what noise adds to it on average,
-            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of one sample, whose noise is unknown, counts 0. A negative sum,
-            which is common for a well calibrated model, gives 0.
+            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of one sample counts 0. A negative sum gives 0.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
@@ -192,7 +186,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
-    """Raises for options that :func:`binned_error` does not take."""
+    """Raises for invalid options of :func:`binned_error`."""
     check_choice(NORMS, norm=norm)
     check_flag(debiased=debiased)
     if debiased and norm != "l2":
@@ -213,15 +207,14 @@ def calibration_error(
 
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
-    A perfectly calibrated model shows up to :math:`0.4 \sqrt{n_\mathrm{bins} / N}` on average, because of noise; see
-    :func:`~calrobust.functional.calibration_interval`. The result is a float64 scalar in [0, 1], NaN without samples or
-    with NaN in ``preds``.
+    The terms are those of :func:`~calrobust.functional.binned_error`. The result is a float64 scalar in [0, 1], NaN
+    without samples or with NaN in ``preds``. :func:`~calrobust.functional.calibration_interval` gives its noise.
 
     Args:
         preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
-        n_bins: number of bins of equal width, those of :func:`~calrobust.functional.bin_confidences`.
-        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE), see :func:`~calrobust.functional.binned_error`.
+        n_bins: number of bins of equal width.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``: subtract what noise adds.
         from_logits: whether ``preds`` are logits or probabilities; never guessed.
         ignore_index: samples with this label are left out.
@@ -234,8 +227,8 @@ def calibration_error(
     Example:
         >>> import torch
         >>> from calrobust.functional import calibration_error
-        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.75, 0.25], [0.75, 0.25]])
-        >>> calibration_error(probs, torch.tensor([0, 0, 1, 1]), from_logits=False)  # right half of the time
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
+        >>> calibration_error(probs, torch.tensor([0, 1]), from_logits=False)  # right half of the time
         tensor(0.2500, dtype=torch.float64)
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
@@ -257,9 +250,8 @@ def adaptive_calibration_error(
 
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
-    Samples of equal confidence share the bin of the middle one, so that the value does not depend on their order. Many
-    ties make fewer, unequal bins. Arguments, result and errors are those of
-    :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    Samples of equal confidence share the bin of the middle one, so that their order does not matter. Arguments, result
+    and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -284,14 +276,14 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All probabilities go into the first bin of their class, then the high ones into their own: at most 2 * n_bins
-        # of a row, from half a bin's width on, to keep away from rounding at the edge.
+        # All go into the first bin of their class, then the few high ones from there into their own bin. High is from
+        # half a bin's width on, to keep away from rounding at the edge.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
         if can_read_values(flat):
             high = (flat >= 0.5 / n_bins).nonzero()[:, 0]
-        else:  # all of them, because no shape may depend on values here
+        else:  # no shape may depend on values here
             high = torch.arange(len(flat), device=flat.device)
         moved, first = flat[high].double(), high % n_classes * n_bins
         index, ones = torch.cat((first, first + bin_index(moved, n_bins))), torch.ones_like(moved)
@@ -301,7 +293,7 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
 
 
 def classwise_error(bins: Bins, norm: Norm) -> Tensor:
-    """One :func:`binned_error` over the bins of all classes, each of N samples."""
+    """:func:`binned_error` over the bins of all classes together."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm=norm)
 
 
@@ -319,8 +311,8 @@ def classwise_calibration_error(
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 
     where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and belong to it
-    with frequency :math:`a_{bc}`. With many classes most probabilities are near 0, hence so is the value. Arguments,
-    result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    with frequency :math:`a_{bc}`. Arguments, result and errors are those of
+    :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch

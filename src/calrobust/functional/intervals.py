@@ -1,4 +1,4 @@
-"""Noise floor and intervals of a calibration error, and intervals of an accuracy, in closed form."""
+"""Intervals of calibration errors and accuracies, in closed form; docs/derivations.md has the formulas."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from calrobust._checks import check_fraction, check_positive
 from calrobust.functional.calibration import bin_index, valid_confidences
 
 BISECTIONS = 36  # enough for an interval of t that is 10 to 1,000 wide
-LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an interval is given, because the simulation fails below
+LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an interval is given
 
 
 class CalibrationInterval(NamedTuple):
@@ -25,17 +25,17 @@ class CalibrationInterval(NamedTuple):
     """
 
     value: Tensor
-    """The ECE of the samples, as :func:`~calrobust.functional.calibration_error` gives it: error and noise together."""
+    """The ECE of the samples, which is error and noise together."""
     debiased: Tensor
-    """The value minus what noise adds to it on average. 0 if the value is below the noise floor."""
+    """The value minus what noise adds to it on average; 0 if the value is below the noise floor."""
     low: Tensor
     """Lower end of the interval for the error without noise, or NaN."""
     high: Tensor
     """Upper end of the interval for the error without noise, or NaN."""
     floor: Tensor
-    """The noise floor, which is the ECE that a perfectly calibrated model of these confidences shows on average."""
+    """The noise floor: the ECE that a perfectly calibrated model of these confidences shows on average."""
     p_value: Tensor
-    """Chance that a perfectly calibrated model of these confidences shows an ECE at least as large as this one."""
+    """Chance that a perfectly calibrated model of these confidences shows an ECE at least as large."""
 
 
 def calibration_interval(
@@ -43,12 +43,10 @@ def calibration_interval(
 ) -> CalibrationInterval:
     r"""Interval for the expected calibration error (ECE), its noise floor, and a test against perfect calibration.
 
-    The ECE sums the absolute gaps between confidence and accuracy. Noise makes each of them larger. The interval
-    and the debiased value are about the ECE that infinitely many samples would show in the same bins. The lower end is
-    0 exactly if a two-sided test does not reject calibration. Because the value contains noise, the whole interval may
-    lie below it. There is no interval if the sum of :math:`c (1 - c)` over the confidences c is below 50, as for up to
-    about 300 samples, or 1,400 of a very confident model: they contain too few errors. Elsewhere 95 % intervals contain
-    the true error in 92 to 98 % of simulated data sets. :doc:`/derivations` has the formulas and the exception.
+    The interval and the debiased value are about the ECE that infinitely many samples would show in the same bins, so
+    the whole interval may lie below the value. There is no interval if the sum of :math:`c (1 - c)` over the
+    confidences c is below 50, as for up to about 300 samples, or 1,400 of a very confident model. Elsewhere 95 %
+    intervals contain the true error in 92 to 98 % of simulated data sets. :doc:`/derivations` has the formulas.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1].
@@ -60,8 +58,7 @@ def calibration_interval(
         :class:`~calrobust.functional.CalibrationInterval` of six float64 scalars; all NaN without samples.
 
     Raises:
-        TypeError: ``confidences`` is not floating or ``correct`` is not bool.
-        ValueError: the two differ in shape or device, or a number is out of range.
+        TypeError, ValueError: as :func:`~calrobust.functional.bin_confidences`, or ``level`` is not in (0, 1).
 
     Example:
         >>> import torch
@@ -72,7 +69,7 @@ def calibration_interval(
         (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
 
     Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams* (calibrated forecasts);
-    Leone, Nelson and Nottingham, 1961, *The Folded Normal Distribution*. Interval and debiased value are our own.
+    Leone et al., 1961, *The Folded Normal Distribution*. Interval and debiased value are our own.
     """
     check_positive(level=level)
     check_fraction(closed=False, level=level)
@@ -80,22 +77,15 @@ def calibration_interval(
 
 
 def bin_moments(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """float64 ``[4, n_bins]``: counts, sums of confidences, of correct samples, and of their variances c * (1 - c).
-
-    Bins and arguments are those of :func:`~calrobust.functional.bin_confidences`. Moments of two batches add up.
-    """
+    """float64 ``[4, n_bins]``: the three sums of ``bin_confidences``, and those of c * (1 - c)."""
     confidences = valid_confidences(confidences, correct, n_bins)
-    variances = (confidences * (1 - confidences)).clamp(min=0)  # of calibrated models
+    variances = (confidences * (1 - confidences)).clamp(min=0)
     values = torch.stack((torch.ones_like(confidences), confidences, correct.to(confidences.dtype), variances))
     return values.new_zeros(4, n_bins).index_add(1, bin_index(confidences, n_bins), values)
 
 
 def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
-    """:func:`calibration_interval` of the mean ECE of D data sets, from moments ``[4, ..., D, n_bins]``.
-
-    Several data sets have no interval: the error made by assuming how gaps spread over bins does not average out. With
-    one t for all of four data sets, 95 % intervals contained the true mean in as few as 79 % of simulations.
-    """
+    """:func:`calibration_interval` of the mean ECE of D data sets, from moments ``[4, ..., D, n_bins]``."""
     counts, confidence_sums, correct_sums, variances = moments
     total, n_sets = counts.sum(-1), counts.shape[-2]
     values = (confidence_sums - correct_sums).abs().sum(-1) / total
@@ -112,19 +102,19 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
 
 
 def _errors(moments: Tensor, level: float) -> Tensor:
-    """Lower end, debiased value and upper end, ``[3, ...]``, of each data set from moments ``[4, ..., n_bins]``."""
+    """Lower end, debiased value and upper end, ``[3, ...]``, from moments ``[4, ..., n_bins]``."""
     counts, confidence_sums, correct_sums, variances = moments
     total, filled = counts.sum(-1), counts.clamp(min=1)
     observed = (confidence_sums - correct_sums).abs()
-    # Underconfident bins are mirrored: wrong samples count as right ones. So every gap is a lack of accuracy.
+    # Underconfident bins are mirrored, so that every gap is a lack of accuracy.
     largest_gaps = torch.where(confidence_sums > correct_sums, confidence_sums, counts - confidence_sums)
     confidences = largest_gaps / filled
-    # Confidences that differ within a bin make d vary less, as if there were fewer samples of equal confidence.
+    # Confidences that differ within a bin make d vary less, as fewer samples would.
     equal = confidences * (1 - confidences)
     effective = torch.where(equal > 0, variances / equal, counts).clamp(1e-6 * counts, counts)
     accuracies = (largest_gaps - observed + 0.5) / (counts + 1)
     deviations = (effective * accuracies * (1 - accuracies)).sqrt()
-    least = torch.minimum(0.5 / (counts + 1), confidences)  # if all samples are wrong, further ones may be right
+    least = torch.minimum(0.5 / (counts + 1), confidences)
 
     def gaps(t: Tensor) -> Tensor:
         steps = t[..., None] * deviations
@@ -138,8 +128,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()
         slopes, squares = torch.erf(scaled), gaps.square()  # d mean / d gap
         means = (2 / math.pi * variances).sqrt() * (-scaled.square()).exp() + gaps * slopes
-        # Gaps follow the observed |d|, and the mean follows the gaps. So to first order the difference is a sum of |d|
-        # with these weights: t makes up for what moves the sum of gaps, and only differences between slopes are left.
+        # To first order the difference is a sum of |d| with these weights; docs/derivations.md has the reason.
         free = torch.where((gaps > 0) & (gaps < largest_gaps), deviations, 0)
         slope = (slopes * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1e-300)
         weights = torch.where(free > 0, 1 - slopes + slope, 1)
@@ -148,7 +137,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total
         return means.sum(-1), spread.clamp(min=0).sqrt()
 
-    # All three at once. For the lower end the observed sum is this many deviations above its mean.
+    # For the lower end the observed sum is this many deviations above its mean.
     quantile = torch.special.ndtri(total.new_tensor((1 + level) / 2))
     quantiles = torch.stack((quantile, 0 * quantile, -quantile)).view(3, *[1] * total.ndim)
     positive = deviations.clamp(min=1e-12)
@@ -163,13 +152,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean accuracy of data sets ``[..., D]``, and the ends of its interval.
-
-    The distance to an end is the root of the sum of squares of the distances to the ends of Wilson's intervals.
-
-    Reference: Wilson, 1927 (a data set); Zou and Donner, 2008, *Construction of confidence limits about effect
-    measures* (several).
-    """
+    """Mean accuracy of data sets ``[..., D]``, and its interval: Wilson, 1927; of several, Zou and Donner, 2008."""
     z = torch.special.ndtri(counts.new_tensor((1 + level) / 2))
     shares = correct / counts
     centres = (correct + z.square() / 2) / (counts + z.square())

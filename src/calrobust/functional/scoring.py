@@ -1,4 +1,4 @@
-"""Scores of rows of logits: the only place where the metrics take a softmax, and the temperature of the best score."""
+"""Proper scores of logits, and the temperature that minimises one of them."""
 
 import math
 import warnings
@@ -18,25 +18,24 @@ from calrobust._checks import (
     check_softmax_exists,
 )
 
-# On a CPU a block and its softmax stay in cache from one pass to the next; a GPU needs enough rows to be busy.
-CPU_BLOCK_BYTES = 2**20  # for each thread
+CPU_BLOCK_BYTES = 2**20  # for each thread, so that a block stays in cache
 GPU_BLOCK_BYTES = 2**26
 
 
 class Block(NamedTuple):
-    """Some rows, at least in float32, to be read before the next block is taken."""
+    """Some rows, to be read before the next block is taken."""
 
-    target: Tensor  # [n], as are the last three
+    target: Tensor  # [n]
     scores: Tensor  # [n, C] logits or probabilities
     from_logits: bool
     probs: Tensor  # [n, C]
-    own: Tensor  # the label's probability
-    confidences: Tensor
-    correct: Tensor
+    own: Tensor  # [n] the label's probability
+    confidences: Tensor  # [n]
+    correct: Tensor  # [n]
 
 
 def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks scores ``[N, C, ...]`` and labels; gives the samples to keep as rows ``[M, C]`` and labels ``[M]``."""
+    """Checks scores ``[N, C, ...]`` and labels; returns those to keep as ``[M, C]`` and ``[M]``."""
     check_predictions(target, **preds)
     check_float64(**preds)
     check_ignore_index(ignore_index)
@@ -65,15 +64,11 @@ def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
 def probability_blocks(
     preds: Tensor, target: Tensor, from_logits: bool, validate: bool | None = None
 ) -> Iterator[Block]:
-    """Yields rows that :func:`as_rows` has checked: at least one block, maybe an empty one.
-
-    ``validate`` says whether values are checked; None checks them where that is free. There, labels are always checked,
-    because a wrong one would be an error of indexing.
-    """
+    """Yields one block or more; ``validate`` says whether values are checked, None where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
-    if validate or free:
+    if validate or free:  # on a CPU a wrong label would be an error of indexing
         check_label_values(target, preds.shape[1])
     if validate:
         check_kind(from_logits=from_logits, preds=preds)
@@ -89,11 +84,10 @@ def probability_blocks(
 
 
 def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tensor) -> Tensor:
-    """Whether ``argmax`` of the scores gives the label; of equal scores the first one counts."""
+    """Whether ``argmax`` of the scores gives the label."""
     if not can_read_values(scores):
         return scores.argmax(1) == labels
-    # On a CPU argmax takes longer than the softmax. Two classes can only both round to the highest probability where it
-    # is at most 1/2; these rows alone are searched. 0.999, as exp need not be monotone to the last digit.
+    # On a CPU argmax takes longer than the softmax, so only rows that may have ties are searched.
     correct = own == confidences
     maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
     if len(maybe_tied):
@@ -102,7 +96,7 @@ def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tens
 
 
 def log_losses(block: Block) -> Tensor:
-    """``[n]``: minus the logarithm of the label's probability; from logits it does not underflow."""
+    """``[n]``: minus the logarithm of the label's probability."""
     own, losses = block.own, -block.own.log()
     if not block.from_logits:
         return losses
@@ -115,7 +109,7 @@ def log_losses(block: Block) -> Tensor:
 
 def squared_errors(block: Block) -> Tensor:
     """``[n]``: squared distance of the probabilities from the label's indicator."""
-    # The label's square is replaced before the sum: subtracting it later would lose the small score of a confident row.
+    # Replaced before the sum, since subtracting it later would lose the small score of a confident row.
     own = (block.own - 1).square()
     return block.probs.square().scatter_(1, block.target[:, None], own[:, None]).sum(1)
 
@@ -125,9 +119,8 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
 
     .. math:: \frac{1}{N} \sum_i \sum_c (p_{ic} - \mathbb{1}[y_i = c])^2
 
-    The sum is over all classes, as Brier defined it. With two classes this is twice the binary score of one class. The
-    result is a float64 scalar in [0, 2], NaN without samples or with NaN in ``preds``. Arguments and errors are those
-    of :func:`~calrobust.functional.calibration_error`.
+    With two classes this is twice the binary score of one class. The result is a float64 scalar in [0, 2]. NaN,
+    arguments and errors are as for :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -148,10 +141,8 @@ def negative_log_likelihood(
 
     .. math:: -\frac{1}{N} \sum_i \log p_{i y_i} = \frac{1}{N} \sum_i \Bigl(\log \sum_c e^{z_{ic}} - z_{i y_i}\Bigr)
 
-    From logits nothing underflows, however far the label's logit lies below the others. A label of probability 0 makes
-    the value inf, and so does a label on a masked class, whose logit is ``-inf``. The result is a float64 scalar ≥ 0,
-    NaN without samples or with NaN in ``preds``. Arguments and errors are those of
-    :func:`~calrobust.functional.calibration_error`.
+    Logits do not underflow. A label of probability 0, or of logit ``-inf``, makes the value inf. The result is a
+    float64 scalar ≥ 0. NaN, arguments and errors are as for :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -165,29 +156,29 @@ def negative_log_likelihood(
     return torch.cat([log_losses(block) for block in blocks]).double().mean()
 
 
-FEW = 2**18  # logits; with fewer, float32 arithmetic could be off by more than 1e-6, as rounding averages out slowly
-SUBSET_ROWS = 4096  # places T within about 1 %, so that the first step over all rows is already a small one
-SMALL_STEP = 2e-5  # relative; convergence is quadratic, so after such a step the error is about its square
-MAX_STEPS = 100  # Newton takes three or four, bisection would be within 1e-15 after fifty
-LARGEST_RATIO = 10.0  # of one step; far from the minimum the curvature says little
-EXTREME = 100.0  # T when the likelihood has no maximum, in units of the logits' spread or its inverse
-HUGE = 1e20  # products of logits this far below the top, -inf among them, could overflow
-FLOOR = -200.0  # what they are replaced by once they are scaled: exp(-200) is as good as 0
+FEW = 2**18  # logits; fewer are computed in float64
+SUBSET_ROWS = 4096  # enough for a start within about 1 %
+SMALL_STEP = 2e-5  # relative; the error after such a step is about its square
+MAX_STEPS = 100
+LARGEST_RATIO = 10.0  # of one step
+EXTREME = 100.0  # T of degenerate data, in units of the logits' spread or its inverse
+HUGE = 1e20  # products of logits this far below the top could overflow
+FLOOR = -200.0  # replaces them once they are scaled
 GAP = 32.0  # a mask is at least this many times as far below the highest logit as any unmasked logit
 GAP_LOGITS = 4096  # how many are searched for such a gap
-NEGLIGIBLE = 5.0  # nats; masks lie at least twice as far below the top, and exp(-10) is 5e-5
+NEGLIGIBLE = 5.0  # nats; masks lie at least twice as far below the top
 
 
 class _Data(NamedTuple):
-    """Logits, with what one pass over them has found."""
+    """Logits, and what one pass over them has found."""
 
     logits: Tensor
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
-    huge: bool = False  # whether some logits lie HUGE below the top
+    huge: bool = False  # whether some logits are HUGE below the top
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yields ``logits - top`` in blocks of rows, each of which overwrites the one before."""
+        """Yields ``logits - top`` in blocks of rows; each overwrites the one before."""
         step = block_rows(self.logits, dtype)
         buffer = self.logits.new_empty(step, self.logits.shape[1], dtype=dtype)
         for logits, top in zip(self.logits.split(step), self.top.split(step), strict=True):
@@ -199,26 +190,24 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
 
-    The sum is convex in 1/T. A safeguarded Newton iteration finds its minimum in three or four passes over the logits,
-    with nothing to tune. Scaling the logits scales T, and shifting a row changes nothing.
+    The sum is convex in 1/T, and Newton's method finds its minimum in three or four passes over the logits. Data
+    without a minimum give a :class:`UserWarning` and, where s is the mean distance of a logit from the highest of its
+    row, a T that is never worse than 1:
 
-    Some data have no such minimum. They give a :class:`UserWarning` that names the cause and, where s is the mean
-    distance of a logit from the highest of its row, a T that is never worse than 1:
+    - separable (every label has the highest logit): ``min(1, s / 100)``
+    - anti-correlated (the labels' logits lie below average): ``max(1, 100 * s)``
+    - constant logits: 1
 
-    - separable (every label has the highest logit; the likelihood grows as T → 0): ``min(1, s / 100)``
-    - anti-correlated (the labels' logits lie below average; it grows as T → ∞): ``max(1, 100 * s)``
-    - constant logits, so that T changes nothing: 1
-
-    A single sample, or labels of one class only, are fitted with a warning: such a T says little about other data.
+    A single sample, or labels of one class only, are fitted with a warning.
 
     Args:
         logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf``, or a number far below all others, masks
-            a class. No gradient flows through the fit.
+            a class.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
     Returns:
-        A float64 scalar on the logits' device, exact to about 1e-7 relative, or 1e-5 where the logits of a sample
-        hardly differ. Arithmetic is float32, or float64 for float64 or few logits; sums are always float64.
+        A float64 scalar on the logits' device, without gradient, exact to about 1e-7 relative, or 1e-5 where the logits
+        of a sample hardly differ.
 
     Raises:
         TypeError: ``logits`` is not floating or ``target`` is not int64.
@@ -242,8 +231,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
         limit = _mask_distance(data, means)
-        # Newton's method sums over all classes, so that a T it finds is right whether or not some are masked. Only its
-        # start, and the T of degenerate data, depend on what is taken for a mask.
+        # What is taken for a mask decides only where Newton's method starts, and the T of degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
         if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
             temperature, causes = _solve(data, _visible_means(data, math.inf))
@@ -259,7 +247,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
-    """The data, and ``[N]``: the mean of logit - top over the classes of each row."""
+    """The data, and ``[N]``: the mean of logit - top of each row."""
     dtype = torch.promote_types(logits.dtype, torch.float64 if logits.numel() <= FEW else torch.float32)
     top = logits.amax(1).to(dtype)
     if not top.isfinite().all():
@@ -277,7 +265,7 @@ def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
 
 
 def _visible_means(data: _Data, limit: float) -> Tensor:
-    """``[N]``: the mean of logit - top over the classes of each row that are less than ``limit`` below the top."""
+    """``[N]``: the mean of logit - top of each row, over classes less than ``limit`` below the top."""
     means = []
     for differences in data.differences(torch.float64):
         hidden = differences <= -limit
@@ -286,7 +274,7 @@ def _visible_means(data: _Data, limit: float) -> Tensor:
 
 
 def _mask_distance(data: _Data, means: Tensor) -> float:
-    """How far below the top finite masks begin: half of the way across the first wide gap, or inf without a gap."""
+    """How far below the top finite masks begin: half of the way across the first wide gap, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
     some = torch.cat((some, means.argmin()[None]))  # the row with the lowest mean has masks, if any row has
@@ -305,7 +293,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
     if (data.own == 0).all():
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
-    # The likelihood's slope at 1/T = 0, where all classes are equally probable: if it falls there, it falls everywhere.
+    # The slope of the likelihood at 1/T = 0; if it falls there, it falls everywhere.
     if float((means - data.own).sum(dtype=torch.float64)) >= 0:
         return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
     beta = 1 / spread
@@ -337,14 +325,8 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """First and second derivative of the negative log-likelihood, times β and β².
-
-    With β = 1/T and d = logit - highest logit of the row, the negative log-likelihood is convex in β, and
-
-        β ∂/∂β = Σ (E[β d] - β d of the label),    β² ∂²/∂β² = Σ Var[β d],
-
-    with expectations under the softmax of β d. Neither of these depends on the scale of the logits.
-    """
+    """First and second derivative of the negative log-likelihood in β = 1/T, times β and β²."""
+    # With d = logit - top: sum of (E[β d] - β d of the label), and of Var[β d], under the softmax of β d.
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums = data.logits.new_zeros(2, dtype=torch.float64)

@@ -1,8 +1,7 @@
 """Calibration metrics for ``torchmetrics``: sums that merge exactly over batches and ranks.
 
-``update(preds, target)`` takes ``preds [N, C]`` and ``target [N]``, or ``[N, C, ...]`` and ``[N, ...]``. ``compute()``
-gives float64 scalars, and NaN with torchmetrics' warning before the first ``update``. Formulas are described at the
-functions of the same names in :mod:`calrobust.functional`, and common arguments at :class:`CalibrationError`.
+``update(preds, target)`` takes what the functions of the same names in :mod:`calrobust.functional` take, which have the
+formulas. ``compute()`` gives float64 scalars, and NaN before the first ``update``.
 """
 
 # No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
@@ -40,8 +39,7 @@ class CalibrationError(BinnedMetric):
     """Expected calibration error of the top label (ECE), streaming.
 
     The formula is that of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums for each
-    bin, however many samples there are and however they are split into batches. ``metric.bins`` are these sums, for
-    :func:`~calrobust.plotting.reliability_diagram`.
+    bin: ``metric.bins``, for :func:`~calrobust.plotting.reliability_diagram`.
 
     Args:
         n_bins, norm, debiased, from_logits, ignore_index: as for :func:`~calrobust.functional.calibration_error`.
@@ -54,7 +52,7 @@ class CalibrationError(BinnedMetric):
         >>> metric = CalibrationError(n_bins=10, from_logits=False)
         >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 0]))
         >>> metric.update(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([1, 1]))
-        >>> metric.compute()  # right half of the time; each batch alone would be 0.25 or 0.75 off
+        >>> metric.compute()  # right half of the time
         tensor(0.2500, dtype=torch.float64)
     """
 
@@ -85,9 +83,8 @@ class CalibrationError(BinnedMetric):
 class AdaptiveCalibrationError(PredictionMetric):
     """Calibration error over bins of equally many samples.
 
-    The formula is that of :func:`~calrobust.functional.adaptive_calibration_error`. Where such bins begin depends on
-    all samples, so this metric alone keeps them, in eight bytes each. The arguments are those of
-    :class:`CalibrationError` without ``debiased``.
+    The formula is that of :func:`~calrobust.functional.adaptive_calibration_error`. The state is eight bytes for each
+    sample. The arguments are those of :class:`CalibrationError` without ``debiased``.
 
     Example:
         >>> import torch
@@ -132,8 +129,8 @@ class ClasswiseCalibrationError(BinnedMetric):
     """Calibration error of the probabilities of all classes (static calibration error), streaming.
 
     The formula is that of :func:`~calrobust.functional.classwise_calibration_error`. The state is three float64 sums
-    for each bin of each of the ``num_classes`` ≥ 2 classes. The other arguments are those of :class:`CalibrationError`
-    without ``debiased``.
+    for each bin of each class. The arguments are ``num_classes`` ≥ 2 and those of :class:`CalibrationError` without
+    ``debiased``.
 
     Example:
         >>> import torch
@@ -251,14 +248,14 @@ class CalibrationSummary(BinnedMetric):
         return sums | bin_confidences(confidences, correct, n_bins=self.n_bins)._asdict()
 
     def compute(self) -> dict[str, Tensor]:
-        """The values over all samples of all batches and ranks."""
+        """The values over all batches and ranks."""
         count = self.counts.sum()
         return {
             "accuracy": self.correct_sums.sum() / count,
             "confidence": self.confidence_sums.sum() / count,
             "nll": self.nll_sum / count,
             "brier": self.brier_sum / count,
-            "ece": binned_error(self.bins, norm="l1"),
+            "ece": binned_error(self.bins),
             "rmsce": binned_error(self.bins, norm="l2"),
             "mce": binned_error(self.bins, norm="max"),
         }

@@ -22,15 +22,15 @@ from calrobust.functional.scoring import Block, as_rows, probability_blocks
 
 
 class PredictionMetric(Metric):
-    """A metric with checked input, a state that a refused batch leaves as it was, and sums that stay float64."""
+    """A metric of float64 sums, which a refused batch leaves as they were."""
 
     __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "bins"]
     higher_is_better: bool | None = False
     is_differentiable = False
     full_state_update = False
     plot_lower_bound = 0.0
-    plot = Metric._plot  # torchmetrics leaves it to each metric to have one
-    scalar_sums: tuple[str, ...] = ()  # MetricCollection shares states of equal name and value, so these names differ
+    plot = Metric._plot
+    scalar_sums: tuple[str, ...] = ()  # names differ, as MetricCollection shares states of equal name and value
 
     def __init__(
         self, *, from_logits: bool = True, ignore_index: int | None = None, validate_args: bool = True, **kwargs: Any
@@ -48,13 +48,13 @@ class PredictionMetric(Metric):
 
     @abstractmethod
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        """The contribution of a batch to each state."""
+        """What a batch adds to each state."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch.
 
         Arguments and errors are those of :func:`~calrobust.functional.calibration_error`. With ``validate_args`` values
-        are checked on every device, and NaN, +inf, and rows that are -inf in every class raise ``ValueError`` as well.
+        are checked on every device, and NaN, +inf, and rows of -inf raise ``ValueError`` as well.
         """
         try:
             preds, target = as_rows(target, self.ignore_index, preds=preds)
@@ -64,10 +64,10 @@ class PredictionMetric(Metric):
                     "move the metric with .to()"
                 )
             summands = self._summands(probability_blocks(preds, target, self.from_logits, self.validate_args))
-            # A row without a softmax has left NaN in a sum, so that only batches with NaN are searched.
+            # A row without a softmax has left NaN in a sum.
             if self.validate_args and bool(torch.cat([each.flatten() for each in summands.values()]).isnan().any()):
                 check_softmax_exists(target, preds=preds)
-        except BaseException:  # also unforeseen ones, such as a GPU without memory
+        except BaseException:
             self._update_count -= 1  # torchmetrics counts the call before it is made
             raise
         for name, summand in summands.items():
@@ -85,23 +85,23 @@ class PredictionMetric(Metric):
             raise
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the samples of another metric of the same kind, which is given as such or as its ``metric_state``.
+        """Adds the samples of another metric of the same kind, or of its ``metric_state``.
 
         Raises:
-            TypeError, ValueError: it is neither a metric nor a dict of tensors, or other states are in it.
+            TypeError, ValueError: it is neither a metric nor a dict of tensors, or holds other states.
         """
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
         seen = metric.update_count if metric else _any_samples(incoming)
         states = {name: own[name] + state for name, state in incoming.items()}
-        # torchmetrics' own merge_state keeps the value that was computed before, and compute would return it.
+        # torchmetrics' own merge_state would keep the value that was computed before.
         self.__dict__.update(states, _computed=None, _update_count=self._update_count + seen)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
         before = self.metric_state
         super()._load_from_state_dict(state_dict, *args)
         if all(after is before[name] for name, after in self.metric_state.items()):
-            return  # states are in a state_dict only if they are persistent
+            return  # the states are not persistent
         try:
             states = self._as_states(self.metric_state)
         except (TypeError, ValueError) as error:
@@ -111,7 +111,7 @@ class PredictionMetric(Metric):
             self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
 
     def _as_states(self, states: Any) -> dict[str, Any]:
-        """The states of another metric as ours, on this device; raises where names or shapes differ."""
+        """Other states on this device; raises where names or shapes differ from ours."""
         if not isinstance(states, Mapping):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}
@@ -133,7 +133,7 @@ class PredictionMetric(Metric):
         return kept
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "PredictionMetric":
-        """Raises ``ValueError`` for another dtype than float64, since counts and small terms would be lost."""
+        """Raises ``ValueError`` for a dtype other than float64."""
         if dst_type != torch.float64:
             raise ValueError(
                 f"dst_type must be torch.float64, the dtype of the metric's sums, got {dst_type}; "
@@ -174,23 +174,23 @@ class BinnedMetric(PredictionMetric):
 
 
 class MeanMetric(PredictionMetric):
-    """A metric that is the mean of one value for each sample; ``scalar_sums`` names their sum and their number."""
+    """The mean of one value for each sample; ``scalar_sums`` names their sum and their number."""
 
     @abstractmethod
     def _values(self, block: Block) -> Tensor:
-        """``[n]``: the values of the rows of a block."""
+        """``[n]``: the values of a block."""
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         values = torch.cat([self._values(block) for block in blocks]).double()
         return dict(zip(self.scalar_sums, (values.sum(), values.new_tensor(len(values))), strict=True))
 
     def compute(self) -> Tensor:
-        """The mean over all samples of all batches and ranks."""
+        """The mean over all batches and ranks."""
         total, count = (getattr(self, name) for name in self.scalar_sums)
         mean: Tensor = total / count
         return mean
 
 
 def _any_samples(states: dict[str, Any]) -> int:
-    """1 if samples have left anything in states, else 0."""
+    """1 if there are samples in the states, else 0."""
     return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))

@@ -1,4 +1,4 @@
-"""Accuracy and calibration of several methods under distribution shift, as one table."""
+"""Accuracy and calibration of methods under distribution shift, as one table."""
 
 from __future__ import annotations
 
@@ -55,16 +55,12 @@ class ShiftReport:
         \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id\_domain}\}
 
     :func:`~calrobust.functional.calibration_interval` defines the debiased value, 95 % interval, noise floor and
-    p-value of an ECE, for fixed T, and says when there is no interval. The mean ECE of several domains has none,
-    because no method was found whose intervals contain the true mean as often as they claim. Every accuracy has
-    Wilson's interval. Domains are assumed to have no samples in common.
+    p-value of an ECE, for fixed T. The mean ECE of several domains has no interval. Accuracies have Wilson's interval.
+    Domains are assumed to have no samples in common.
 
-    Figures are Python floats and fractions; only printed tables (:meth:`to_markdown`, :meth:`to_latex`,
-    ``print(report)``) are in per cent. Whatever makes a table raises ``ValueError`` if there are no data, none of
-    ``id_domain``, or if a method lacks a domain that others have.
-
-    Memory, on the CPU: a method without a temperature keeps its logits, because a temperature may still come. Once it
-    is fitted, 8 bytes for each sample remain. So call :meth:`fit_temperature` before :meth:`add` for large data sets.
+    Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if there
+    are no data, none of ``id_domain``, or if a method lacks a domain that others have. A method without a temperature
+    keeps its logits on the CPU, so call :meth:`fit_temperature` before :meth:`add` for large data sets.
 
     Args:
         id_domain: the domain that is in distribution; all others are OOD.
@@ -79,11 +75,10 @@ class ShiftReport:
         >>> from calrobust import ShiftReport
         >>> report = ShiftReport(id_domain="photo")
         >>> logits = torch.tensor([[0.9, 0.1]]).log().expand(10, 2)  # always 90 % sure of class 0
-        >>> report.add("FT", "photo", logits, torch.tensor([0] * 9 + [1]))
-        >>> report.add("FT", "sketch", logits, torch.tensor([0] * 7 + [1] * 3))
-        >>> report.add("FT", "clipart", logits, torch.tensor([0] * 5 + [1] * 5))
-        >>> print(report.to_markdown(intervals=False).splitlines()[2])  # OOD: accuracy (70 + 50) / 2, ECE (20 + 40) / 2
-        | FT     |        90.0 |         60.0 |    0.0 |    30.0 |  – |           – |            – |
+        >>> for domain, wrong in ("photo", 1), ("sketch", 3), ("clipart", 5):
+        ...     report.add("FT", domain, logits, (torch.arange(10) < wrong).long())
+        >>> report.summary()[0]["ood_accuracy"]  # (0.7 + 0.5) / 2
+        0.6
     """
 
     def __init__(self, *, id_domain: str, n_bins: int = 15) -> None:
@@ -96,12 +91,12 @@ class ShiftReport:
 
     @property
     def methods(self) -> list[str]:
-        """In the order in which they were first added."""
+        """In the order of first :meth:`add`."""
         return list(self._samples)
 
     @property
     def domains(self) -> list[str]:
-        """``id_domain`` first, then in the order in which they were first added."""
+        """``id_domain``, then the others in the order of first :meth:`add`."""
         known = dict.fromkeys(domain for own in self._samples.values() for domain in own)
         return sorted(known, key=lambda domain: domain != self.id_domain)
 
@@ -131,17 +126,13 @@ class ShiftReport:
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
-        """Gives a method its temperature and so its "+ TS" columns, before or after its data are added.
+        """Gives a method its temperature T and so its "+ TS" columns, before or after its data are added.
 
-        Arguments are those of :meth:`add`, of held-out data in distribution. A T that was chosen on the test set makes
-        its ECE look better than it is, so samples are compared by logits and label. The 1 % leaves room for duplicates.
-
-        Returns:
-            T, as :func:`~calrobust.functional.fit_temperature` finds it.
+        Arguments are those of :meth:`add`, of held-out data in distribution. T is that of
+        :func:`~calrobust.functional.fit_temperature`.
 
         Raises:
-            TypeError, ValueError: as :meth:`add` and :func:`~calrobust.functional.fit_temperature`, or the method
-                already has a temperature.
+            TypeError, ValueError: as both of these, or the method already has a temperature.
         """
         _check_names(method=method)
         if method in self._fits:
@@ -161,10 +152,9 @@ class ShiftReport:
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
-        """Sums over ``n_bins`` bins, for :func:`~calrobust.plotting.reliability_diagram`; those of two domains add up.
+        """Sums over bins, for :func:`~calrobust.plotting.reliability_diagram`; those of two domains add up.
 
-        ``scaled`` divides logits by the method's temperature. Raises ``ValueError`` if there are no such data, or no
-        temperature.
+        ``scaled`` divides logits by T. Raises ``ValueError`` if there are no such data, or no T.
         """
         self._check_has_data()
         check_choice(tuple(self._samples), method=method)
@@ -198,8 +188,8 @@ class ShiftReport:
         """One row for each method and domain. Methods may have different domains.
 
         Returns:
-            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, ``accuracy``, ``ece`` and ``ece_ts``, the
-            last three also with the endings of :meth:`summary`.
+            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, and ``accuracy``, ``ece`` and ``ece_ts``
+            with the endings of :meth:`summary`.
         """
         self._check_has_data()
         return [
@@ -211,17 +201,17 @@ class ShiftReport:
         ]
 
     def to_markdown(self, *, intervals: bool = True) -> str:
-        """The summary as a Markdown table with a caption; ``intervals`` shows intervals, noise floors and p-values."""
+        """The summary in Markdown, in per cent; ``intervals`` shows also intervals, noise floors and p-values."""
         return _markdown(self.summary(), self._caption(intervals), intervals)
 
     def to_latex(self, *, intervals: bool = True) -> str:
-        r"""The same as a LaTeX ``tabular`` for ``\usepackage{booktabs}``, with the caption as a comment."""
+        r"""The same in LaTeX, for ``\usepackage{booktabs}``."""
         return _latex(self.summary(), self._caption(intervals), intervals)
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
-        """Writes :meth:`summary`, or :meth:`per_domain`, in full precision, with an empty field for NaN.
+        """Writes :meth:`summary`, or :meth:`per_domain`, with an empty field for NaN.
 
-        An existing file is replaced at once or not at all, with an ``OSError`` if the new one cannot be written.
+        The file is replaced at once, or not at all with an ``OSError``.
         """
         _write_csv(Path(path), self.per_domain() if per_domain else self.summary())
 
@@ -229,8 +219,8 @@ class ShiftReport:
         """Everything by name, ready for JSON: NaN is None.
 
         Returns:
-            ``id_domain``; ``n_bins``; ``caption``, which says what the figures are; ``summary``, a dict
-            ``[method][column]``; and ``per_domain``, a dict ``[method][domain][column]``.
+            ``id_domain``, ``n_bins``, ``caption``, ``summary[method][column]`` and
+            ``per_domain[method][domain][column]``.
         """
         domains: dict[str, Any] = {}
         for row in map(_without_nan, self.per_domain()):
@@ -240,7 +230,7 @@ class ShiftReport:
         return {**head, "summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> pd.DataFrame:
-        """:meth:`summary`, or :meth:`per_domain`, as a ``DataFrame``. ``ImportError`` if pandas is not installed."""
+        """:meth:`summary`, or :meth:`per_domain`, as a ``DataFrame``; ``ImportError`` without pandas."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -268,7 +258,7 @@ class ShiftReport:
             raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
 
     def _check_complete(self) -> None:
-        """Raises unless every method, fitted or added, has data of the same domains, ``id_domain`` among them."""
+        """Raises unless every method has data of the same domains, ``id_domain`` among them."""
         self._check_has_data()
         known = self.domains
         if self.id_domain not in known:
@@ -294,7 +284,7 @@ def _check_names(**names: Any) -> None:
 
 
 def _caption(n_bins: int, id_domain: str, ood_domains: Sequence[str], intervals: bool) -> str:
-    """What the figures of the printed tables are, in one line."""
+    """What the figures of printed tables are."""
     ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
     figures = f"Accuracy and ECE ({n_bins} bins) in per cent; ID: {id_domain}; OOD: {ood}; "
     scaling = "+ TS: logits divided by T, which was fitted on held-out data."
@@ -302,7 +292,6 @@ def _caption(n_bins: int, id_domain: str, ood_domains: Sequence[str], intervals:
 
 
 def _markdown(rows: Sequence[Row], caption: str, intervals: bool) -> str:
-    """The summary in per cent with aligned columns, and its caption."""
     table = _cells(rows, intervals, MARKDOWN)
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]  # a rule has three characters
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -314,14 +303,12 @@ def _markdown(rows: Sequence[Row], caption: str, intervals: bool) -> str:
 
 
 def _latex(rows: Sequence[Row], caption: str, intervals: bool) -> str:
-    """The summary in per cent as a ``tabular``, with its caption as a comment."""
     head, *body = (" & ".join(row) + r" \\" for row in _cells(rows, intervals, LATEX))
     begin, end = rf"\begin{{tabular}}{{l{'r' * len(HEADINGS)}}}", r"\end{tabular}"
     return "\n".join(["% " + caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Replaces the file at once, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic within a folder
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -334,7 +321,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _without_nan(row: Row) -> Row:
-    """With None in place of NaN: JSON has no NaN, and CSV writes None as an empty field."""
+    """With None in place of NaN, which CSV writes as an empty field."""
     return {name: None if value != value else value for name, value in row.items()}
 
 

@@ -19,14 +19,14 @@ DUPLICATES = 0.01  # share of samples that a data set may have in common with th
 
 
 class Fit(NamedTuple):
-    """A method's T, and what it was fitted on."""
+    """A method's T and the data of its fit."""
 
     temperature: float
     fingerprints: Tensor
 
 
 class Samples:
-    """One method in one domain: moments as of ``bin_moments``, and the logits until there is a temperature."""
+    """One method in one domain: moments, and the logits until there is a temperature."""
 
     def __init__(self, n_bins: int) -> None:
         self.plain = self.scaled = torch.zeros(4, n_bins, dtype=torch.float64)
@@ -34,7 +34,7 @@ class Samples:
         self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits, and whether each sample is correct
 
     def add(self, logits: Tensor, target: Tensor, fingerprints: Tensor, temperature: float | None) -> None:
-        """Adds a batch. Raises ``ValueError`` for a row without a softmax, and then adds nothing."""
+        """Adds a batch, or nothing if a row has no softmax."""
         confidences, correct = top_label(logits, target)
         if confidences.isnan().any():
             check_softmax_exists(target, logits=logits)
@@ -61,7 +61,7 @@ class Samples:
 
 
 def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks both, and returns them as ``[N, C]`` and ``[N]`` on the CPU, without gradient."""
+    """Checks both; returns them as ``[N, C]`` and ``[N]`` on the CPU."""
     check_predictions(target, logits=logits)
     logits, target = logits.detach().cpu().movedim(1, -1).flatten(0, -2), target.cpu().flatten()
     if len(logits) == 0:
@@ -72,28 +72,20 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes of each row's values in float32 and its label; -0.0 counts as 0.0.
-
-    The bits of each float32, read as an integer, are multiplied by a small random integer of the column and summed in
-    float64, exactly. Two rows that differ have the same hash with a probability of about 1e-10. Of many classes, 256 or
-    more evenly spread ones are read.
-    """
+    """``[N]`` int64 hashes of each row in float32 and its label; rows that differ share one with a chance of 1e-10."""
     logits = logits[:, :: max(1, logits.shape[1] // 256)]
     n_classes = logits.shape[1]
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(1, max(2, 2**22 // n_classes), (n_classes,), generator=generator).double()
     blocks = logits.split(block_rows(logits, torch.float64))
-    hashes = [(rows.float() + 0.0).view(torch.int32).double() @ weights for rows in blocks]  # sums below 2^53
+    hashes = [(rows.float() + 0.0).view(torch.int32).double() @ weights for rows in blocks]  # exact, below 2^53
     return torch.cat(hashes).long() * 1_000_003 + target
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
-    """Raises ``ValueError`` if more samples are both fitted and scored than duplicates and coincidences explain.
-
-    Where few different rows exist, as with two classes in 16 bits, rows have twins within each set too. The share with
-    a twin in the larger set estimates the coincidences among the smaller one, and so does the share in the smaller set,
-    in proportion to the sizes. The lower one is taken, because rows that were repeated in one of the sets have twins.
-    """
+    """Raises ``ValueError`` if more samples are both fitted and scored than duplicates and coincidences explain."""
+    # Where few different rows exist, as of two classes in 16 bits, rows have twins within each set too. Both shares of
+    # twins estimate the coincidences. The lower one is taken, because a set may repeat rows.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
     coincidences = min(_with_twins(larger), _with_twins(smaller) * len(larger) / len(smaller))
@@ -112,7 +104,7 @@ def _with_twins(fingerprints: Tensor) -> float:
 
 
 def mean_figures(data: Sequence[Samples], is_fitted: bool) -> dict[str, float]:
-    """``FIGURES`` by name: means over data sets, NaN where there is nothing to average."""
+    """``FIGURES`` by name: means over data sets, or NaN."""
     values = dict.fromkeys(FIGURES, math.nan)
     if data:
         plain = torch.stack([samples.plain for samples in data], 1)

@@ -1,4 +1,4 @@
-"""What several rooms check: each error names the argument, the rule, what came and the likely fix."""
+"""Checks of arguments: each error names the argument, the rule, what came and the likely fix."""
 
 import sys
 from collections.abc import Sequence
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WITHOUT_FLOAT64 = {"mps"}  # types of devices
+WITHOUT_FLOAT64 = {"mps"}
 
 
 def check_tensor(**tensors: Any) -> None:
-    """Raises ``TypeError`` for an argument that is not a dense tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
@@ -23,7 +22,6 @@ def check_tensor(**tensors: Any) -> None:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """Raises ``TypeError`` for an argument that is not a floating-point tensor."""
     check_tensor(**tensors)
     for name, value in tensors.items():
         if not value.is_floating_point() or value.dtype.itemsize < 2:  # torch has no arithmetic for float8
@@ -32,17 +30,15 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_number(**numbers: Any) -> None:
-    """Raises ``TypeError`` for an argument that is not a real number and ``ValueError`` for NaN and infinities."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
-        number: Any = value if isinstance(value, (int, float)) else float(value)  # NumPy's float32 would overflow below
-        if not abs(number) <= sys.float_info.max:  # NaN too, and an int too large for a float
+        number: Any = value if isinstance(value, (int, float)) else float(value)  # NumPy's float32 could overflow
+        if not abs(number) <= sys.float_info.max:  # NaN too
             raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def check_integer(least: int, most: int = 2**63 - 1, **numbers: Any) -> None:
-    """Raises for an argument that is not an integer from ``least`` to ``most``."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
@@ -53,7 +49,6 @@ def check_integer(least: int, most: int = 2**63 - 1, **numbers: Any) -> None:
 
 
 def check_float64(**tensors: Tensor) -> None:
-    """Raises ``ValueError`` for a tensor on a device that has no float64."""
     for name, value in tensors.items():
         if value.device.type in WITHOUT_FLOAT64:
             rule = "on a device that has float64, in which sums are taken"
@@ -61,7 +56,6 @@ def check_float64(**tensors: Tensor) -> None:
 
 
 def check_one_device(**tensors: Tensor) -> None:
-    """Raises ``ValueError`` unless the tensors are on the same device."""
     devices = [str(value.device) for value in tensors.values()]
     if len(set(devices)) > 1:
         names, came = " and ".join(tensors), " and ".join(devices)
@@ -69,7 +63,6 @@ def check_one_device(**tensors: Tensor) -> None:
 
 
 def check_positive(**numbers: Any) -> None:
-    """Raises for a number that is not > 0."""
     check_number(**numbers)
     for name, value in numbers.items():
         if value <= 0:
@@ -77,12 +70,10 @@ def check_positive(**numbers: Any) -> None:
 
 
 def check_n_bins(n_bins: Any) -> None:
-    """Raises for an invalid number of bins."""
     check_integer(1, 10**6, n_bins=n_bins)
 
 
 def check_fraction(*, closed: bool, **numbers: Any) -> None:
-    """Raises for a number outside [0, 1], or outside [0, 1) unless ``closed``."""
     check_number(**numbers)
     for name, value in numbers.items():
         if not 0 <= value <= 1 or (value == 1 and not closed):
@@ -91,21 +82,18 @@ def check_fraction(*, closed: bool, **numbers: Any) -> None:
 
 
 def check_flag(**flags: Any) -> None:
-    """Raises ``TypeError`` for an argument that is not a bool, such as the string ``"False"``."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
 
 
 def check_choice(choices: tuple[str, ...], **options: Any) -> None:
-    """Raises ``ValueError`` for an option that is not one of ``choices``."""
     for name, value in options.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_labels(length: int, device: torch.device, further: Sequence[int] = (), **labels: Any) -> None:
-    """Raises for labels that are not an ``int64`` tensor of shape ``[length, *further]`` on ``device``."""
     shape = [length, *further]
     check_tensor(**labels)
     for name, value in labels.items():
@@ -119,7 +107,7 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
-    """Raises unless the argument is floating ``[N, C, ...]``, C ≥ 2, and ``target`` has int64 labels ``[N, ...]``."""
+    """Raises unless ``preds`` are floating ``[N, C, ...]``, C ≥ 2, and ``target`` has int64 labels ``[N, ...]``."""
     check_floating(**preds)
     for name, value in preds.items():
         if value.ndim < 2:
@@ -137,13 +125,12 @@ def check_predictions(target: Any, **preds: Any) -> None:
 
 
 def check_ignore_index(ignore_index: Any) -> None:
-    """Raises for a value that could never equal a label."""
     if ignore_index is not None:
         check_integer(-(2**63), ignore_index=ignore_index)
 
 
 def check_label_values(target: Tensor, n_classes: int) -> None:
-    """Raises ``ValueError`` for a label outside [0, C). Reads values."""
+    """Reads values."""
     outside = (target < 0) | (target >= n_classes)
     if outside.any():
         first = int(target[outside][0])
@@ -154,7 +141,7 @@ def check_label_values(target: Tensor, n_classes: int) -> None:
 
 
 def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
-    """Raises ``ValueError`` for a row that has no softmax, naming the value at fault. Reads values."""
+    """Reads values."""
     for name, value in preds.items():
         faults = {"NaN": value.isnan().any(1), "+inf": value.isposinf().any(1)}
         for fault, wrong in (*faults.items(), ("-inf in every class", value.isneginf().all(1))):
@@ -167,12 +154,12 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
 
 
 def _may_be_probabilities(rows: Tensor) -> Tensor:
-    """``[N]``: whether each row may be rounded from numbers in [0, 1] that sum to 1. True for NaN."""
+    """``[N]``: whether each row may be rounded from probabilities. True for NaN."""
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
     wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # 1/64: of a softmax taken in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
-    for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # of probabilities that were written to text
+    for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # written to text
         steps = rows[doubtful].double() / step
         printed = ((steps - steps.round()).abs() < 2e-3).all(1) & (off[doubtful] <= 0.501 * step * rows.shape[1])
         wrong[doubtful[printed]] = False
@@ -180,10 +167,10 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 
 
 def _cannot_be_logits(rows: Tensor) -> bool:
-    """Whether all rows may be probabilities, while logits would hardly look like that by chance.
+    """Whether all rows may be probabilities, and logits would hardly look like that by chance.
 
-    A row of C logits in [0, 1], such as cosines, sums to 1 within d with a chance of at most 100 * d / C. With many
-    classes, logits whose mean is 1/C are rare in themselves, so that a larger chance is allowed.
+    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C. With many classes, a mean of
+    1/C is rare in itself, so that a larger chance is allowed.
     """
     n_classes = rows.shape[1]
     low, high = rows[0].aminmax()
@@ -191,7 +178,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
         return False
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False
-    # Numbers of low precision, also when a wider dtype holds them, sum to exactly 1 more often.
+    # Numbers of low precision, also in a wider dtype, sum to exactly 1 more often.
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs().max().clamp(min=torch.finfo(precision).eps / 4)
@@ -201,7 +188,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
 
 
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
-    """Raises ``ValueError`` for logits ``[N, C]`` where probabilities are due and the reverse. Reads values."""
+    """Raises for logits ``[N, C]`` where probabilities are due and the reverse. Reads values."""
     for name, value in scores.items():
         value = value.detach()
         if from_logits and len(value) and _cannot_be_logits(value):
@@ -221,7 +208,6 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
 
 
 def check_bins(bins: Any) -> None:
-    """Raises unless the argument is three floating tensors of one shape ``[..., n_bins]`` on one device."""
     if not isinstance(bins, tuple) or len(bins) != 3:
         raise TypeError(
             f"bins must be the three sums that bin_confidences gives, got {type(bins).__name__}; "
@@ -239,7 +225,6 @@ def check_bins(bins: Any) -> None:
 
 
 def check_instance(kind: type, fix: str, **objects: Any) -> None:
-    """Raises ``TypeError`` for an argument that is not an instance of ``kind``."""
     for name, value in objects.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}; {fix}")

@@ -1,4 +1,4 @@
-"""The state of a model: copies of it, tensors by name, which of two models belong together, and which are averaged."""
+"""The state of a model: copies of it, and its tensors by name."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
@@ -17,7 +17,7 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fs
 
 
 def unwrapped(names: Collection[str], owner: str) -> dict[str, str]:
-    """Maps each name, without what wrappers add to its path, to the name as it is."""
+    """Maps each name, without the words of wrappers, to the name as it is."""
     own = {}
     for name in names:
         parts = name.split(".")
@@ -33,14 +33,12 @@ def unwrapped(names: Collection[str], owner: str) -> dict[str, str]:
 def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     """Parameters and persistent buffers by unwrapped name, and the names of those that are averaged.
 
-    A tied tensor has several names. Read the tensors anew at every use, because optimisers, ``.to()``,
-    ``load_state_dict`` and FSDP may replace them. Hooks of ``module.state_dict()`` could rename, gather or copy them.
-    FSDP2 drops gathered parameters here, which its root keeps after a forward pass without a backward one.
+    Read the tensors anew at every use, because ``.to()``, ``load_state_dict`` and FSDP may replace them.
     """
     found: dict[str, tuple[Tensor, bool]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         if method := getattr(type(owner), "reshard", None):
-            method(owner)
+            method(owner)  # FSDP2's root keeps gathered parameters after a forward pass without a backward one
         statistics = ("running_mean", "running_var") if isinstance(owner, _NormBase) else ()
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
@@ -61,7 +59,7 @@ class Pair(NamedTuple):
 
 
 def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
-    """Pairs the tensors by name, each of ours once, also if it is tied; leaves out a tensor that both models hold."""
+    """Pairs the tensors by name, each tied one once; leaves out a tensor that both models hold."""
     check_instance(nn.Module, "pass the model itself", student=theirs)
     (teacher, averaged), (student, _) = tensors(ours), tensors(theirs)
     check_values(teacher=teacher, student=student)
@@ -122,7 +120,7 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copies the second of each pair into the first. Of expanded ones, torch can write the elements in memory alone."""
+    """Copies the second of each pair into the first, which may be expanded."""
     for target, source in pairs:
         for dim, stride in enumerate(target.stride()):
             if stride == 0 and target.shape[dim] > 1:
@@ -137,7 +135,7 @@ _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
 def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """A deep copy of the student, which takes over what is ``shared``, by its id, as it is."""
+    """A deep copy of the student, which holds what is ``shared``, by its id, as it is."""
     check_values(student=tensors(student)[0])
     _check_functions(student)
     try:
@@ -150,7 +148,7 @@ def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
 
 
 def filled(copy: nn.Module, student: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """The caller's second model with the student's state, of which it takes over what is ``shared`` as it is."""
+    """The caller's second model with the student's state; see ``copied`` for ``shared``."""
     check_instance(nn.Module, "pass a model like the student", copy=copy)
     pairs = paired(copy, student)
     if {*map(id, tensors(copy)[0].values())} & {*map(id, tensors(student)[0].values())}:
@@ -174,7 +172,7 @@ def _obstacle(student: nn.Module) -> str:
 
 
 def _check_functions(student: nn.Module) -> None:
-    """Raises ``ValueError`` for a function through which the copy would run, or write to, what is the student's."""
+    """Raises ``ValueError`` for a function through which the copy would use what is the student's."""
     parts = {id(part) for part in (*student.modules(), *student.parameters(), *student.buffers())}
     for path, owner in student.named_modules():
         skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS  # torch.compile makes its own anew
@@ -189,7 +187,7 @@ def _check_functions(student: nn.Module) -> None:
 
 
 def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False) -> Iterator[object]:
-    """What is reached through functions, which deepcopy does not copy; it copies containers, methods and partials."""
+    """What is reached through functions, which deepcopy does not copy."""
     if (id(value), captured) in seen:
         return
     seen.add((id(value), captured))
@@ -213,6 +211,6 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
 
 
 def _may_be_written_to(value: object) -> bool:
-    """Whether a hook may keep something in it. Torch's own objects, such as meshes, are taken for settings."""
+    """Whether a hook may keep something in it. Torch's own objects are taken for settings."""
     home = type(value).__module__.split(".")[0]
     return isinstance(value, _WRITABLE) or not (isinstance(value, type) or home in ("builtins", "functools", "torch"))

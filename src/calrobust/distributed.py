@@ -10,21 +10,18 @@ from torch import Tensor
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
-else:  # a torch built without it has no such name, and no group to pass
+else:
     ProcessGroup = Any
 
 __all__ = ["REDUCTIONS", "REFUSED", "ProcessGroup", "Ranks", "Reduction", "agree"]
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-REFUSED = -1  # told instead of a number of rows by a rank that has found its batch wrong
+REFUSED = -1  # a rank that has found its batch wrong tells this
 
 
 class Ranks:
-    """The ranks that hold a batch, and the number of rows of each.
-
-    Every method is collective: all ranks of the group call it, in the same order. One rank alone communicates nothing.
-    """
+    """The ranks that hold a batch, and the number of rows of each; all of them call each method, in the same order."""
 
     def __init__(self, sizes: list[int], rank: int = 0, group: ProcessGroup | None = None) -> None:
         self.sizes = sizes
@@ -42,14 +39,14 @@ class Ranks:
         return gathered
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
-        """``[total, ...]`` of each rank -> their sum, of which a rank gets its own rows ``[n, ...]``."""
+        """``[total, ...]`` of each rank -> this rank's rows ``[n, ...]`` of their sum."""
         if len(self.sizes) == 1:
             return rows
         own: Tensor = _ScatterSum.apply(rows, self)
         return own
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, on each of them. Its gradient is exact once gradients are averaged over ranks."""
+        """The sum over ranks. Its gradient is exact once gradients are averaged over ranks."""
         if len(self.sizes) == 1:
             return value
         total: Tensor = _Sum.apply(value, self)
@@ -57,7 +54,7 @@ class Ranks:
 
     @torch.no_grad()
     def maximum(self, values: Tensor) -> Tensor:
-        """The largest over ranks, entry by entry, without gradient."""
+        """The largest entries over ranks, without gradient."""
         values = values.detach().clone()
         if len(self.sizes) > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
@@ -67,19 +64,9 @@ class Ranks:
 def agree(
     here: Sequence[int], group: ProcessGroup | None, facts: dict[str, object], device: torch.device
 ) -> tuple[Ranks, ...]:
-    """Tells all ranks of the group the numbers of rows here, and facts that must be the same on all of them.
+    """The ranks of several batches, of each of which ``here`` has the number of rows on this rank, or `REFUSED`.
 
-    Args:
-        here: number of rows of each of several batches, or `REFUSED` for each.
-        group: the process group; None is the world.
-        facts: what must be the same, by a name that an error can show.
-        device: of the rows; the message travels on it where the backend wants a CUDA device.
-
-    Raises:
-        ValueError: a rank has refused its batch, or the facts differ. All ranks raise, so that none waits for another.
-
-    Returns:
-        The ranks of each batch.
+    If a rank has refused its batch, or ``facts`` differ, all ranks raise ``ValueError``, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)
@@ -109,7 +96,7 @@ def agree(
 
 
 class _Gather(torch.autograd.Function):
-    """Its adjoint is `_ScatterSum`: the backward of each is the other, so both have derivatives of any order."""
+    """The backward of `_ScatterSum`, which is its own, so that both have derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
@@ -149,11 +136,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.world_size, None  # by which DDP and FSDP divide when they average
+        return gradient * ctx.world_size, None  # by which DDP and FSDP divide
 
 
 def _pad(rows: Tensor, length: int) -> Tensor:
-    """Rows with zeros after them, since collectives take equally many rows from every rank."""
+    """Adds rows of zeros, because collectives take equally many from every rank."""
     if rows.shape[0] == length:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])

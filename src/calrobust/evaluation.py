@@ -28,15 +28,13 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Runs a model over a data set and collects its logits ``[N, C]`` and the labels ``[N]``, int64, on the CPU.
 
-    The model runs in eval mode and without gradient. Afterwards every submodule is in the mode it was in before, also
-    after an exception.
+    The model runs in eval mode and without gradient. Afterwards every submodule is in its earlier mode.
 
     Args:
-        model: gives logits ``[B, C]``, or ``[B, C, ...]`` as for ``cross_entropy``, which give a row for each label.
+        model: gives logits ``[B, C]``, or ``[B, C, ...]``, which give a row for each label.
         loader: yields ``(inputs, target)``, or what ``forward`` takes. Labels are integers, in a tensor or NumPy array.
-        forward: ``forward(model, batch) -> (logits, target)``, for a model that returns a dict, a tuple or a
-            ``ModelOutput``, and for other kinds of batches.
-        device: where to move each batch, including tensors in tuples, lists and dicts; None leaves it where it is.
+        forward: ``forward(model, batch) -> (logits, target)``, for other kinds of batches and outputs.
+        device: where to move the tensors of each batch; None leaves them where they are.
         progress: whether to show a bar on stderr, if tqdm is installed.
 
     Raises:
@@ -77,7 +75,6 @@ def collect_logits(
 
 
 def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor]:
-    """Logits ``[M, C]`` and labels ``[M]`` of a batch, on the CPU."""
     if forward:
         pair = forward(model, batch)
         if not isinstance(pair, tuple) or len(pair) != 2:
@@ -90,7 +87,7 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         if not isinstance(logits, Tensor):
             raise TypeError(f"model must return a tensor of logits, got {_kind(logits)}; pass {_FORWARD}")
     if not isinstance(target, Tensor) and hasattr(target, "__array__"):
-        target = torch.tensor(target)  # a NumPy array
+        target = torch.tensor(target)
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
         logits, target = logits.detach().cpu(), target.detach().cpu()
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
@@ -141,8 +138,8 @@ def zero_shot_classifier(
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
     where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. Its logits are
-    ``logit_scale * image_features @ weight.T``, and the losses take ``weight`` as text features. It is at least
-    float32, on the model's device. The model runs as in :func:`collect_logits`.
+    ``logit_scale * image_features @ weight.T``. It is at least float32, on the model's device. The model runs as in
+    :func:`collect_logits`.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
@@ -190,7 +187,6 @@ def zero_shot_classifier(
 
 
 def _captions(names: Any, templates: Any) -> list[str]:
-    """Every name in every template, name by name."""
     several = templates if isinstance(templates, (list, tuple)) else [templates]
     if isinstance(names, str) or not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
         raise TypeError(f"names must be a list of texts, got {_kind(names)}; pass one name for each class")
@@ -209,8 +205,8 @@ class TemperatureScaler(nn.Module):
 
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
-    Division keeps the order of the classes, hence the accuracy, and changes the confidences. T is a buffer, not a
-    parameter: no optimizer sees it, and it stays float64 when the module is cast. Fit on data that you do not report.
+    The accuracy stays. T is a buffer, not a parameter, and stays float64 when the module is cast. Fit on data that you
+    do not report.
 
     Example:
         >>> import torch
@@ -230,13 +226,10 @@ class TemperatureScaler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
-        self.is_fitted = False  # not a buffer: forward reads it, and reading a tensor would wait for the device
+        self.is_fitted = False  # not a buffer, because reading a tensor would wait for the device
 
     def fit(self, logits: Tensor, target: Tensor) -> Self:
-        """Sets T to :func:`~calrobust.functional.fit_temperature` of held-out data and returns the scaler itself.
-
-        Arguments, errors and warnings are those of the function. :func:`~calrobust.collect_logits` collects logits.
-        """
+        """Sets T to what :func:`~calrobust.functional.fit_temperature` returns or raises, and returns the scaler."""
         fitted = fit_temperature(logits, target)
         with torch.inference_mode(False):  # a buffer made in inference mode could not be used outside
             self.temperature = fitted.clone().to(self.temperature.device)
@@ -244,11 +237,7 @@ class TemperatureScaler(nn.Module):
         return self
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Divides logits of any shape by T; keeps their dtype and is differentiable in them.
-
-        Raises:
-            RuntimeError, TypeError: the scaler is not fitted, or ``logits`` is not floating.
-        """
+        """Divides floating logits of any shape by T and keeps their dtype; ``RuntimeError`` before :meth:`fit`."""
         if not self.is_fitted:
             raise RuntimeError(
                 "TemperatureScaler is not fitted; call fit(val_logits, val_target) or load a fitted state"
@@ -257,11 +246,11 @@ class TemperatureScaler(nn.Module):
         return logits / self.temperature
 
     def extra_repr(self) -> str:
-        """T, or that there is none yet."""
+        """The temperature."""
         return f"temperature={self.temperature.item():.6g}" if self.is_fitted else "not fitted"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) are for weights. T only changes its device.
+        # .half() and .to(dtype) are for weights.
         check_float64(scaler=fn(torch.empty(0, device=self.temperature.device)))
         temperature = self.temperature
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -275,10 +264,9 @@ class TemperatureScaler(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = prefix + "is_fitted"
-        is_fitted = state_dict.pop(name, None)  # nn.Module has no such buffer and would refuse the key
+        is_fitted = state_dict.pop(name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if is_fitted is None:
-            _, _, missing_keys, *_ = args
-            missing_keys.append(name)
+            args[2].append(name)  # torch's list of missing names
         else:
             self.is_fitted = bool(is_fitted)

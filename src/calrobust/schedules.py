@@ -1,8 +1,8 @@
 """Schedules for :class:`~calrobust.EMATeacher`: from the index of an update to the decay it uses.
 
-Each is an immutable object that can be compared and pickled. It raises ``ValueError`` for an argument out of range, and
-``TypeError`` for one of another type. Any function from ``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too. After
-``k`` updates the pre-trained model has as its weight in the teacher the product of the first ``k`` decays.
+Each can be compared and pickled, and raises ``ValueError`` for an argument out of range, ``TypeError`` for one of
+another type. Any function from ``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too. The weight of the pre-trained
+model in the teacher is the product of the decays so far.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,6 @@ __all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
 
 class _Schedule(ABC):
     def __call__(self, n: int) -> float:
-        """The decay of update ``n``."""
         check_integer(0, n=n)
         return float(self._decay(n))
 
@@ -52,9 +51,7 @@ class linear_warmup(_Schedule):
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
     ``updates`` ≥ 1 are training steps divided by the teacher's ``update_every``. The paper goes from 0.05 to 0.9 over
-    the first 20 % of training. A low start forgets the pre-trained model: after one update the teacher is 95 % student,
-    and the ten updates of the example leave the pre-trained model a weight of 2e-5. To keep it, start high or use
-    :class:`constant`.
+    the first 20 % of training. A low start forgets the pre-trained model; see :doc:`/guides/choosing`.
 
     Example:
         >>> from calrobust import schedules
@@ -84,8 +81,7 @@ class power(_Schedule):
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
     With ``exponent=1`` and ``scale=1`` the teacher is the mean of the students it has seen; a smaller exponent favours
-    recent ones. Both are > 0, and ``start <= end``. This is the warm-up of timm's ``ModelEmaV3`` (``warmup_power``,
-    ``warmup_gamma``, ``min_decay``, ``decay``), whose first update always copies the student; ours with ``start=0``.
+    recent ones. Both are > 0, and ``start <= end``. This is the warm-up of timm's ``ModelEmaV3``.
 
     Example:
         >>> from calrobust import schedules
@@ -115,8 +111,7 @@ class uniform(_Schedule):
 
     .. math:: \alpha_n = \frac{n + 1}{n + 2}
 
-    After ``k`` updates the teacher is the mean of ``k + 1`` models. ``torch.optim.swa_utils.AveragedModel`` and
-    ``power(exponent=1.0, end=1.0)`` leave out the first of them.
+    ``torch.optim.swa_utils.AveragedModel`` and ``power(exponent=1.0, end=1.0)`` leave out the pre-trained model.
 
     Example:
         >>> from calrobust import schedules
@@ -139,9 +134,9 @@ class beta(_Schedule):
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
-    where :math:`T` is ``updates``, from 1 to ten million, model :math:`t = 0` the one the teacher started from, and
-    model :math:`t = n + 1` the student at update ``n``. After :math:`T` updates the decay is 1. Both shapes are > 0.
-    With ``a`` < 1 the mean favours the pre-trained model, with ``b`` < 1 the last students, and ``a = b = 1`` is
+    where :math:`T` is ``updates``, from 1 to ten million, model :math:`t = 0` the pre-trained one, and model
+    :math:`t = n + 1` the student at update ``n``. After :math:`T` updates the decay is 1. Both shapes are > 0. With
+    ``a`` < 1 the mean favours the pre-trained model, with ``b`` < 1 the last students, and ``a = b = 1`` is
     :class:`uniform`. Do not compile the update: ``torch.compile`` would compile each decay.
 
     Example:
@@ -159,9 +154,9 @@ class beta(_Schedule):
 
     def __post_init__(self) -> None:
         check_positive(a=self.a, b=self.b)
-        check_integer(1, 10**7, updates=self.updates)  # each has its weight computed here
+        check_integer(1, 10**7, updates=self.updates)
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
-        # In logarithms: with large shapes the weights at either end underflow, but their ratios do not.
+        # In logarithms, because weights underflow with large shapes, but not their ratios.
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)
         object.__setattr__(self, "_decays", tuple((log_sums[:-1] - log_sums[1:]).exp().tolist()))
 
@@ -173,9 +168,8 @@ class beta(_Schedule):
 class every(_Schedule):
     """A schedule by training step: the teacher moves at steps 0, k, 2k, ... and stays as it is in between.
 
-    Here k is ``steps`` ≥ 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is asked for step n. The
-    teacher has ``update_every=1``. With ``update_every=k`` instead, it first moves after k steps, and its schedule
-    counts the moves.
+    Here k is ``steps`` ≥ 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is called with the step. The
+    teacher has ``update_every=1``. With ``update_every=k`` it would first move after k steps.
 
     Example:
         >>> from calrobust import schedules

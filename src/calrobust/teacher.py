@@ -21,36 +21,33 @@ class EMATeacher(nn.Module):
 
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, from the very first update on.
-    Every other persistent buffer is the student's, and so is a value that is not finite on either side (looked for in
-    parameters only when the teacher is made). A student in bfloat16 or float16 is averaged in float32 masters, because
-    its own precision would round small moves away.
+    Parameters and the running statistics of torch's normalisation layers are averaged, from the first update on. Every
+    other persistent buffer is the student's, and so is a value that is not finite on either side (looked for in
+    parameters only when the teacher is made). A student in bfloat16 or float16 is averaged in float32.
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
-    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. Hooks run in the
-    copy with copies of their objects and arguments. To compile the copy, call ``teacher.module.compile()``.
-    :doc:`/guides/many_gpus` is about DDP and FSDP2.
+    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. To compile the
+    copy, call ``teacher.module.compile()``. For DDP and FSDP2 see :doc:`/guides/many_gpus`.
 
     Args:
         student: the model to copy, or a ``DistributedDataParallel`` or compiled module around it.
-        decay: :math:`\alpha` in ``[0, 1]``, or a callable that gives it for ``n = 0, 1, ...``, the index of the update
-            that acts; see :mod:`calrobust.schedules`.
-        update_every: call :meth:`update` once a training step; every ``update_every``-th call moves the copy.
+        decay: :math:`\alpha` in ``[0, 1]``, or a function of ``n = 0, 1, ...``, the index of the update that acts, as
+            in :mod:`calrobust.schedules`.
+        update_every: how many calls of :meth:`update` there are for each that moves the copy.
         device: where to keep the copy; ``None`` means beside the student.
         copy: a second model, such as ``build_model()``, to become the copy where ``deepcopy`` cannot make one.
-        share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now, such
-            as those under LoRA adapters. They must stay frozen, move with the student alone, and are not in the
-            ``state_dict``. FSDP2 needs False.
+        share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now. They
+            must stay frozen, move with the student alone, and are not in the ``state_dict``. FSDP2 needs False.
 
     Attributes:
         module: the copy.
-        masters: for a low-precision student, the float32 twin of the copy, which is averaged; else ``None``.
+        masters: for a low-precision student, a float32 copy, which is averaged; else ``None``.
         step, updates: how many times :meth:`update` was called, and how many times it acted.
 
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
-        ValueError: a number is out of range, a parameter has no values (empty, lazy, or on the meta device), a function
-            would let the copy share data with the student, or ``copy`` or ``device`` does not fit.
+        ValueError: a number is out of range, a parameter has no values, a function would let the copy share data with
+            the student, or ``copy`` or ``device`` does not fit.
 
     Example:
         >>> import torch
@@ -118,9 +115,8 @@ class EMATeacher(nn.Module):
         What DDP, ``torch.compile`` and activation checkpointing add to the student's names is ignored.
 
         Raises:
-            ValueError: names or shapes are not those of the copy, a tensor has no values, only one of the models is
-                sharded, a shared parameter is not frozen or not the student's any more, or the decay is outside
-                ``[0, 1]``. Nothing has changed then.
+            ValueError: the student's tensors do not fit the copy, a shared parameter is not frozen any more, or the
+                decay is outside ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
         if self._swapped:
@@ -153,8 +149,7 @@ class EMATeacher(nn.Module):
         """Lends the averaged weights to the student in a ``with`` block, and gives its own back at the end.
 
         Values change in place, so wrappers and optimisers stay valid, and come back bit for bit, also after an
-        exception. Modes stay as they are. The block takes memory for a copy of the student's weights. The errors are
-        those of :meth:`update`; a block within a block raises ``RuntimeError``.
+        exception. The block takes memory for a copy of the student's weights. It raises the errors of :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -174,18 +169,18 @@ class EMATeacher(nn.Module):
         return super().train(False)
 
     def extra_repr(self) -> str:
-        """The decay and how often it acts."""
+        """The options."""
         shares = ", share_frozen=True" if self._shared else ""
         return f"decay={self.decay!r}, update_every={self.update_every}{shares}"
 
-    # The copy and its masters are submodules for `state_dict`. The next two methods hide them from other walks.
+    # The next two methods hide the copy and its masters from everything but `state_dict`.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Submodules that were added to the teacher, without the copy."""
+        """Those that were added to the teacher."""
         return ((name, child) for name, child in super().named_children() if name not in ("module", "masters"))
 
     def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The teacher and what was added to it, without the copy."""
+        """The teacher and those that were added to it."""
         memo = set() if memo is None else memo
         hidden = {self.module, self.masters} - memo
         memo |= hidden
@@ -196,13 +191,13 @@ class EMATeacher(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it untyped
         shared = self._shared_by_id()
 
-        def move(own: Tensor) -> Tensor:  # the student moves what it shares
+        def move(own: Tensor) -> Tensor:
             return own if id(own) in shared else fn(own)
 
         self.module._apply(move, recurse)
         if self.masters is None:
             self.register_module("masters", _float32_masters(self.module, shared))
-        else:  # they move, but keep their dtypes
+        else:  # their dtypes stay
             self.masters._apply(lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device))
         return self
 
@@ -223,7 +218,7 @@ class EMATeacher(nn.Module):
     def _shared_by_id(self) -> dict[int, nn.Parameter]:
         return {id(parameter): parameter for parameter in self._shared.values()}
 
-    def _shared_by_key(self) -> dict[str, nn.Parameter]:  # of the state dict, if they were in it
+    def _shared_by_key(self) -> dict[str, nn.Parameter]:
         shared, owners = self._shared_by_id(), super().named_modules(remove_duplicate=False)
         named = ((f"{path}.{name}", one) for path, owner in owners for name, one in owner._parameters.items())
         return {key: shared[id(parameter)] for key, parameter in named if id(parameter) in shared}
@@ -257,14 +252,13 @@ class EMATeacher(nn.Module):
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    """What DDP, ``DataParallel`` or ``torch.compile`` wrap."""
     while isinstance(module, (DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
         module = module.get_submodule("_orig_mod" if "_orig_mod" in module._modules else "module")
     return module
 
 
 def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
-    """Gives every rank the first rank's teacher, if the student is in DDP, which gave it the first rank's student."""
+    """Gives every rank the first rank's teacher, as DDP gave it the first rank's student."""
     for module in student.modules():
         if isinstance(module, DistributedDataParallel):
             for pair in pairs:
@@ -274,7 +268,7 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
 
 
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
-    """Moves the first of each pair towards the second, by ``weight`` if it is averaged, else all the way."""
+    """Moves ours towards theirs, by ``weight`` if they are averaged, else all the way."""
     fused = []
     for name, ours, theirs, averaged in pairs:
         if not averaged or weight == 1:
@@ -286,7 +280,7 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
             finite = ours.isfinite() & theirs.isfinite()
             ours.copy_(torch.where(finite, torch.lerp(ours, theirs, weight), theirs))
         elif ours.device != theirs.device or ours.dtype != theirs.dtype:
-            ours.lerp_(theirs.to(ours), weight)  # one at a time, so that one converted tensor is all it needs
+            ours.lerp_(theirs.to(ours), weight)  # one at a time, to save memory
         else:
             fused.append((ours, theirs))
     if fused:
@@ -295,7 +289,7 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
 
 
 def _float32_masters(module: nn.Module, shared: dict[int, Any]) -> nn.Module | None:
-    """A copy with float32 in place of every lower precision, or ``None`` if the module has none."""
+    """A copy with float32 in place of every lower precision, or ``None`` if there is none."""
     own = {name: one for name, one in tensors(module)[0].items() if id(one) not in shared}
     low = {name for name, one in own.items() if one.is_floating_point() and torch.finfo(one.dtype).bits < 32}
     if not low:

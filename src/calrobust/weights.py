@@ -28,9 +28,9 @@ def interpolate(
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact, bit for bit. ``alpha``
-    may be a function of the name of each floating tensor, without wrappers' words. LiNeS, for one, takes
-    :math:`\alpha + \beta (l - 1) / (L - 1)` at layer l of L. Models, result and errors are as for :func:`average` of
-    ``[zero_shot, fine_tuned]``. Give both heads the same scale first: a shorter one acts as a hidden temperature.
+    may be a function of the name of each floating tensor: LiNeS takes :math:`\alpha + \beta (l - 1) / (L - 1)` at layer
+    l of L. Models, result and errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the
+    same scale first, because it acts as a temperature.
 
     Example:
         >>> import torch
@@ -69,8 +69,8 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
     .. math:: \theta = \frac{\sum_{k=1}^{K} w_k\, \theta_k}{\sum_{k=1}^{K} w_k}
 
     with one of the ``weights``, numbers ≥ 0, for each model; one of weight 0 takes no part. Models are K ≥ 1 state
-    dicts or modules of the same names and shapes, in an iterable. The result is a new state dict with the names, dtypes
-    and devices of the first.
+    dicts or modules of the same names and shapes. The result is a new state dict with the names, dtypes and devices of
+    the first.
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
@@ -102,7 +102,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
             rule = f"numbers >= 0, one for each of the {len(listed)} models, and not all 0"
             raise ValueError(f"weights must be {rule}, got {shares}")
         listed = {name: model for (name, model), share in zip(listed.items(), shares, strict=True) if share}
-        shares = [share / max(shares) for share in shares if share]  # so that their sum does not overflow
+        shares = [share / max(shares) for share in shares if share]  # no overflow in their sum
     return _combine(listed, lambda _, tensors: reduce(torch.add, map(torch.mul, tensors, shares)) / sum(shares))
 
 
@@ -152,13 +152,13 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 def _combine(
     models: Mapping[str, Weights], combination: Combination, *, fallback: Callable[[str], int] = lambda name: -1
 ) -> StateDict:
-    """Applies ``combination`` to each name's tensors; what is not averaged is that of the model ``fallback(name)``."""
+    """Applies ``combination`` to the tensors of a name; ``fallback`` is the model whose other entries are taken."""
     given = {model: _checked(model, weights) for model, weights in models.items()}
     states = {m: {name: state[key] for name, key in unwrapped(state, m).items()} for m, state in given.items()}
     first, *others = states
     for model in others:
         check_same_state(**{first: states[first], model: states[model]})
-    # The vectors of spectral_norm, whose mean would not have norm 1, and buffers.
+    # Buffers, and the vectors of spectral_norm, whose mean would not have norm 1.
     copied = {name for name in states[first] if _SPECTRAL.search(name)}
     copied |= {f"{name[:-5]}{end}" for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):
@@ -166,7 +166,7 @@ def _combine(
     combined: dict[str, Any] = {}
     for key, name in zip(given[first], states[first], strict=True):
         entries = [state[name] for state in states.values()]
-        if not isinstance(entries[0], Tensor):  # what a module's get_extra_state gave
+        if not isinstance(entries[0], Tensor):  # extra state
             combined[key] = copy.deepcopy(entries[-1])
             continue
         device, dtype = entries[0].device, entries[0].dtype
@@ -187,14 +187,13 @@ def _combine(
 
 
 def _checked(name: str, model: Weights) -> Mapping[str, Any]:
-    """The state dict of a model, each entry of which is a plain tensor."""
     if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
     state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")
-        if key.endswith("_extra_state"):  # a whole checkpoint has numbers and dicts elsewhere
+        if key.endswith("_extra_state"):
             continue
         entry = f"{name}[{key!r}]"
         check_tensor(**{entry: value})

@@ -1,4 +1,4 @@
-"""A teacher on many ranks: saved whole, loaded onto the shards of each rank if there are any, alike at the start."""
+"""A teacher on many ranks."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
 
 
 def share_first_rank(teacher: EMATeacher) -> None:
-    """Gives every rank the new teacher of the first, because trainers give every rank the student of the first."""
+    """Gives every rank the new teacher of the first, as trainers do with the student."""
     if teacher.step == 0 and dist.is_available() and dist.is_initialized():
         whole = whole_state(teacher).items()
         states = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole}]

@@ -20,16 +20,15 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Callback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
-    The teacher is updated after each batch in which an optimiser made a step, and not after batches that accumulate
-    gradients. It gets the device and the precision that the trainer gives the student. Checkpoints hold it among the
-    states of the callbacks, with whole tensors if it is sharded. If the module holds the teacher, as in
-    ``self.teacher = teacher``, the module saves it and the callback does not.
+    The teacher is updated after each batch in which an optimiser made a step. It gets the device and the precision that
+    the trainer gives the student. Checkpoints hold it with whole tensors. If the module holds the teacher, as in
+    ``self.teacher = teacher``, the module saves it. See :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
         student: what it follows: the ``LightningModule``, or the part of it that the teacher copied.
-        evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
-            Checkpoints hold the student's own weights in any case, and the teacher beside them.
+        evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student, which
+            checkpoints do not hold in its place.
         name: tells several callbacks of one trainer apart in its checkpoints.
 
     Raises:
@@ -65,11 +64,11 @@ class EMATeacherCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Where checkpoints hold the teacher; differs by ``name``."""
+        """Where checkpoints hold the teacher."""
         return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the teacher the trainer's precision, before a checkpoint is restored."""
+        """Gives the teacher the trainer's precision."""
         self._saved_by_module = self._restored = any(module is self.teacher for module in pl_module.modules())
         trainer.precision_plugin.convert_module(self.teacher)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -84,7 +83,7 @@ class EMATeacherCallback(Callback):
         self.teacher.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts steps from where training resumes, with one teacher on all ranks."""
+        """Gives every rank one teacher."""
         self._check_restored(trainer)
         share_first_rank(self.teacher)
         self._optimizer_steps = trainer.global_step
@@ -96,13 +95,13 @@ class EMATeacherCallback(Callback):
             self.teacher.update(self.student)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the averaged weights into the student, if asked."""
+        """Puts the averaged weights into the student."""
         if self.evaluate_teacher:
             self._check_restored(trainer)
             self._swap.enter_context(self.teacher.swapped_into(self.student))
 
     def on_validation_end(self, *_: Any, **__: Any) -> None:
-        """Gives the student its own weights back, before Lightning writes a checkpoint."""
+        """Gives the student its own weights back."""
         self._swap.close()
 
     on_test_start = on_predict_start = on_validation_start

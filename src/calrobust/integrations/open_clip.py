@@ -21,12 +21,9 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called as open_clip calls its ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    To use it in the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. Give its
-    losses ``gather=True``, because open_clip contrasts the pairs of all ranks. For distillation from a fixed model,
-    train with ``--distill-model`` and ``--distill-pretrained``; ``examples/open_clip_trainer.py`` has an
-    :class:`~calrobust.EMATeacher` instead. Without ``output_dict`` the loss is a scalar, where open_clip's distillation
-    gives a tuple. Terms include the criterion's weights. Our distillation is the sum of two directions, open_clip's
-    their mean.
+    To use it in the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. Terms
+    include the criterion's weights. :doc:`/guides/open_clip` is about teachers and many ranks, and :doc:`/migrating`
+    about differences from open_clip's losses.
 
     Args:
         criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
@@ -66,14 +63,14 @@ class OpenClipLoss(nn.Module):
         Args:
             *outputs: what the student returned, and then what the teacher returned: image and text features ``[N, D]``
                 of unit norm, the exponentiated logit scale, and the logit bias of a model that has one.
-            output_dict: the trainer asks for the terms, logs each and adds them up.
+            output_dict: whether to return the terms.
             **named: the same by name, with ``dist_image_features`` and so on for the teacher, and the ``logits`` and
-                ``labels`` of a CoCa's captions. Other outputs of a model are ignored.
+                ``labels`` of a CoCa's captions. Other names are ignored.
 
         Raises:
             TypeError: the criterion distils and there is no teacher, or the reverse; or captions have no weight.
         """
-        alone = "gather=True" not in repr(self.criterion)  # repr shows every option that is not at its default
+        alone = "gather=True" not in repr(self.criterion)
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ours = "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks"
             warnings.warn(f"{ours}; pass gather=True to its losses", stacklevel=2)
@@ -91,7 +88,7 @@ class OpenClipLoss(nn.Module):
                     "caption_weight must be given for a model that returns logits of captions, as CoCa does; pass "
                     "OpenClipLoss(criterion, caption_weight=2.0), or 0.0 to leave captions untrained"
                 )
-            caption = cross_entropy(named["logits"].movedim(-1, 1), named["labels"], ignore_index=0)  # 0 pads captions
+            caption = cross_entropy(named["logits"].movedim(-1, 1), named["labels"], ignore_index=0)
             terms = {**terms, "caption": self.caption_weight * caption}
         if output_dict:
             return {f"{name}_loss": term for name, term in terms.items()}

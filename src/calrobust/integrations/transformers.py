@@ -21,15 +21,11 @@ __all__ = ["EMATeacherCallback", "clip_features"]
 class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
-    The teacher moves to the trainer's device. It is updated after each step of the optimiser, and not after batches
-    that accumulate gradients. Each ``checkpoint-<step>`` gets a file ``teacher.pt`` with the whole teacher, also if
-    FSDP2 shards it. A trainer that resumes loads it from its ``output_dir``, and with ``load_best_model_at_end`` the
-    teacher of the best checkpoint is loaded as well as the best student. ``student`` is the trainer's model, or the
-    part of it that the teacher copied.
-
-    A ``Trainer`` saves and evaluates the student's own weights. ``examples/transformers_trainer.py`` shows how to
-    evaluate the averaged weights, and how to give the teacher the student's mixed precision. Save the averaged weights
-    with ``teacher.module.save_pretrained(folder)``.
+    The teacher moves to the trainer's device and is updated after each step of the optimiser. Each
+    ``checkpoint-<step>`` gets a file ``teacher.pt`` with whole tensors, which is loaded when training resumes, or with
+    ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that the teacher copied. A
+    ``Trainer`` saves and evaluates the student's own weights; :doc:`/guides/transformers` shows how to use the
+    averaged ones.
 
     Raises:
         TypeError: ``teacher`` or ``student`` is of another type.
@@ -53,7 +49,7 @@ class EMATeacherCallback(TrainerCallback):
         self.student = student
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Moves the teacher to the trainer's device, the same on all ranks, and loads it if training resumes."""
+        """Gives every rank one teacher, on its device, and loads it if training resumes."""
         self.teacher.to(args.device)
         share_first_rank(self.teacher)
         if state.global_step > 0:
@@ -64,13 +60,13 @@ class EMATeacherCallback(TrainerCallback):
         self.teacher.update(self.student)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Adds the teacher to the checkpoint that was just written."""
-        whole = whole_state(self.teacher)  # on every rank, because each holds a part of it
+        """Adds the teacher to the checkpoint."""
+        whole = whole_state(self.teacher)  # on every rank
         if args.should_save:
             torch.save(whole, _checkpoint(args, state) / "teacher.pt")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Loads the teacher of the best checkpoint, whose student the trainer has loaded."""
+        """Loads the teacher of the best checkpoint, if the trainer loads its student."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint), "use this callback from the first step on")
 
@@ -89,9 +85,9 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
     They are ``image_features`` and ``text_features``, each ``[N, D]`` and of unit norm, the exponentiated
-    ``logit_scale`` as a scalar, and the ``logit_bias`` of a model that has one, such as SigLIP. The models hold the
-    logarithm of the scale as a parameter and do not return it, so pass the ``model`` that gave the ``output``, or a
-    ``DistributedDataParallel`` or EMA teacher that holds it. What lacks these raises ``TypeError``.
+    ``logit_scale`` as a scalar, and the ``logit_bias`` of a model that has one. The scale is a parameter of the
+    ``model`` that gave the ``output``, which may be in a ``DistributedDataParallel`` or EMA teacher. What lacks these
+    raises ``TypeError``.
 
     Example:
         >>> import torch

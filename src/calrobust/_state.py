@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from calrobust._checks import check_instance
 
-# What DDP, torch.compile, activation checkpointing and FSDP1 add to the path of a tensor.
+# What DDP, torch.compile, activation checkpointing and FSDP1 add to names.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -33,12 +33,12 @@ def unwrapped(names: Collection[str], owner: str) -> dict[str, str]:
 def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     """Parameters and persistent buffers by unwrapped name, and the names of those that are averaged.
 
-    Read the tensors anew at every use, because ``.to()``, ``load_state_dict`` and FSDP may replace them.
+    Read them anew at every use, because ``.to()`` and FSDP may replace them.
     """
     found: dict[str, tuple[Tensor, bool]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         if method := getattr(type(owner), "reshard", None):
-            method(owner)  # FSDP2's root keeps gathered parameters after a forward pass without a backward one
+            method(owner)  # FSDP2's root may have kept gathered parameters
         statistics = ("running_mean", "running_var") if isinstance(owner, _NormBase) else ()
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
@@ -50,8 +50,6 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 
 
 class Pair(NamedTuple):
-    """A tensor of the teacher, the student's of the same name, and whether they are averaged."""
-
     name: str
     ours: Tensor
     theirs: Tensor
@@ -84,7 +82,6 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
 
 
 def check_same_state(**states: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless two mappings from names to tensors have the same names and shapes."""
     shapes = [{name: list(getattr(value, "shape", ())) for name, value in state.items()} for state in states.values()]
     (first, second), (ours, theirs) = states, shapes
     wrong = {
@@ -104,7 +101,6 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
 
 
 def check_values(**states: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for a tensor that has no values."""
     for model, state in states.items():
         for name, tensor in state.items():
             if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -130,7 +126,7 @@ def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 _FIX = "pass a second model: EMATeacher(student, copy=build_model())"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no function in these runs in a teacher
+_TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # these run nothing in a teacher
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
@@ -161,7 +157,6 @@ def filled(copy: nn.Module, student: nn.Module, shared: dict[int, Any]) -> nn.Mo
 
 
 def _obstacle(student: nn.Module) -> str:
-    """The first attribute that cannot be copied, by its path."""
     for path, owner in student.named_modules():
         for name, value in {**vars(owner), **owner._parameters, **owner._buffers}.items():
             try:
@@ -211,6 +206,6 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
 
 
 def _may_be_written_to(value: object) -> bool:
-    """Whether a hook may keep something in it. Torch's own objects are taken for settings."""
+    """Whether a hook may keep something in it. Torch's own objects are settings."""
     home = type(value).__module__.split(".")[0]
     return isinstance(value, _WRITABLE) or not (isinstance(value, type) or home in ("builtins", "functools", "torch"))

@@ -1,4 +1,4 @@
-"""A batch that is divided among the ranks of a process group: collectives over its rows, with gradient."""
+"""A batch that is divided among ranks: collectives over its rows, with gradient."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -9,15 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING or dist.is_available():
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
 else:
     ProcessGroup = Any
 
-__all__ = ["REDUCTIONS", "REFUSED", "ProcessGroup", "Ranks", "Reduction", "agree"]
-
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-REFUSED = -1  # a rank that has found its batch wrong tells this
+REFUSED = -1  # in place of a number of rows
 
 
 class Ranks:
@@ -96,7 +94,7 @@ def agree(
 
 
 class _Gather(torch.autograd.Function):
-    """The backward of `_ScatterSum`, which is its own, so that both have derivatives of any order."""
+    """Its backward is `_ScatterSum`, and the reverse, so both have derivatives of any order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
@@ -140,7 +138,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _pad(rows: Tensor, length: int) -> Tensor:
-    """Adds rows of zeros, because collectives take equally many from every rank."""
+    """Adds rows of zeros."""
     if rows.shape[0] == length:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])

@@ -1,8 +1,8 @@
-"""Schedules for :class:`~calrobust.EMATeacher`: from the index of an update to the decay it uses.
+"""Schedules for :class:`~calrobust.EMATeacher`: from the index of an update to its decay.
 
-Each can be compared and pickled, and raises ``ValueError`` for an argument out of range, ``TypeError`` for one of
-another type. Any function from ``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too. The weight of the pre-trained
-model in the teacher is the product of the decays so far.
+They raise ``ValueError`` for an argument out of range and ``TypeError`` for one of another type. Any function from
+``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too. The weight of the pre-trained model in the teacher is the product
+of the decays so far.
 """
 
 from abc import ABC, abstractmethod
@@ -50,8 +50,9 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    ``updates`` ≥ 1 are training steps divided by the teacher's ``update_every``. The paper goes from 0.05 to 0.9 over
-    the first 20 % of training. A low start forgets the pre-trained model; see :doc:`/guides/choosing`.
+    ``updates`` ≥ 1 count those of the teacher. The paper goes from 0.05 to 0.9 over the first 20 % of training, which
+    forgets the pre-trained model: in the example one update makes the teacher 95 % student, and ten leave 2e-5 of the
+    pre-trained model.
 
     Example:
         >>> from calrobust import schedules
@@ -75,13 +76,13 @@ class linear_warmup(_Schedule):
 
 @dataclass(frozen=True)
 class power(_Schedule):
-    r"""A decay that rises towards 1 by a power law, so that the average spans a fixed share of the past.
+    r"""A decay that rises towards 1 by a power law.
 
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
-    With ``exponent=1`` and ``scale=1`` the teacher is the mean of the students it has seen; a smaller exponent favours
-    recent ones. Both are > 0, and ``start <= end``. This is the warm-up of timm's ``ModelEmaV3``.
+    Here ``exponent`` and ``scale`` are > 0, and ``start <= end``. A smaller exponent favours recent students. This is
+    the warm-up of timm's ``ModelEmaV3``.
 
     Example:
         >>> from calrobust import schedules
@@ -107,11 +108,9 @@ class power(_Schedule):
 
 @dataclass(frozen=True)
 class uniform(_Schedule):
-    r"""The plain mean of the trajectory with the pre-trained model: stochastic weight averaging.
+    r"""The mean of the trajectory with the pre-trained model: stochastic weight averaging.
 
     .. math:: \alpha_n = \frac{n + 1}{n + 2}
-
-    ``torch.optim.swa_utils.AveragedModel`` and ``power(exponent=1.0, end=1.0)`` leave out the pre-trained model.
 
     Example:
         >>> from calrobust import schedules
@@ -156,7 +155,7 @@ class beta(_Schedule):
         check_positive(a=self.a, b=self.b)
         check_integer(1, 10**7, updates=self.updates)
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
-        # In logarithms, because weights underflow with large shapes, but not their ratios.
+        # In logarithms, because weights of large shapes underflow.
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)
         object.__setattr__(self, "_decays", tuple((log_sums[:-1] - log_sums[1:]).exp().tolist()))
 
@@ -166,10 +165,10 @@ class beta(_Schedule):
 
 @dataclass(frozen=True)
 class every(_Schedule):
-    """A schedule by training step: the teacher moves at steps 0, k, 2k, ... and stays as it is in between.
+    """A schedule by training step: the teacher moves at steps 0, k, 2k, ... only.
 
     Here k is ``steps`` ≥ 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is called with the step. The
-    teacher has ``update_every=1``. With ``update_every=k`` it would first move after k steps.
+    teacher needs ``update_every=1``.
 
     Example:
         >>> from calrobust import schedules

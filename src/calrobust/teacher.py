@@ -26,15 +26,15 @@ class EMATeacher(nn.Module):
     parameters only when the teacher is made). A student in bfloat16 or float16 is averaged in float32.
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
-    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. To compile the
-    copy, call ``teacher.module.compile()``. For DDP and FSDP2 see :doc:`/guides/many_gpus`.
+    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. See also
+    :doc:`/guides/many_gpus`.
 
     Args:
         student: the model to copy, or a ``DistributedDataParallel`` or compiled module around it.
         decay: :math:`\alpha` in ``[0, 1]``, or a function of ``n = 0, 1, ...``, the index of the update that acts, as
             in :mod:`calrobust.schedules`.
         update_every: how many calls of :meth:`update` there are for each that moves the copy.
-        device: where to keep the copy; ``None`` means beside the student.
+        device: where to keep the copy; by default beside the student.
         copy: a second model, such as ``build_model()``, to become the copy where ``deepcopy`` cannot make one.
         share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now. They
             must stay frozen, move with the student alone, and are not in the ``state_dict``. FSDP2 needs False.
@@ -60,7 +60,7 @@ class EMATeacher(nn.Module):
         >>> teacher(torch.ones(1, 1))  # 0.75 * 1 + 0.25 * 5
         tensor([[2.]])
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the teacher of its self-distillation.
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`.
     """
 
     module: nn.Module
@@ -148,8 +148,8 @@ class EMATeacher(nn.Module):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block, and gives its own back at the end.
 
-        Values change in place, so wrappers and optimisers stay valid, and come back bit for bit, also after an
-        exception. The block takes memory for a copy of the student's weights. It raises the errors of :meth:`update`.
+        Values change in place and come back bit for bit, also after an exception. The block takes memory for a copy of
+        the student's weights. It raises the errors of :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -216,7 +216,7 @@ class EMATeacher(nn.Module):
         super().__setattr__(name, value)
 
     def _shared_by_id(self) -> dict[int, nn.Parameter]:
-        return {id(parameter): parameter for parameter in self._shared.values()}
+        return {id(one): one for one in self._shared.values()}
 
     def _shared_by_key(self) -> dict[str, nn.Parameter]:
         shared, owners = self._shared_by_id(), super().named_modules(remove_duplicate=False)
@@ -258,7 +258,7 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
-    """Gives every rank the first rank's teacher, as DDP gave it the first rank's student."""
+    """Does with the teacher what DDP did with its student."""
     for module in student.modules():
         if isinstance(module, DistributedDataParallel):
             for pair in pairs:

@@ -15,8 +15,7 @@ from calrobust._state import check_same_state, tensors, unwrapped
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
 Combination = Callable[[str, list[Tensor]], Tensor]
-_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_INTEGERS |= {torch.uint16, torch.uint32, torch.uint64}
+_INTEGER = re.compile(r"torch\.(bool|u?int(8|16|32|64))")
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
 
@@ -28,18 +27,16 @@ def interpolate(
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact, bit for bit. ``alpha``
-    may be a function of the name of each floating tensor: LiNeS takes :math:`\alpha + \beta (l - 1) / (L - 1)` at layer
-    l of L. Models, result and errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the
-    same scale first, because it acts as a temperature.
+    may be a function of the name of each floating tensor, as in LiNeS (:doc:`/guides/recipes`). Models, result and
+    errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first, because it
+    acts as a temperature.
 
     Example:
         >>> import torch
         >>> from calrobust import interpolate
-        >>> zero_shot, fine_tuned = ({f"{l}.w": torch.tensor([w]) for l in (1, 2, 3)} for w in (0.0, 4.0))
+        >>> zero_shot, fine_tuned = {"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}
         >>> interpolate(zero_shot, fine_tuned, alpha=0.25)
-        {'1.w': tensor([1.]), '2.w': tensor([1.]), '3.w': tensor([1.])}
-        >>> interpolate(zero_shot, fine_tuned, lambda name: 0.5 + 0.5 * (int(name[0]) - 1) / 2)  # 1/2, 3/4 and 1
-        {'1.w': tensor([2.]), '2.w': tensor([3.]), '3.w': tensor([4.])}
+        {'w': tensor([1.])}
 
     Reference: Wortsman et al., 2022, :arxiv:`2109.01903`, equation 1; Wang et al., 2024, :arxiv:`2410.17146` (LiNeS).
     """
@@ -74,8 +71,8 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
-    knows its buffers, every floating entry is averaged but the vectors of ``spectral_norm``. Prefixes that wrappers
-    such as DDP add to names are ignored.
+    knows its buffers, every floating entry is averaged but the vectors of ``spectral_norm``. What wrappers such as DDP
+    add to names is ignored.
 
     Raises:
         ValueError: there is no model, names or shapes differ, or ``weights`` break their rule.
@@ -84,8 +81,6 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
     Example:
         >>> import torch
         >>> from calrobust import average
-        >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, {"w": torch.tensor([6.0])}])
-        {'w': tensor([3.])}
         >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}], weights=[3, 1])  # 0.75 * 1 + 0.25 * 5
         {'w': tensor([2.])}
 
@@ -107,22 +102,20 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
 
 def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
-    r"""Mean of fine-tuned models, drawn towards the pre-trained one as far as they disagree (Model Stock).
+    r"""The mean of models, drawn towards the pre-trained one as far as they disagree (Model Stock).
 
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
     for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine,
-    at least 0, between any two of their differences from the pre-trained :math:`\theta_0`; it is 0 for a difference of
-    0. Models, result and errors are as for :func:`average` of ``[pretrained, *models]``.
+    at least 0, between any two of their differences from the pre-trained :math:`\theta_0`. Models, result and errors
+    are as for :func:`average` of ``[pretrained, *models]``.
 
     Example:
         >>> import torch
         >>> from calrobust import model_stock
-        >>> right, up = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([2.0, 2.0])}
-        >>> model_stock({"w": torch.zeros(2)}, [right, right])  # they agree: their mean
-        {'w': tensor([2., 0.])}
-        >>> model_stock({"w": torch.zeros(2)}, [right, up])  # cos = 0.7071, t = 0.8284, mean [2, 1]
+        >>> models = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([2.0, 2.0])}
+        >>> model_stock({"w": torch.zeros(2)}, models)  # cos = 0.7071, t = 0.8284, mean [2, 1]
         {'w': tensor([1.6569, 0.8284])}
 
     Reference: Jang et al., 2024, :arxiv:`2403.19522`, equation 7.
@@ -152,7 +145,7 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 def _combine(
     models: Mapping[str, Weights], combination: Combination, *, fallback: Callable[[str], int] = lambda name: -1
 ) -> StateDict:
-    """Applies ``combination`` to the tensors of a name; ``fallback`` is the model whose other entries are taken."""
+    """``fallback`` tells of which model an entry is taken that cannot be combined."""
     given = {model: _checked(model, weights) for model, weights in models.items()}
     states = {m: {name: state[key] for name, key in unwrapped(state, m).items()} for m, state in given.items()}
     first, *others = states
@@ -199,7 +192,7 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
         check_tensor(**{entry: value})
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or hasattr(value, "full_tensor")
         floating = value.is_complex() or (value.is_floating_point() and value.dtype.itemsize > 1)
-        if not plain or not (floating or value.dtype in _INTEGERS):
+        if not plain or not (floating or _INTEGER.fullmatch(str(value.dtype))):
             _refuse_quantised(entry, f"{type(value).__name__} of {value.dtype}")
     return state
 

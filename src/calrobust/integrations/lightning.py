@@ -7,7 +7,7 @@ from torch import nn
 
 from calrobust import EMATeacher
 from calrobust._checks import check_instance
-from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
+from calrobust.integrations import load_whole_state, share_first_rank, whole_state
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,15 +20,15 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Callback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
-    The teacher is updated after each batch in which an optimiser made a step. It gets the device and the precision that
-    the trainer gives the student. Checkpoints hold it with whole tensors. If the module holds the teacher, as in
-    ``self.teacher = teacher``, the module saves it. See :doc:`/guides/lightning`.
+    The teacher is updated after each batch in which an optimiser made a step. It gets the trainer's device and
+    precision. If the module holds the teacher, as in ``self.teacher = teacher``, the module saves it. See also
+    :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
-        student: what it follows: the ``LightningModule``, or the part of it that the teacher copied.
-        evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student, which
-            checkpoints do not hold in its place.
+        student: the ``LightningModule``, or the part of it that the teacher copied.
+        evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
+            Checkpoints hold its own in any case.
         name: tells several callbacks of one trainer apart in its checkpoints.
 
     Raises:
@@ -43,10 +43,9 @@ class EMATeacherCallback(Callback):
         >>> from calrobust.integrations.lightning import EMATeacherCallback
         >>> teacher = EMATeacher(student := torch.nn.Linear(1, 1))
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
-        >>> for steps_so_far in (0, 1, 1, 2):  # what the trainer tells after each batch, two of which make a step
-        ...     callback.on_train_batch_end(SimpleNamespace(global_step=steps_so_far))
+        >>> callback.on_train_batch_end(SimpleNamespace(global_step=1))  # which the trainer calls after a batch
         >>> teacher.step
-        2
+        1
     """
 
     def __init__(

@@ -22,12 +22,11 @@ class OpenClipLoss(nn.Module):
     """A loss on pairs that is called as open_clip calls its ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
     To use it in the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. Terms
-    include the criterion's weights. :doc:`/guides/open_clip` is about teachers and many ranks, and :doc:`/migrating`
-    about differences from open_clip's losses.
+    include the criterion's weights. See also :doc:`/guides/open_clip`.
 
     Args:
         criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
-        caption_weight: weight of the caption loss of a CoCa model, which needs one; open_clip's default is 2.
+        caption_weight: weight of the caption loss of a CoCa model, which needs one.
 
     Raises:
         TypeError: ``criterion`` is not a loss on pairs, or ``caption_weight`` not a number.
@@ -61,14 +60,14 @@ class OpenClipLoss(nn.Module):
         """A scalar, or with ``output_dict`` its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
-            *outputs: what the student returned, and then what the teacher returned: image and text features ``[N, D]``
-                of unit norm, the exponentiated logit scale, and the logit bias of a model that has one.
+            *outputs: what the student returned, and then the teacher: image and text features ``[N, D]`` of unit norm,
+                the exponentiated logit scale, and the logit bias of a model that has one.
             output_dict: whether to return the terms.
             **named: the same by name, with ``dist_image_features`` and so on for the teacher, and the ``logits`` and
-                ``labels`` of a CoCa's captions. Other names are ignored.
+                ``labels`` of captions. Other names are ignored.
 
         Raises:
-            TypeError: the criterion distils and there is no teacher, or the reverse; or captions have no weight.
+            TypeError: a teacher or the weight of captions is missing, or there is a teacher too many.
         """
         alone = "gather=True" not in repr(self.criterion)
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -1,4 +1,4 @@
-"""Hugging Face Transformers: an EMA teacher beside its ``Trainer``, and the features of its CLIP models."""
+"""Transformers: an EMA teacher beside its ``Trainer``, and the features of its CLIP models."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calrobust import EMATeacher
 from calrobust._checks import check_instance
-from calrobust.integrations._shards import load_whole_state, share_first_rank, whole_state
+from calrobust.integrations import load_whole_state, share_first_rank, whole_state
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -22,14 +22,13 @@ class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
 
     The teacher moves to the trainer's device and is updated after each step of the optimiser. Each
-    ``checkpoint-<step>`` gets a file ``teacher.pt`` with whole tensors, which is loaded when training resumes, or with
-    ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that the teacher copied. A
-    ``Trainer`` saves and evaluates the student's own weights; :doc:`/guides/transformers` shows how to use the
-    averaged ones.
+    ``checkpoint-<step>`` gets a file ``teacher.pt``, which is loaded when training resumes, or with
+    ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that the teacher copied. See also
+    :doc:`/guides/transformers`.
 
     Raises:
         TypeError: ``teacher`` or ``student`` is of another type.
-        FileNotFoundError: in training: a checkpoint that is resumed, or the best one, holds no teacher.
+        FileNotFoundError: in training, if the checkpoint to load holds no teacher.
 
     Example:
         >>> import torch
@@ -37,7 +36,7 @@ class EMATeacherCallback(TrainerCallback):
         >>> from calrobust.integrations.transformers import EMATeacherCallback
         >>> teacher = EMATeacher(student := torch.nn.Linear(1, 1))
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
-        >>> callback.on_step_end(None, None, None)  # which the trainer calls after each step of the optimiser
+        >>> callback.on_step_end()  # which the trainer calls after each step of the optimiser
         >>> teacher.step
         1
     """
@@ -84,20 +83,18 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
-    They are ``image_features`` and ``text_features``, each ``[N, D]`` and of unit norm, the exponentiated
-    ``logit_scale`` as a scalar, and the ``logit_bias`` of a model that has one. The scale is a parameter of the
-    ``model`` that gave the ``output``, which may be in a ``DistributedDataParallel`` or EMA teacher. What lacks these
-    raises ``TypeError``.
+    They are image and text features ``[N, D]`` of unit norm, the exponentiated logit scale, and the logit bias of a
+    model that has one. ``model`` gave the ``output``, and may be in a ``DistributedDataParallel`` or EMA teacher. What
+    lacks these raises ``TypeError``.
 
     Example:
         >>> import torch
         >>> from transformers.models.clip.modeling_clip import CLIPOutput
         >>> from calrobust.integrations.transformers import clip_features
         >>> model = torch.nn.ParameterDict({"logit_scale": torch.tensor(0.0)})  # stands in for a CLIPModel
-        >>> output = CLIPOutput(image_embeds=torch.eye(3, 4), text_embeds=torch.eye(3, 4))  # model(**inputs)
-        >>> image_features, text_features, logit_scale = clip_features(output, model)
-        >>> logit_scale.item()  # exp(0)
-        1.0
+        >>> output = CLIPOutput(image_embeds=torch.eye(1), text_embeds=torch.eye(1))  # model(**inputs)
+        >>> [one.item() for one in clip_features(output, model)]  # the scale is exp(0)
+        [1.0, 1.0, 1.0]
     """
     inner: Any = getattr(model, "module", model)
     call = "call the model with input_ids, pixel_values and return_dict=True"

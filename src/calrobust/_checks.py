@@ -169,16 +169,16 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 def _cannot_be_logits(rows: Tensor) -> bool:
     """Whether all rows may be probabilities, and logits would hardly look like that by chance.
 
-    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C. With many classes, a mean of
-    1/C is rare in itself, so that a larger chance is allowed.
+    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C. With many classes a
+    larger chance is allowed.
     """
     n_classes = rows.shape[1]
     low, high = rows[0].aminmax()
-    if low < 0 or high > 1 + 1e-6:  # most logits are recognised by their first row
+    if low < 0 or high > 1 + 1e-6:  # most logits stop here
         return False
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False
-    # Numbers of low precision, also in a wider dtype, sum to exactly 1 more often.
+    # Numbers of low precision sum to exactly 1 more often.
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs().max().clamp(min=torch.finfo(precision).eps / 4)

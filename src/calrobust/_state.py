@@ -17,7 +17,7 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fs
 
 
 def unwrapped(names: Collection[str], owner: str) -> dict[str, str]:
-    """Maps each name, without the words of wrappers, to the name as it is."""
+    """Maps each name without the words of wrappers to the name itself."""
     own = {}
     for name in names:
         parts = name.split(".")
@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
 
 def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
-    """Pairs the tensors by name, each tied one once; leaves out a tensor that both models hold."""
+    """Pairs the tensors by name, without those that both models hold."""
     check_instance(nn.Module, "pass the model itself", student=theirs)
     (teacher, averaged), (student, _) = tensors(ours), tensors(theirs)
     check_values(teacher=teacher, student=student)

@@ -62,7 +62,7 @@ class Ranks:
 def agree(
     here: Sequence[int], group: ProcessGroup | None, facts: dict[str, object], device: torch.device
 ) -> tuple[Ranks, ...]:
-    """The ranks of several batches, of each of which ``here`` has the number of rows on this rank, or `REFUSED`.
+    """Tells all ranks how many rows of each batch are here, or `REFUSED`, and returns the ranks of each batch.
 
     If a rank has refused its batch, or ``facts`` differ, all ranks raise ``ValueError``, so that none waits.
     """

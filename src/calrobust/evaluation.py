@@ -32,14 +32,14 @@ def collect_logits(
 
     Args:
         model: gives logits ``[B, C]``, or ``[B, C, ...]``, which give a row for each label.
-        loader: yields ``(inputs, target)``, or what ``forward`` takes. Labels are integers, in a tensor or NumPy array.
+        loader: yields ``(inputs, target)``, or what ``forward`` takes. Labels are integers.
         forward: ``forward(model, batch) -> (logits, target)``, for other kinds of batches and outputs.
-        device: where to move the tensors of each batch; None leaves them where they are.
-        progress: whether to show a bar on stderr, if tqdm is installed.
+        device: where to move the tensors of each batch to, if given.
+        progress: whether to show a bar, if tqdm is installed.
 
     Raises:
-        TypeError: an argument, a batch, or what ``model`` or ``forward`` returns has the wrong type.
-        ValueError: the loader is empty, logits and labels do not fit, or the labels are one-hot.
+        TypeError: an argument, a batch or an output has the wrong type.
+        ValueError: the loader is empty, or logits and labels do not fit.
 
     Example:
         >>> import torch
@@ -133,7 +133,7 @@ def zero_shot_classifier(
     names: Sequence[str],
     templates: Template | Sequence[Template] = "a photo of a {}.",
 ) -> Tensor:
-    r"""The weights ``[C, D]`` of a linear classifier on image features, made from captions of each class.
+    r"""The weights ``[C, D]`` of a linear classifier, made from captions of each class.
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
@@ -148,7 +148,7 @@ def zero_shot_classifier(
         templates: a text with ``{}`` for the name, a function from name to caption, or a list of these.
 
     Raises:
-        TypeError: ``model`` has no such text tower, or ``names`` or ``templates`` have the wrong type.
+        TypeError: an argument has the wrong type.
         ValueError: there is no name or no template, or a template has no ``{}``.
 
     Example:
@@ -218,7 +218,7 @@ class TemperatureScaler(nn.Module):
     """T, a float64 scalar."""
 
     is_fitted: bool
-    """Whether :meth:`fit` has run, or the state of a fitted scaler was loaded."""
+    """Whether T was fitted, or loaded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class TemperatureScaler(nn.Module):
     def fit(self, logits: Tensor, target: Tensor) -> Self:
         """Sets T to what :func:`~calrobust.functional.fit_temperature` returns or raises, and returns the scaler."""
         fitted = fit_temperature(logits, target)
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be used outside
+        with torch.inference_mode(False):  # else it could not be used outside
             self.temperature = fitted.clone().to(self.temperature.device)
         self.is_fitted = True
         return self
@@ -250,7 +250,7 @@ class TemperatureScaler(nn.Module):
         # .half() and .to(dtype) are for weights.
         check_float64(scaler=fn(torch.empty(0, device=self.temperature.device)))
         temperature = self.temperature
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.temperature.dtype != temperature.dtype:
             self.temperature = temperature.to(self.temperature.device)
         return self

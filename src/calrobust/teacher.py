@@ -21,9 +21,9 @@ class EMATeacher(nn.Module):
 
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, from the first update on. Every
-    other persistent buffer is the student's, and so is a value that is not finite on either side (looked for in
-    parameters only when the teacher is made). A student in bfloat16 or float16 is averaged in float32.
+    Parameters and the running statistics of torch's normalisation layers are averaged, from the first update on, in
+    float32 or better. Every other persistent buffer is the student's, and so is a value that is not finite
+    (:doc:`/guides/weights`).
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
     saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. See also
@@ -35,19 +35,19 @@ class EMATeacher(nn.Module):
             in :mod:`calrobust.schedules`.
         update_every: how many calls of :meth:`update` there are for each that moves the copy.
         device: where to keep the copy; by default beside the student.
-        copy: a second model, such as ``build_model()``, to become the copy where ``deepcopy`` cannot make one.
+        copy: a second model to become the copy, where ``deepcopy`` cannot make one.
         share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now. They
-            must stay frozen, move with the student alone, and are not in the ``state_dict``. FSDP2 needs False.
+            must stay frozen, and are not in the ``state_dict``. FSDP2 needs False.
 
     Attributes:
         module: the copy.
         masters: for a low-precision student, a float32 copy, which is averaged; else ``None``.
-        step, updates: how many times :meth:`update` was called, and how many times it acted.
+        step, updates: how often :meth:`update` was called, and how often it acted.
 
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
-        ValueError: a number is out of range, a parameter has no values, a function would let the copy share data with
-            the student, or ``copy`` or ``device`` does not fit.
+        ValueError: a number is out of range, a parameter has no values, a function would share data with the student,
+            or ``copy`` or ``device`` does not fit.
 
     Example:
         >>> import torch
@@ -112,8 +112,6 @@ class EMATeacher(nn.Module):
     def update(self, student: nn.Module) -> None:
         """Counts a training step and, on every ``update_every``-th, moves the copy towards ``student``.
 
-        What DDP, ``torch.compile`` and activation checkpointing add to the student's names is ignored.
-
         Raises:
             ValueError: the student's tensors do not fit the copy, a shared parameter is not frozen any more, or the
                 decay is outside ``[0, 1]``. Nothing has changed then.
@@ -121,14 +119,14 @@ class EMATeacher(nn.Module):
         """
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
-        compiling = torch.compiler.is_compiling()  # it would take the counters for constants and compile every step
+        compiling = torch.compiler.is_compiling()  # else counters are constants, and every step compiles
         with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True) if compiling else nullcontext():
             acts = (self.step + 1) % self.update_every == 0
             if acts:
                 decay = self.decay(self.updates) if callable(self.decay) else self.decay
                 check_fraction(closed=True, decay=decay)
             unfrozen = [name for name, parameter in self._shared.items() if parameter.requires_grad]
-            if acts or self.step == 0 or unfrozen:  # the first step checks the student even if it does not act
+            if acts or self.step == 0 or unfrozen:
                 pairs = paired(self.module if self.masters is None else self.masters, student)
                 if wrong := unfrozen or [pair.name for pair in pairs if pair.name in self._shared]:
                     raise ValueError(
@@ -165,7 +163,7 @@ class EMATeacher(nn.Module):
             write(own)
 
     def train(self, mode: bool = True) -> EMATeacher:
-        """Stays in eval mode, whatever ``mode`` says."""
+        """Stays in eval mode."""
         return super().train(False)
 
     def extra_repr(self) -> str:
@@ -188,7 +186,7 @@ class EMATeacher(nn.Module):
         memo -= hidden
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it untyped
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         shared = self._shared_by_id()
 
         def move(own: Tensor) -> Tensor:
@@ -224,7 +222,7 @@ class EMATeacher(nn.Module):
         return {key: shared[id(parameter)] for key, parameter in named if id(parameter) in shared}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """The copy, the masters and the counters, without what is shared with the student."""
+        """The state without what is shared with the student."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for key in self._shared_by_key():
             del state[prefix + key]

@@ -26,10 +26,10 @@ def interpolate(
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact, bit for bit. ``alpha``
-    may be a function of the name of each floating tensor, as in LiNeS (:doc:`/guides/recipes`). Models, result and
-    errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first, because it
-    acts as a temperature.
+    for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact. ``alpha`` may be a
+    function of the name of each floating tensor, as in LiNeS (:doc:`/guides/recipes`). Models, result and errors are as
+    for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first, because it acts as a
+    temperature.
 
     Example:
         >>> import torch
@@ -71,12 +71,11 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
-    knows its buffers, every floating entry is averaged but the vectors of ``spectral_norm``. What wrappers such as DDP
-    add to names is ignored.
+    knows its buffers, all floating entries are averaged. See also :doc:`/guides/weights`.
 
     Raises:
         ValueError: there is no model, names or shapes differ, or ``weights`` break their rule.
-        TypeError: ``models`` or ``weights`` cannot be iterated, or a model is no module or state dict, or is quantised.
+        TypeError: an argument or a model has the wrong type, or is quantised.
 
     Example:
         >>> import torch
@@ -84,7 +83,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
         >>> average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}], weights=[3, 1])  # 0.75 * 1 + 0.25 * 5
         {'w': tensor([2.])}
 
-    Reference: Wortsman et al., 2022, :arxiv:`2203.05482`, uniform soup.
+    Reference: Wortsman et al., 2022, :arxiv:`2203.05482`.
     """
     listed = _listed(models, at_least=1)
     shares = [1.0] * len(listed)
@@ -145,7 +144,7 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 def _combine(
     models: Mapping[str, Weights], combination: Combination, *, fallback: Callable[[str], int] = lambda name: -1
 ) -> StateDict:
-    """``fallback`` tells of which model an entry is taken that cannot be combined."""
+    """Combines the entries of each name, or takes that of the model ``fallback(name)``."""
     given = {model: _checked(model, weights) for model, weights in models.items()}
     states = {m: {name: state[key] for name, key in unwrapped(state, m).items()} for m, state in given.items()}
     first, *others = states

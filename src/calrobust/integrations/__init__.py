@@ -1,4 +1,4 @@
-"""Other people's training loops, and a teacher that lives on many ranks."""
+"""Other people's training loops."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from calrobust import EMATeacher
 
 
 def whole_state(teacher: EMATeacher) -> dict[str, Any]:
-    """The state dict with whole tensors in place of FSDP2's shards; every rank has to call it."""
+    """The state dict without FSDP2's shards; every rank has to call it."""
     state = teacher.state_dict()
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 

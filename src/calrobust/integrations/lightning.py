@@ -26,15 +26,14 @@ class EMATeacherCallback(Callback):
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
-        student: the ``LightningModule``, or the part of it that the teacher copied.
+        student: the ``LightningModule``, or the part of it that was copied.
         evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
-            Checkpoints hold its own in any case.
         name: tells several callbacks of one trainer apart in its checkpoints.
 
     Raises:
-        TypeError: ``teacher`` or ``student`` is of another type.
-        ValueError: when the trainer starts: two callbacks would put averaged weights into one student, or the
-            trainer's ``ckpt_path`` holds no teacher.
+        TypeError: an argument has the wrong type.
+        ValueError: when the trainer starts, if two callbacks would put averaged weights into one student, or its
+            checkpoint holds no teacher.
 
     Example:
         >>> from types import SimpleNamespace
@@ -88,7 +87,7 @@ class EMATeacherCallback(Callback):
         self._optimizer_steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Updates the teacher if an optimiser made a step."""
+        """Updates the teacher."""
         if trainer.global_step > self._optimizer_steps:
             self._optimizer_steps = trainer.global_step
             self.teacher.update(self.student)
@@ -107,7 +106,7 @@ class EMATeacherCallback(Callback):
     on_test_end = on_predict_end = on_exception = on_validation_end
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher, unless the module saves it."""
+        """The teacher."""
         return {} if self._saved_by_module else {"teacher": whole_state(self.teacher)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -23,11 +23,11 @@ class EMATeacherCallback(TrainerCallback):
 
     The teacher moves to the trainer's device and is updated after each step of the optimiser. Each
     ``checkpoint-<step>`` gets a file ``teacher.pt``, which is loaded when training resumes, or with
-    ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that the teacher copied. See also
+    ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that was copied. See also
     :doc:`/guides/transformers`.
 
     Raises:
-        TypeError: ``teacher`` or ``student`` is of another type.
+        TypeError: an argument has the wrong type.
         FileNotFoundError: in training, if the checkpoint to load holds no teacher.
 
     Example:
@@ -48,7 +48,7 @@ class EMATeacherCallback(TrainerCallback):
         self.student = student
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Gives every rank one teacher, on its device, and loads it if training resumes."""
+        """Gives every rank one teacher."""
         self.teacher.to(args.device)
         share_first_rank(self.teacher)
         if state.global_step > 0:
@@ -65,7 +65,7 @@ class EMATeacherCallback(TrainerCallback):
             torch.save(whole, _checkpoint(args, state) / "teacher.pt")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Loads the teacher of the best checkpoint, if the trainer loads its student."""
+        """Loads the teacher of the best checkpoint."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(Path(state.best_model_checkpoint), "use this callback from the first step on")
 

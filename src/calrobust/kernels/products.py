@@ -1,11 +1,8 @@
 """The products with the gradient in S that lead to the gradients of the features, in low precision where they came so.
 
-**Logits** of low-precision features are their products as they are, summed in float32, which loses nothing.
-
-**Gradients.** The gradient in S is rounded to float16, a tile at a time, after its *gain*: a power of two that takes it
-to the upper end of float16's range. That is eight times as exact as bfloat16, which would be too coarse. For float32
-features, the Triton form splits each number into two of float16, the second of what the first leaves. Three products of
-these halves are as exact as one of float32, and several times as fast.
+The gradient in S is rounded to float16, a tile at a time, after its *gain*: a power of two that takes it to the upper
+end of float16's range; bfloat16 would be too coarse. For float32 features, the Triton form splits each number into two
+of float16: three products of these halves are as exact as one of float32, and several times as fast.
 """
 
 from __future__ import annotations

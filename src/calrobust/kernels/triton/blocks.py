@@ -46,15 +46,7 @@ INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)
 
 
 @triton.jit
-def logits(
-    matrix: tl.tuple,
-    row: tl.tensor,
-    column: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> tl.tensor:
+def logits(matrix, row, column, n, m, DEPTH: tl.constexpr, EVEN: tl.constexpr):
     """A block of ``scale · x yᵀ``; outside, its last row or column again."""
     x, y, scale, width = matrix
     total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
@@ -77,7 +69,7 @@ def logits(
 
 
 @triton.jit
-def comparison(p: tl.tensor, target: tl.tensor, r: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
+def comparison(p, target, r, TEACHER: tl.constexpr):
     """Target p̃, excess p − p̃ and divergence p̃ (exp(r) − 1 − r), for r = log p − log p̃; without a teacher only p."""
     if not TEACHER:
         return p, p, p
@@ -93,7 +85,7 @@ def comparison(p: tl.tensor, target: tl.tensor, r: tl.tensor, TEACHER: tl.conste
 
 
 @triton.jit
-def store_parts(numbers: tl.tensor, to: tl.tensor, stride: tl.tensor, inside: tl.tensor, PARTS: tl.constexpr) -> None:
+def store_parts(numbers, to, stride, inside, PARTS: tl.constexpr):
     """Each number as the sum of ``PARTS`` numbers of lower precision, as `products` multiplies them."""
     for _ in tl.static_range(PARTS):
         part = numbers.to(to.dtype.element_ty)

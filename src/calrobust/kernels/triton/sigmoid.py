@@ -19,7 +19,7 @@ POLYNOMIAL = tl.constexpr((*_CONSTANT_TO_CUBIC, 0.190713096, -0.135906002, 0.077
 
 
 @triton.jit
-def _sigmoids(z: tl.tensor) -> tl.tuple:
+def _sigmoids(z):
     """``log(1 + exp(−|z|))``, ``σ(z)`` and ``σ(−z)``, each with all its digits."""
     e = tl.exp2(-tl.abs(z) * LOG2E)
     if z.dtype == tl.float64:
@@ -39,27 +39,27 @@ def _sigmoids(z: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def _sums_kernel(
-    student: tl.tuple,
-    teacher: tl.tuple,
-    bias: tl.tensor,
-    t_bias: tl.tensor,
-    row_classes: tl.tensor,
-    column_classes: tl.tensor,
-    weights: tl.tensor,
-    t_weights: tl.tensor,
-    gain: tl.tensor,
-    sums: tl.tensor,  # [likelihood, divergence, gradient; programs of a row; n]
-    tiles: tl.tensor,
-    stride: tl.tensor,  # from part to part of the tiles
-    n: tl.tensor,
-    m: tl.tensor,
+    student,
+    teacher,
+    bias,
+    t_bias,
+    row_classes,
+    column_classes,
+    weights,
+    t_weights,
+    gain,
+    sums,  # [likelihood, divergence, gradient; programs of a row; n]
+    tiles,
+    stride,  # from part to part of the tiles
+    n,
+    m,
     PARTS: tl.constexpr,  # 0 if no gradient is wanted
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # whether it divides all widths
-) -> None:
+):
     """A block of the gradient in Z, in parts of lower precision, and the sums over its rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -33,24 +33,14 @@ LOSS = tl.constexpr(0.99)  # the share of F that may cancel in the divergence of
 
 
 @triton.jit
-def _partners(partner: tl.tensor, row: tl.tensor, n: tl.tensor, m: tl.tensor) -> tl.tuple:
+def _partners(partner, row, n, m):
     """The partners of a block of rows, the first and the last of them, and where the rows end."""
     own = tl.load(partner + row, mask=row < n, other=-1)
     return own, tl.min(tl.where(own < 0, m, own), 0), tl.max(own, 0), tl.max(row, 0) + 1
 
 
 @triton.jit
-def _others(
-    matrix: tl.tuple,
-    partners: tl.tuple,
-    row: tl.tensor,
-    start: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> tl.tensor:
+def _others(matrix, partners, row, start, n, m, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
     """A block of logits without own entries and without what is outside. Most blocks have neither."""
     column = start + tl.arange(0, COLUMNS)
     block = logits(matrix, row, column, n, m, DEPTH, EVEN)
@@ -62,9 +52,7 @@ def _others(
 
 
 @triton.jit
-def _entries(
-    s: tl.tensor, t: tl.tensor, reference: tl.tensor, t_reference: tl.tensor, TEACHER: tl.constexpr
-) -> tl.tuple:
+def _entries(s, t, reference, t_reference, TEACHER: tl.constexpr):
     """The comparisons of logits at references."""
     r = (s - t) - (reference - t_reference) * LN2
     log2e = tl.full(s.shape, LOG2E, s.dtype)
@@ -76,7 +64,7 @@ def _entries(
 
 
 @triton.jit
-def _times(u: tl.tuple, v: tl.tuple, TEACHER: tl.constexpr) -> tl.tuple:
+def _times(u, v, TEACHER: tl.constexpr):
     """The comparison of a product, from those of its factors."""
     target = u[0] * v[0]
     if not TEACHER:
@@ -86,15 +74,13 @@ def _times(u: tl.tuple, v: tl.tuple, TEACHER: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def _factors(shift: tl.tensor, t_shift: tl.tensor, TEACHER: tl.constexpr) -> tl.tuple:
+def _factors(shift, t_shift, TEACHER: tl.constexpr):
     """The comparison of the factors that lower references by the shifts bring."""
     return comparison(tl.exp2(shift), tl.exp2(t_shift), (shift - t_shift) * LN2, TEACHER)
 
 
 @triton.jit
-def _store_sums(
-    to: tl.tensor, sums: tl.tuple, part: tl.tensor, index: tl.tensor, length: tl.tensor, TEACHER: tl.constexpr
-) -> None:
+def _store_sums(to, sums, part, index, length, TEACHER: tl.constexpr):
     """Into ``to [parts, 2, length]``, or with a teacher ``[parts, 5, length]``."""
     COUNT: tl.constexpr = 5 if TEACHER else 2
     to += part.to(tl.int64) * COUNT * length + index
@@ -108,22 +94,22 @@ def _store_sums(
 
 @triton.jit
 def _forward_kernel(
-    student: tl.tuple,
-    teacher: tl.tuple,
-    partner: tl.tensor,
-    row_sums: tl.tensor,
-    column_sums: tl.tensor,
-    pivots: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    span: tl.tensor,  # columns of a program
+    student,
+    teacher,
+    partner,
+    row_sums,
+    column_sums,
+    pivots,
+    n,
+    m,
+    span,  # columns of a program
     WITH_COLUMNS: tl.constexpr,
     TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # whether it divides all widths
-) -> None:
+):
     """The sums of a block of rows over a span of columns, and of these columns over the block."""
     part, block = tl.program_id(0), tl.program_id(1)
     height, width = tl.num_programs(1), tl.cdiv(m, COLUMNS)
@@ -173,14 +159,14 @@ def _forward_kernel(
 
 @triton.jit
 def _columns_kernel(
-    student: tl.tuple,
-    teacher: tl.tuple,
-    partner: tl.tensor,
-    merged: tl.tensor,
-    column_sums: tl.tensor,
-    pivots: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
+    student,
+    teacher,
+    partner,
+    merged,
+    column_sums,
+    pivots,
+    n,
+    m,
     WIDTH: tl.constexpr,  # columns of a pivot
     SPAN: tl.constexpr,  # blocks of rows of a program
     TEACHER: tl.constexpr,
@@ -188,7 +174,7 @@ def _columns_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # whether it divides all widths
-) -> None:
+):
     """The sums of a block of columns over a span of blocks of rows."""
     block, part = tl.program_id(0), tl.program_id(1)
     width, height = tl.cdiv(m, WIDTH), tl.cdiv(n, ROWS)
@@ -240,15 +226,7 @@ def _columns_kernel(
 
 
 @triton.jit
-def _weighted_softmaxes(
-    softmaxes: tl.tuple,
-    s: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    n: tl.tensor,
-    m: tl.tensor,
-    WITH_COLUMNS: tl.constexpr,
-) -> tl.tensor:
+def _weighted_softmaxes(softmaxes, s, row, column, n, m, WITH_COLUMNS: tl.constexpr):
     """A block of the row and column softmaxes of S, times their weights and added up."""
     row_lse, column_lse, row_weights, column_weights = softmaxes
     p = tl.exp2((s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None]) * LOG2E)
@@ -261,16 +239,16 @@ def _weighted_softmaxes(
 
 @triton.jit
 def _backward_kernel(
-    student: tl.tuple,
-    teacher: tl.tuple,
-    partner: tl.tensor,
-    softmaxes: tl.tuple,
-    teacher_softmaxes: tl.tuple,
-    gain: tl.tensor,
-    tiles: tl.tensor,
-    stride: tl.tensor,  # from part to part
-    n: tl.tensor,
-    m: tl.tensor,
+    student,
+    teacher,
+    partner,
+    softmaxes,
+    teacher_softmaxes,
+    gain,
+    tiles,
+    stride,  # from part to part
+    n,
+    m,
     PARTS: tl.constexpr,
     WITH_COLUMNS: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -278,7 +256,7 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,  # whether it divides all widths
-) -> None:
+):
     """A block of the gradient in S, which is 0 at own entries, in parts of lower precision."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS

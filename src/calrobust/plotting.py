@@ -1,7 +1,4 @@
-"""Reliability diagrams, and calibration against accuracy under shift.
-
-pyplot is not used, so a figure made here is never the current one. Save it with ``figure.savefig``.
-"""
+"""Reliability diagrams, and calibration against accuracy under shift, without pyplot."""
 
 from __future__ import annotations
 
@@ -19,26 +16,25 @@ if TYPE_CHECKING:
 
 __all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
 
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe and Ito's, for the colour-blind
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe and Ito's
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
-MARKERS = "osD^v<>"  # one more than there are colours, so that pairs repeat only after 42 methods
+MARKERS = "osD^v<>"  # pairs with colours repeat after 42 methods
 FONT, COLUMN = 7.5, 3.3  # points; inches
 BARS: dict[str, dict[str, Any]] = {
     "accuracy": {"facecolor": BLUE},
     "overconfident by": {"facecolor": "#F6CDB4", "edgecolor": VERMILION, "linewidth": 0.6, "hatch": "//////"},
     "underconfident by": {"facecolor": "#C4DFF0", "edgecolor": BLUE, "linewidth": 0.6, "hatch": "......"},
 }
-FAINTEST = 0.15  # opacity of the bars of a nearly empty bin
+FAINTEST = 0.15  # opacity
 STRIP = 0.2  # height of the histogram, in units of accuracy
 ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}  # legends
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
-    """Accuracy against confidence in each bin, the gap between the two and, below, a histogram of the confidences.
+    """Accuracy against confidence in each bin and, below, a histogram of the confidences.
 
-    The hatched part of a bar lies between accuracy and mean confidence. Bins with fewer samples are fainter. The title
-    gives the ECE and the sample count.
+    The hatched part of a bar lies between accuracy and mean confidence. Bins with fewer samples are fainter.
 
     Args:
         bins: sums of shape ``[n_bins]``, from :func:`~calrobust.functional.bin_confidences` or
@@ -53,9 +49,8 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
         >>> from calrobust.functional import bin_confidences
         >>> from calrobust.plotting import reliability_diagram
         >>> bins = bin_confidences(torch.tensor([0.6, 0.7, 0.9]), torch.tensor([True, False, True]), n_bins=2)
-        >>> ax = reliability_diagram(bins)
-        >>> [round(float(bar.get_height()), 4) for bar in ax.containers[0]]  # 2 of 3 correct, all of them in [0.5, 1]
-        [0.6667]
+        >>> reliability_diagram(bins).get_title(loc="right")  # |2.2 - 2| / 3
+        'ECE 6.7 %, n = 3'
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, figure 1.
     """
@@ -74,9 +69,9 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
-    r"""Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
+    """Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
 
-    The ECE at the right is not the report's mean OOD ECE, but usually lower, because gaps of opposite sign cancel.
+    The ECE at the right is usually lower than the report's OOD ECE, because gaps of opposite sign cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
@@ -93,12 +88,11 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         >>> report = ShiftReport(id_domain="photo")
         >>> for domain in ("photo", "sketch"):
         ...     report.add("FT", domain, 2 * torch.eye(3), torch.tensor([0, 1, 2]))
-        >>> figure = reliability_grid(report)
-        >>> [ax.get_title(loc="right") for ax in figure.axes]  # always right, with a confidence of e**2 / (e**2 + 2)
-        ['ID\nECE 21.3 %, n = 3', 'OOD, pooled\nECE 21.3 %, n = 3']
+        >>> len(reliability_grid(report).axes)  # ID and OOD of one method
+        2
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    report.summary()  # raises for an incomplete report
+    report.summary()  # raises if incomplete
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
     check_instance(Sequence, "pass a list of names", methods=methods)
@@ -126,8 +120,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
 def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     """OOD ECE against OOD accuracy in per cent, one marker for each method; the best place is at the lower right.
 
-    Lines are 95 % intervals; only a single OOD domain has one of the ECE. A dash under a marker is the noise floor. If
-    the two meet, the method shows no miscalibration.
+    Lines are 95 % intervals; only a single OOD domain has one of the ECE. A dash is the noise floor.
 
     Args:
         report: with data of ``id_domain`` and at least one other domain for every method.
@@ -143,9 +136,8 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         >>> report = ShiftReport(id_domain="photo")
         >>> for domain in ("photo", "sketch"):
         ...     report.add("FT", domain, 2 * torch.eye(3), torch.tensor([0, 1, 2]))
-        >>> ax = shift_scatter(report)
-        >>> [round(float(value)) for value in ax.lines[0].get_xydata()[0]]  # accuracy and ECE, as above
-        [100, 21]
+        >>> float(shift_scatter(report).lines[0].get_xdata()[0])  # OOD accuracy
+        100.0
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     rows, ax = report.summary(), _axes(ax, 0.8 * COLUMN)

@@ -22,7 +22,7 @@ from calrobust.functional.scoring import Block, as_rows, can_read_values, probab
 Norm = Literal["l1", "l2", "max"]
 NORMS: tuple[str, ...] = get_args(Norm)
 
-CONFIDENCE_ROUNDING = 1e-6  # how far rounding may carry a confidence out of [0, 1]
+CONFIDENCE_ROUNDING = 1e-6
 
 
 class Bins(NamedTuple):
@@ -53,7 +53,7 @@ def top_label(
 ) -> tuple[Tensor, Tensor]:
     r"""The highest probability of each sample, and whether its class is the label.
 
-    .. math:: \hat p_i = \max_c p_{ic} = \frac{1}{\sum_c e^{z_{ic} - \max_k z_{ik}}}
+    .. math:: \hat p_i = \max_c p_{ic}
 
     Both are of shape ``[N]``, without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal
     scores the first counts. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
@@ -61,7 +61,7 @@ def top_label(
     Example:
         >>> import torch
         >>> from calrobust.functional import top_label
-        >>> top_label(torch.tensor([[0.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0]))  # 1/2, and 1 / (1 + exp(-3))
+        >>> top_label(torch.tensor([[0.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0]))  # 1 / (1 + exp(-3))
         (tensor([0.5000, 0.9526]), tensor([ True, False]))
     """
     return top_labels(probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits))
@@ -85,7 +85,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
     Bins are ``[lo, hi)``, and the last one is closed. The edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64.
 
     Args:
-        confidences: shape ``[N]``, floating, in [0, 1]. One that is NaN or outside makes the value NaN.
+        confidences: shape ``[N]``, floating, in [0, 1], else the value is NaN.
         correct: shape ``[N]``, bool.
         n_bins: number of bins.
 
@@ -101,7 +101,7 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
         tensor([0.2500, 1.5000], dtype=torch.float64)
     """
     confidences = valid_confidences(confidences, correct, n_bins)
-    return _sum_by_bin(bin_index(confidences, n_bins), confidences, correct, n_bins)
+    return Bins(*sum_by_bin(bin_index(confidences, n_bins), n_bins, confidences, correct))
 
 
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
@@ -109,7 +109,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
     confidences, order = valid_confidences(confidences, correct, n_bins).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
     index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
-    return _sum_by_bin(index, confidences, correct[order], n_bins)
+    return Bins(*sum_by_bin(index, n_bins, confidences, correct[order]))
 
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
@@ -129,9 +129,10 @@ def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tens
     return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
 
 
-def _sum_by_bin(index: Tensor, confidences: Tensor, correct: Tensor, n_bins: int) -> Bins:
-    values = torch.stack((torch.ones_like(confidences), confidences, correct.to(confidences.dtype)))
-    return Bins(*values.new_zeros(3, n_bins).index_add(1, index, values))
+def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:
+    """float64 ``[1 + len(values), n_bins]``: counts, and the sums of each value."""
+    stacked = torch.stack((torch.ones_like(index), *values)).double()
+    return stacked.new_zeros(len(stacked), n_bins).index_add(1, index, stacked)
 
 
 def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Tensor:
@@ -164,8 +165,8 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         >>> binned_error(bin_confidences(confidences, correct, n_bins=2))  # (2 * 0.25 + 2 * 0.125) / 4
         tensor(0.1875, dtype=torch.float64)
 
-    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equations 3 and 5; Kumar et al., 2019, :arxiv:`1909.10155`,
-    section 5 (the debiased estimator).
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equations 3 and 5; ``debiased``: Kumar et al., 2019,
+    :arxiv:`1909.10155`, section 5.
     """
     check_norm(norm, debiased=debiased)
     check_bins(bins)
@@ -203,12 +204,12 @@ def calibration_error(
     from_logits: bool = True,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Expected calibration error of the top label (ECE), or its root-mean-square or maximum form.
+    r"""Expected calibration error of the top label (ECE), or another norm of its gaps.
 
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
     The terms are those of :func:`~calrobust.functional.binned_error`. The result is a float64 scalar in [0, 1], NaN
-    without samples or with NaN in ``preds``. :func:`~calrobust.functional.calibration_interval` gives its noise.
+    without samples or with NaN in ``preds``.
 
     Args:
         preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
@@ -216,13 +217,13 @@ def calibration_error(
         n_bins: number of bins of equal width.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``: subtract what noise adds.
-        from_logits: whether ``preds`` are logits or probabilities; never guessed.
+        from_logits: whether ``preds`` are logits.
         ignore_index: samples with this label are left out.
 
     Raises:
         TypeError: ``preds`` is not floating, ``target`` is not int64, or an option is of another type.
         ValueError: shapes or devices do not fit, there is a single class, or an option is out of range. Only on a CPU:
-            labels are out of range, or ``preds`` are probabilities where logits are due or the reverse.
+            labels are out of range, or ``from_logits`` is wrong.
 
     Example:
         >>> import torch
@@ -257,7 +258,7 @@ def adaptive_calibration_error(
         >>> import torch
         >>> from calrobust.functional import adaptive_calibration_error
         >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [1.0, 0.0], [1.0, 0.0]])
-        >>> target = torch.tensor([0, 1, 0, 0])  # bins {0.75, 0.75} and {1, 1}: (2 * 0.25 + 0) / 4
+        >>> target = torch.tensor([0, 1, 0, 0])  # (2 * 0.25 + 0) / 4
         >>> adaptive_calibration_error(probs, target, n_bins=2, from_logits=False)
         tensor(0.1250, dtype=torch.float64)
 
@@ -268,7 +269,7 @@ def adaptive_calibration_error(
 
 
 def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
-    """Sums ``[C, n_bins]`` over every sample's probability of every class, "correct" where the class is the label."""
+    """Sums ``[C, n_bins]`` over the probabilities of each class."""
     sums = torch.empty(0)
     for block in blocks:
         probs, own, n_classes = block.probs, block.own.double(), block.probs.shape[1]
@@ -276,14 +277,14 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All go into the first bin of their class, then the few high ones from there into their own bin. High is from
-        # half a bin's width on, to keep away from rounding at the edge.
+        # All go into the first bin of their class, then the few high ones from there into their own bin. Half a bin's
+        # width keeps away from rounding at the edge.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
         if can_read_values(flat):
             high = (flat >= 0.5 / n_bins).nonzero()[:, 0]
-        else:  # no shape may depend on values here
+        else:  # no shape may depend on values
             high = torch.arange(len(flat), device=flat.device)
         moved, first = flat[high].double(), high % n_classes * n_bins
         index, ones = torch.cat((first, first + bin_index(moved, n_bins))), torch.ones_like(moved)

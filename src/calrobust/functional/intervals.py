@@ -1,4 +1,4 @@
-"""Intervals of calibration errors and accuracies, in closed form; docs/derivations.md has the formulas."""
+"""Intervals of calibration errors and accuracies; docs/derivations.md has the formulas."""
 
 import math
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_fraction, check_positive
-from calrobust.functional.calibration import bin_index, valid_confidences
+from calrobust.functional.calibration import bin_index, sum_by_bin, valid_confidences
 
-BISECTIONS = 36  # enough for an interval of t that is 10 to 1,000 wide
+BISECTIONS = 36
 LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an interval is given
 
 
@@ -19,9 +19,8 @@ class CalibrationInterval(NamedTuple):
     Example:
         >>> import torch
         >>> from calrobust.functional import calibration_interval
-        >>> interval = calibration_interval(torch.full((200,), 0.5), torch.arange(200) < 100)  # half are right
-        >>> interval.value, interval.low
-        (tensor(0., dtype=torch.float64), tensor(0., dtype=torch.float64))
+        >>> calibration_interval(torch.full((200,), 0.5), torch.arange(200) < 120).value  # |100 - 120| / 200
+        tensor(0.1000, dtype=torch.float64)
     """
 
     value: Tensor
@@ -41,12 +40,12 @@ class CalibrationInterval(NamedTuple):
 def calibration_interval(
     confidences: Tensor, correct: Tensor, *, n_bins: int = 15, level: float = 0.95
 ) -> CalibrationInterval:
-    r"""Interval for the expected calibration error (ECE), its noise floor, and a test against perfect calibration.
+    r"""Interval and noise floor of the expected calibration error (ECE), and a test against perfect calibration.
 
     The interval and the debiased value are about the ECE that infinitely many samples would show in the same bins, so
     the whole interval may lie below the value. There is no interval if the sum of :math:`c (1 - c)` over the
-    confidences c is below 50, as for up to about 300 samples, or 1,400 of a very confident model. Elsewhere 95 %
-    intervals contain the true error in 92 to 98 % of simulated data sets. :doc:`/derivations` has the formulas.
+    confidences c is below 50, as for up to about 300 samples, or 1,400 of a very confident model.
+    :doc:`/derivations` has the formulas, their sources and the simulated coverage.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1].
@@ -55,7 +54,7 @@ def calibration_interval(
         level: share of data sets whose interval contains the true error, in (0, 1).
 
     Returns:
-        :class:`~calrobust.functional.CalibrationInterval` of six float64 scalars; all NaN without samples.
+        Six float64 scalars; all NaN without samples.
 
     Raises:
         TypeError, ValueError: as :func:`~calrobust.functional.bin_confidences`, or ``level`` is not in (0, 1).
@@ -68,8 +67,8 @@ def calibration_interval(
         >>> value, floor  # |100 - 120| / 200, and sqrt(2 * 50 / pi) / 200
         (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
 
-    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams* (calibrated forecasts);
-    Leone et al., 1961, *The Folded Normal Distribution*. Interval and debiased value are our own.
+    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams*. Interval and debiased
+    value are our own.
     """
     check_positive(level=level)
     check_fraction(closed=False, level=level)
@@ -80,8 +79,7 @@ def bin_moments(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """float64 ``[4, n_bins]``: the three sums of ``bin_confidences``, and those of c * (1 - c)."""
     confidences = valid_confidences(confidences, correct, n_bins)
     variances = (confidences * (1 - confidences)).clamp(min=0)
-    values = torch.stack((torch.ones_like(confidences), confidences, correct.to(confidences.dtype), variances))
-    return values.new_zeros(4, n_bins).index_add(1, bin_index(confidences, n_bins), values)
+    return sum_by_bin(bin_index(confidences, n_bins), n_bins, confidences, correct, variances)
 
 
 def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
@@ -106,10 +104,10 @@ def _errors(moments: Tensor, level: float) -> Tensor:
     counts, confidence_sums, correct_sums, variances = moments
     total, filled = counts.sum(-1), counts.clamp(min=1)
     observed = (confidence_sums - correct_sums).abs()
-    # Underconfident bins are mirrored, so that every gap is a lack of accuracy.
+    # Underconfident bins are mirrored.
     largest_gaps = torch.where(confidence_sums > correct_sums, confidence_sums, counts - confidence_sums)
     confidences = largest_gaps / filled
-    # Confidences that differ within a bin make d vary less, as fewer samples would.
+    # Confidences that differ within a bin make d vary less.
     equal = confidences * (1 - confidences)
     effective = torch.where(equal > 0, variances / equal, counts).clamp(1e-6 * counts, counts)
     accuracies = (largest_gaps - observed + 0.5) / (counts + 1)
@@ -128,7 +126,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()
         slopes, squares = torch.erf(scaled), gaps.square()  # d mean / d gap
         means = (2 / math.pi * variances).sqrt() * (-scaled.square()).exp() + gaps * slopes
-        # To first order the difference is a sum of |d| with these weights; docs/derivations.md has the reason.
+        # To first order the difference is a sum of |d| with these weights.
         free = torch.where((gaps > 0) & (gaps < largest_gaps), deviations, 0)
         slope = (slopes * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1e-300)
         weights = torch.where(free > 0, 1 - slopes + slope, 1)
@@ -152,7 +150,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean accuracy of data sets ``[..., D]``, and its interval: Wilson, 1927; of several, Zou and Donner, 2008."""
+    """Mean accuracy of data sets ``[..., D]``, and its interval."""
     z = torch.special.ndtri(counts.new_tensor((1 + level) / 2))
     shares = correct / counts
     centres = (correct + z.square() / 2) / (counts + z.square())

@@ -48,7 +48,7 @@ def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) ->
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether reading values waits for no device and breaks no graph."""
+    """Whether reading values is free: on a CPU, outside a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -87,7 +87,7 @@ def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tens
     """Whether ``argmax`` of the scores gives the label."""
     if not can_read_values(scores):
         return scores.argmax(1) == labels
-    # On a CPU argmax takes longer than the softmax, so only rows that may have ties are searched.
+    # argmax is slow on a CPU, so only rows that may have ties are searched.
     correct = own == confidences
     maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
     if len(maybe_tied):
@@ -104,12 +104,12 @@ def log_losses(block: Block) -> Tensor:
     if can_read_values(lost) and not lost.any():
         return losses
     distances = block.scores.amax(1) - block.scores.gather(1, block.target[:, None])[:, 0]
-    return torch.where(lost, distances - block.confidences.log(), losses)  # 1 / confidence: the sum of exp(score - top)
+    return torch.where(lost, distances - block.confidences.log(), losses)
 
 
 def squared_errors(block: Block) -> Tensor:
     """``[n]``: squared distance of the probabilities from the label's indicator."""
-    # Replaced before the sum, since subtracting it later would lose the small score of a confident row.
+    # Subtracting the label's square after the sum would lose a small score.
     own = (block.own - 1).square()
     return block.probs.square().scatter_(1, block.target[:, None], own[:, None]).sum(1)
 
@@ -139,10 +139,10 @@ def negative_log_likelihood(
 ) -> Tensor:
     r"""Mean negative log-likelihood of the labels, in nats (log loss).
 
-    .. math:: -\frac{1}{N} \sum_i \log p_{i y_i} = \frac{1}{N} \sum_i \Bigl(\log \sum_c e^{z_{ic}} - z_{i y_i}\Bigr)
+    .. math:: -\frac{1}{N} \sum_i \log p_{i y_i}
 
-    Logits do not underflow. A label of probability 0, or of logit ``-inf``, makes the value inf. The result is a
-    float64 scalar ≥ 0. NaN, arguments and errors are as for :func:`~calrobust.functional.calibration_error`.
+    A label of probability 0, or of logit ``-inf``, makes the value inf. The result is a float64 scalar ≥ 0. NaN,
+    arguments and errors are as for :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -158,14 +158,14 @@ def negative_log_likelihood(
 
 FEW = 2**18  # logits; fewer are computed in float64
 SUBSET_ROWS = 4096  # enough for a start within about 1 %
-SMALL_STEP = 2e-5  # relative; the error after such a step is about its square
+SMALL_STEP = 2e-5  # relative; the error after it is about its square
 MAX_STEPS = 100
-LARGEST_RATIO = 10.0  # of one step
-EXTREME = 100.0  # T of degenerate data, in units of the logits' spread or its inverse
+LARGEST_RATIO = 10.0
+EXTREME = 100.0  # T of degenerate data, in units of the logits' spread
 HUGE = 1e20  # products of logits this far below the top could overflow
 FLOOR = -200.0  # replaces them once they are scaled
-GAP = 32.0  # a mask is at least this many times as far below the highest logit as any unmasked logit
-GAP_LOGITS = 4096  # how many are searched for such a gap
+GAP = 32.0  # masks are this many times as far below the top as other logits
+GAP_LOGITS = 4096  # how many are searched
 NEGLIGIBLE = 5.0  # nats; masks lie at least twice as far below the top
 
 
@@ -178,7 +178,7 @@ class _Data(NamedTuple):
     huge: bool = False  # whether some logits are HUGE below the top
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yields ``logits - top`` in blocks of rows; each overwrites the one before."""
+        """Yields ``logits - top``; each block overwrites the one before."""
         step = block_rows(self.logits, dtype)
         buffer = self.logits.new_empty(step, self.logits.shape[1], dtype=dtype)
         for logits, top in zip(self.logits.split(step), self.top.split(step), strict=True):
@@ -190,9 +190,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
 
-    The sum is convex in 1/T, and Newton's method finds its minimum in three or four passes over the logits. Data
-    without a minimum give a :class:`UserWarning` and, where s is the mean distance of a logit from the highest of its
-    row, a T that is never worse than 1:
+    Newton's method finds it in three or four passes over the logits. Data without a minimum give a
+    :class:`UserWarning` and, where s is the mean distance of a logit from the highest of its row, this T:
 
     - separable (every label has the highest logit): ``min(1, s / 100)``
     - anti-correlated (the labels' logits lie below average): ``max(1, 100 * s)``
@@ -201,18 +200,15 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     A single sample, or labels of one class only, are fitted with a warning.
 
     Args:
-        logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, N ≥ 1; ``-inf``, or a number far below all others, masks
-            a class.
+        logits: shape ``[N, C]`` or ``[N, C, ...]``, floating; ``-inf``, or a far lower number, masks a class.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
 
     Returns:
-        A float64 scalar on the logits' device, without gradient, exact to about 1e-7 relative, or 1e-5 where the logits
-        of a sample hardly differ.
+        A float64 scalar without gradient, exact to about 1e-7 relative, or 1e-5 where logits hardly differ.
 
     Raises:
-        TypeError: ``logits`` is not floating or ``target`` is not int64.
-        ValueError: shapes or devices do not fit, there are no samples or a single class, ``logits`` are probabilities,
-            a logit is NaN or +inf, a label is outside [0, C) or on a class whose logit is ``-inf``.
+        TypeError, ValueError: as for :func:`~calrobust.functional.calibration_error`, or there are no samples, a logit
+            is NaN or +inf, or a label's logit is ``-inf``.
 
     Example:
         >>> import torch
@@ -221,7 +217,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
         >>> fit_temperature(logits, target)  # the odds are 3 to 1: exp(8 / T) = 3
         tensor(7.2819, dtype=torch.float64)
 
-    Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2 (temperature scaling).
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2.
     """
     logits, target = as_rows(target, logits=logits)
     if len(logits) == 0:
@@ -231,7 +227,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
         limit = _mask_distance(data, means)
-        # What is taken for a mask decides only where Newton's method starts, and the T of degenerate data.
+        # Masks decide only where Newton's method starts, and the T of degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
         if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
             temperature, causes = _solve(data, _visible_means(data, math.inf))
@@ -274,7 +270,7 @@ def _visible_means(data: _Data, limit: float) -> Tensor:
 
 
 def _mask_distance(data: _Data, means: Tensor) -> float:
-    """How far below the top finite masks begin: half of the way across the first wide gap, or inf."""
+    """How far below the top finite masks begin, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
     some = torch.cat((some, means.argmin()[None]))  # the row with the lowest mean has masks, if any row has
@@ -287,13 +283,13 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
 
 
 def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
-    """T, and why the data do not determine it; ``means`` are over the classes that are not masked."""
+    """T, and why the data do not determine it."""
     spread = -float(means.mean(dtype=torch.float64))
     if spread == 0:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
     if (data.own == 0).all():
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
-    # The slope of the likelihood at 1/T = 0; if it falls there, it falls everywhere.
+    # The slope of the likelihood at 1/T = 0
     if float((means - data.own).sum(dtype=torch.float64)) >= 0:
         return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
     beta = 1 / spread

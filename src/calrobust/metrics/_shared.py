@@ -1,6 +1,6 @@
 """What the metrics share."""
 
-# No `from __future__ import annotations`: TorchScript cannot read annotations that are strings.
+# No `from __future__ import annotations` in the metrics: TorchScript cannot read annotations that are strings.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ class PredictionMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot = Metric._plot
-    scalar_sums: tuple[str, ...] = ()  # names differ, as MetricCollection shares states of equal name and value
+    scalar_sums: tuple[str, ...] = ()  # names differ, because MetricCollection shares states of equal name
 
     def __init__(
         self, *, from_logits: bool = True, ignore_index: int | None = None, validate_args: bool = True, **kwargs: Any
@@ -64,7 +64,6 @@ class PredictionMetric(Metric):
                     "move the metric with .to()"
                 )
             summands = self._summands(probability_blocks(preds, target, self.from_logits, self.validate_args))
-            # A row without a softmax has left NaN in a sum.
             if self.validate_args and bool(torch.cat([each.flatten() for each in summands.values()]).isnan().any()):
                 check_softmax_exists(target, preds=preds)
         except BaseException:
@@ -77,7 +76,7 @@ class PredictionMetric(Metric):
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adds a batch and returns the value of this batch alone."""
-        before = {**self.__dict__, **self._copy_state_dict()}  # torchmetrics empties the state before it checks
+        before = {**self.__dict__, **self._copy_state_dict()}
         try:
             return super().forward(*args, **kwargs)
         except BaseException:
@@ -85,11 +84,7 @@ class PredictionMetric(Metric):
             raise
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the samples of another metric of the same kind, or of its ``metric_state``.
-
-        Raises:
-            TypeError, ValueError: it is neither a metric nor a dict of tensors, or holds other states.
-        """
+        """Adds another metric of the same kind, or its ``metric_state``; ``TypeError`` or ``ValueError`` for others."""
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
         seen = metric.update_count if metric else _any_samples(incoming)
@@ -120,7 +115,7 @@ class PredictionMetric(Metric):
             for piece in pieces:
                 check_tensor(**{name: piece})
             pieces = [piece.to(self.device, torch.float64) for piece in pieces]
-            sampled = isinstance(self._defaults.get(name), list)  # synchronised samples are one tensor
+            sampled = isinstance(self._defaults.get(name), list)  # one tensor when synchronised
             kept[name] = pieces if sampled or isinstance(state, list) else pieces[0]
         expected, got = (
             {name: "list" if isinstance(state, list) else list(state.shape) for name, state in each.items()}
@@ -144,7 +139,7 @@ class PredictionMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PredictionMetric":
         check_float64(metric=fn(torch.empty(0, device=self.device)))
 
-        # Sums follow their module to a device, never to a lower precision.
+        # Sums never take a lower precision.
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -174,7 +169,7 @@ class BinnedMetric(PredictionMetric):
 
 
 class MeanMetric(PredictionMetric):
-    """The mean of one value for each sample; ``scalar_sums`` names their sum and their number."""
+    """The mean of one value for each sample."""
 
     @abstractmethod
     def _values(self, block: Block) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,6 @@ from calrobust.report.samples import Fit, Samples, check_held_out, fingerprints_
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Row = dict[str, Any]
 
 HEADINGS = {  # column of the summary -> of the printed tables
     "id_accuracy": "ID accuracy",
@@ -47,23 +44,19 @@ LATEX = str.maketrans(
 
 
 class ShiftReport:
-    r"""Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
+    """Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
 
-    The mean over OOD domains is the plain mean of their values, whatever their sizes:
-
-    .. math:: \mathrm{OOD} = \frac{1}{|\mathcal{D}|} \sum_{d \in \mathcal{D}} \mathrm{value}_d,
-        \qquad \mathcal{D} = \{\text{domains}\} \setminus \{\text{id\_domain}\}
-
+    OOD figures are plain means over all domains but ``id_domain``, whatever their sizes.
     :func:`~calrobust.functional.calibration_interval` defines the debiased value, 95 % interval, noise floor and
     p-value of an ECE, for fixed T. The mean ECE of several domains has no interval. Accuracies have Wilson's interval.
     Domains are assumed to have no samples in common.
 
-    Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if there
-    are no data, none of ``id_domain``, or if a method lacks a domain that others have. A method without a temperature
-    keeps its logits on the CPU, so call :meth:`fit_temperature` before :meth:`add` for large data sets.
+    Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if a method
+    lacks data of ``id_domain`` or of a domain that others have. Logits are kept on the CPU until there is a
+    temperature, so call :meth:`fit_temperature` before :meth:`add` for large data sets.
 
     Args:
-        id_domain: the domain that is in distribution; all others are OOD.
+        id_domain: the domain that is in distribution.
         n_bins: number of bins of equal width of the ECE.
 
     Raises:
@@ -74,11 +67,10 @@ class ShiftReport:
         >>> import torch
         >>> from calrobust import ShiftReport
         >>> report = ShiftReport(id_domain="photo")
-        >>> logits = torch.tensor([[0.9, 0.1]]).log().expand(10, 2)  # always 90 % sure of class 0
-        >>> for domain, wrong in ("photo", 1), ("sketch", 3), ("clipart", 5):
-        ...     report.add("FT", domain, logits, (torch.arange(10) < wrong).long())
-        >>> report.summary()[0]["ood_accuracy"]  # (0.7 + 0.5) / 2
-        0.6
+        >>> for domain, label in ("photo", 1), ("sketch", 1), ("clipart", 0):
+        ...     report.add("FT", domain, torch.tensor([[0.0, 3.0]]), torch.tensor([label]))
+        >>> report.summary()[0]["ood_accuracy"]  # (1 + 0) / 2
+        0.5
     """
 
     def __init__(self, *, id_domain: str, n_bins: int = 15) -> None:
@@ -106,14 +98,12 @@ class ShiftReport:
         Args:
             method: the row of the table.
             domain: the data set.
-            logits: shape ``[N, C]`` or ``[N, C, ...]``, floating, not empty; ``-inf`` masks a class. C may differ by
-                domain.
-            target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
+            logits: shape ``[N, C]`` or ``[N, C, ...]``, as for :func:`~calrobust.functional.fit_temperature`.
+            target: shape ``[N]`` or ``[N, ...]``, likewise.
 
         Raises:
-            TypeError: a name is not a string, ``logits`` is not floating or ``target`` is not int64.
-            ValueError: shapes or devices do not fit, a logit is NaN or +inf, a label is outside [0, C), or over 1 % of
-                the samples that T was fitted on are scored in this domain. The report is left as it was.
+            TypeError, ValueError: a name is not a string or is blank, ``logits`` or ``target`` are invalid, or over 1 %
+                of the samples that T was fitted on are scored in this domain. The report is left as it was.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
@@ -126,7 +116,7 @@ class ShiftReport:
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
-        """Gives a method its temperature T and so its "+ TS" columns, before or after its data are added.
+        """Gives a method its temperature T, before or after its data are added.
 
         Arguments are those of :meth:`add`, of held-out data in distribution. T is that of
         :func:`~calrobust.functional.fit_temperature`.
@@ -152,10 +142,7 @@ class ShiftReport:
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
-        """Sums over bins, for :func:`~calrobust.plotting.reliability_diagram`; those of two domains add up.
-
-        ``scaled`` divides logits by T. Raises ``ValueError`` if there are no such data, or no T.
-        """
+        """Sums over bins, of logits / T if ``scaled``; ``ValueError`` if there are no such data, or no T."""
         self._check_has_data()
         check_choice(tuple(self._samples), method=method)
         check_choice(tuple(self._samples[method]), domain=domain)
@@ -179,9 +166,9 @@ class ShiftReport:
             | {
                 f"{group}_{name}": value
                 for group, domains in groups.items()
-                for name, value in mean_figures([own[domain] for domain in domains], method in self._fits).items()
+                for name, value in self._figures(method, domains).items()
             }
-            for method, own in self._samples.items()
+            for method in self.methods
         ]
 
     def per_domain(self) -> list[dict[str, Any]]:
@@ -194,26 +181,42 @@ class ShiftReport:
         self._check_has_data()
         return [
             {"method": method, "domain": domain, "n": int(own[domain].plain[0].sum())}
-            | {"temperature": self._temperature(method), **mean_figures([own[domain]], method in self._fits)}
+            | {"temperature": self._temperature(method), **self._figures(method, [domain])}
             for method, own in self._samples.items()
             for domain in self.domains
             if domain in own
         ]
 
     def to_markdown(self, *, intervals: bool = True) -> str:
-        """The summary in Markdown, in per cent; ``intervals`` shows also intervals, noise floors and p-values."""
-        return _markdown(self.summary(), self._caption(intervals), intervals)
+        """The summary in Markdown; ``intervals`` adds intervals, noise floors and p-values."""
+        table = self._cells(intervals, MARKDOWN)
+        widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [
+            "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+            for row in (table[0], rule, *table[1:])
+        ]
+        return "\n".join([*lines, "", self._caption(intervals)])
 
     def to_latex(self, *, intervals: bool = True) -> str:
         r"""The same in LaTeX, for ``\usepackage{booktabs}``."""
-        return _latex(self.summary(), self._caption(intervals), intervals)
+        head, *body = (" & ".join(row) + r" \\" for row in self._cells(intervals, LATEX))
+        begin, end = rf"\begin{{tabular}}{{l{'r' * len(HEADINGS)}}}", r"\end{tabular}"
+        caption = "% " + self._caption(intervals)
+        return "\n".join([caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
-        """Writes :meth:`summary`, or :meth:`per_domain`, with an empty field for NaN.
-
-        The file is replaced at once, or not at all with an ``OSError``.
-        """
-        _write_csv(Path(path), self.per_domain() if per_domain else self.summary())
+        """Writes :meth:`summary`, or :meth:`per_domain`, at once or not at all (``OSError``); NaN is an empty field."""
+        path, rows = Path(path), self.per_domain() if per_domain else self.summary()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder, to be renamed
+        try:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(map(_without_nan, rows))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, ready for JSON: NaN is None.
@@ -250,15 +253,28 @@ class ShiftReport:
     def _temperature(self, method: str) -> float:
         return self._fits[method].temperature if method in self._fits else math.nan
 
+    def _figures(self, method: str, domains: list[str]) -> dict[str, float]:
+        return mean_figures([self._samples[method][domain] for domain in domains], method in self._fits)
+
     def _caption(self, intervals: bool) -> str:
-        return _caption(self.n_bins, self.id_domain, self.domains[1:], intervals)
+        domains = self.domains[1:]
+        ood = f"plain mean over {', '.join(domains)}" if domains else "no data"
+        figures = f"Accuracy and ECE ({self.n_bins} bins) in per cent; ID: {self.id_domain}; OOD: {ood}; "
+        scaling = "+ TS: logits divided by T, which was fitted on held-out data."
+        return " ".join((figures + scaling + BRACKETS * intervals).split())
+
+    def _cells(self, intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
+        body = [
+            [" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in HEADINGS)]
+            for row in self.summary()
+        ]
+        return [["Method", *HEADINGS.values()], *([cell.translate(escapes) for cell in cells] for cells in body)]
 
     def _check_has_data(self) -> None:
         if not self._samples:
             raise ValueError("the report must hold data, got none; call add(method, domain, logits, target) first")
 
     def _check_complete(self) -> None:
-        """Raises unless every method has data of the same domains, ``id_domain`` among them."""
         self._check_has_data()
         known = self.domains
         if self.id_domain not in known:
@@ -283,54 +299,11 @@ def _check_names(**names: Any) -> None:
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
 
 
-def _caption(n_bins: int, id_domain: str, ood_domains: Sequence[str], intervals: bool) -> str:
-    """What the figures of printed tables are."""
-    ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
-    figures = f"Accuracy and ECE ({n_bins} bins) in per cent; ID: {id_domain}; OOD: {ood}; "
-    scaling = "+ TS: logits divided by T, which was fitted on held-out data."
-    return " ".join((figures + scaling + BRACKETS * intervals).split())
-
-
-def _markdown(rows: Sequence[Row], caption: str, intervals: bool) -> str:
-    table = _cells(rows, intervals, MARKDOWN)
-    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]  # a rule has three characters
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in (table[0], rule, *table[1:])
-    ]
-    return "\n".join([*lines, "", caption])
-
-
-def _latex(rows: Sequence[Row], caption: str, intervals: bool) -> str:
-    head, *body = (" & ".join(row) + r" \\" for row in _cells(rows, intervals, LATEX))
-    begin, end = rf"\begin{{tabular}}{{l{'r' * len(HEADINGS)}}}", r"\end{tabular}"
-    return "\n".join(["% " + caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
-
-
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic within a folder
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(map(_without_nan, rows))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _without_nan(row: Row) -> Row:
-    """With None in place of NaN, which CSV writes as an empty field."""
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in row.items()}
 
 
-def _cells(rows: Sequence[Row], intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
-    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in HEADINGS)] for row in rows]
-    return [["Method", *HEADINGS.values()], *([cell.translate(escapes) for cell in cells] for cells in body)]
-
-
-def _cell(row: Row, column: str, intervals: bool) -> str:
+def _cell(row: dict[str, Any], column: str, intervals: bool) -> str:
     value = row[column]
     if math.isnan(value):
         return MISSING

@@ -1,4 +1,4 @@
-"""What a report keeps of predictions, and what it estimates from them."""
+"""What a report keeps and estimates."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from calrobust.functional.calibration import top_label
 from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
 from calrobust.functional.scoring import block_rows
 
-LEVEL = 0.95  # of every interval, and named in captions
+LEVEL = 0.95  # also in captions
 ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")
 FIGURES = ("accuracy", "accuracy_low", "accuracy_high", *(f"ece{ts}{part}" for ts in ("", "_ts") for part in ECE_PARTS))
-DUPLICATES = 0.01  # share of samples that a data set may have in common with the one that T was fitted on
+DUPLICATES = 0.01  # share of samples that may be both fitted and scored
 
 
 class Fit(NamedTuple):
@@ -34,14 +34,14 @@ class Samples:
         self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits, and whether each sample is correct
 
     def add(self, logits: Tensor, target: Tensor, fingerprints: Tensor, temperature: float | None) -> None:
-        """Adds a batch, or nothing if a row has no softmax."""
+        """Adds a batch, or raises."""
         confidences, correct = top_label(logits, target)
         if confidences.isnan().any():
             check_softmax_exists(target, logits=logits)
         self.plain = self.plain + bin_moments(confidences, correct, self.plain.shape[1])
         self.fingerprints.append(fingerprints)
         if temperature is None:
-            self.unscaled.append((logits.clone(), correct))  # the caller may fill the buffer again
+            self.unscaled.append((logits.clone(), correct))  # the caller may reuse the buffer
         else:
             self._add_scaled(logits, correct, temperature)
 
@@ -52,7 +52,7 @@ class Samples:
         self.unscaled = []
 
     def _add_scaled(self, logits: Tensor, correct: Tensor, temperature: float) -> None:
-        dtype = torch.promote_types(logits.dtype, torch.float32)  # half precision would round logits / T
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         confidences = []
         for rows in logits.split(block_rows(logits, dtype)):
             scaled = rows.to(dtype, copy=True).div_(temperature)
@@ -72,7 +72,7 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes of each row in float32 and its label; rows that differ share one with a chance of 1e-10."""
+    """``[N]`` int64 hashes of rows and labels."""
     logits = logits[:, :: max(1, logits.shape[1] // 256)]
     n_classes = logits.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -83,9 +83,8 @@ def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
-    """Raises ``ValueError`` if more samples are both fitted and scored than duplicates and coincidences explain."""
-    # Where few different rows exist, as of two classes in 16 bits, rows have twins within each set too. Both shares of
-    # twins estimate the coincidences. The lower one is taken, because a set may repeat rows.
+    """Raises if more samples are both fitted and scored than duplicates and coincidences explain."""
+    # Rows that coincide have twins within each set too. The lower share is taken, because a set may repeat rows.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
     coincidences = min(_with_twins(larger), _with_twins(smaller) * len(larger) / len(smaller))

@@ -27,7 +27,7 @@ BARS: dict[str, dict[str, Any]] = {
     "underconfident by": {"facecolor": "#C4DFF0", "edgecolor": BLUE, "linewidth": 0.6, "hatch": "......"},
 }
 FAINTEST = 0.15  # opacity
-STRIP = 0.2  # height of the histogram, in units of accuracy
+STRIP = 0.2  # height of the histogram
 ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}  # legends
 
 

@@ -130,8 +130,8 @@ def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tens
 
 
 def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:
-    """float64 ``[1 + len(values), n_bins]``: counts, and the sums of each value."""
-    stacked = torch.stack((torch.ones_like(index), *values)).double()
+    """float64 ``[1 + len(values), n_bins]``: counts and sums."""
+    stacked = torch.stack((torch.ones_like(values[0]), *values))
     return stacked.new_zeros(len(stacked), n_bins).index_add(1, index, stacked)
 
 

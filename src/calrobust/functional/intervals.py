@@ -32,7 +32,7 @@ class CalibrationInterval(NamedTuple):
     high: Tensor
     """Upper end of the interval for the error without noise, or NaN."""
     floor: Tensor
-    """The noise floor: the ECE that a perfectly calibrated model of these confidences shows on average."""
+    """The noise floor, which is the mean ECE of a perfectly calibrated model of these confidences."""
     p_value: Tensor
     """Chance that a perfectly calibrated model of these confidences shows an ECE at least as large."""
 

@@ -46,10 +46,9 @@ LATEX = str.maketrans(
 class ShiftReport:
     """Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
 
-    OOD figures are plain means over all domains but ``id_domain``, whatever their sizes.
-    :func:`~calrobust.functional.calibration_interval` defines the debiased value, 95 % interval, noise floor and
-    p-value of an ECE, for fixed T. The mean ECE of several domains has no interval. Accuracies have Wilson's interval.
-    Domains are assumed to have no samples in common.
+    OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
+    :func:`~calrobust.functional.calibration_interval`, for fixed T. The mean ECE of several domains has no interval.
+    Accuracies have Wilson's interval. Domains are assumed to have no samples in common.
 
     Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if a method
     lacks data of ``id_domain`` or of a domain that others have. Logits are kept on the CPU until there is a

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, the rule, what came and the likely fix."""
+"""Checks of arguments: errors name the argument, the rule, what came and the likely fix."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def check_tensor(**tensors: Any) -> None:
 def check_floating(**tensors: Tensor) -> None:
     check_tensor(**tensors)
     for name, value in tensors.items():
-        if not value.is_floating_point() or value.dtype.itemsize < 2:  # torch has no arithmetic for float8
+        if not value.is_floating_point() or value.dtype.itemsize < 2:
             rule = "floating point of at least 16 bits" if value.is_floating_point() else "floating point"
             raise TypeError(f"{name} must be {rule}, got {value.dtype}; convert it with .float()")
 
@@ -58,8 +58,8 @@ def check_float64(**tensors: Tensor) -> None:
 def check_one_device(**tensors: Tensor) -> None:
     devices = [str(value.device) for value in tensors.values()]
     if len(set(devices)) > 1:
-        names, came = " and ".join(tensors), " and ".join(devices)
-        raise ValueError(f"{names} must be on one device, got {came}; move one with .to()")
+        both = " and ".join
+        raise ValueError(f"{both(tensors)} must be on one device, got {both(devices)}; move one with .to()")
 
 
 def check_positive(**numbers: Any) -> None:
@@ -102,12 +102,13 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
         if list(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, one label for each row, got {list(value.shape)}")
         if value.device != device:
-            rule = f"on {device}, as the rows it labels"
-            raise ValueError(f"{name} must be {rule}, got {value.device}; move it with .to()")
+            raise ValueError(
+                f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()"
+            )
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
-    """Raises unless ``preds`` are floating ``[N, C, ...]``, C ≥ 2, and ``target`` has int64 labels ``[N, ...]``."""
+    """Raises unless ``preds`` are floating ``[N, C, ...]``, C ≥ 2, and ``target`` int64 ``[N, ...]``."""
     check_floating(**preds)
     for name, value in preds.items():
         if value.ndim < 2:

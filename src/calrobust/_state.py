@@ -1,4 +1,4 @@
-"""The state of a model: copies of it, and its tensors by name."""
+"""The state of a model."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
@@ -116,22 +116,22 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copies the second of each pair into the first, which may be expanded."""
+    """Copies the second of each pair into the first."""
     for target, source in pairs:
         for dim, stride in enumerate(target.stride()):
-            if stride == 0 and target.shape[dim] > 1:
+            if stride == 0 and target.shape[dim] > 1:  # expanded
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
         target.copy_(source)
 
 
 _FIX = "pass a second model: EMATeacher(student, copy=build_model())"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # these run nothing in a teacher
+_TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no function in these runs
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
 def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """A deep copy of the student, which holds what is ``shared``, by its id, as it is."""
+    """A deep copy of the student, except what is ``shared``, by its id."""
     check_values(student=tensors(student)[0])
     _check_functions(student)
     try:
@@ -144,7 +144,7 @@ def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
 
 
 def filled(copy: nn.Module, student: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """The caller's second model with the student's state; see ``copied`` for ``shared``."""
+    """The second model with the student's state."""
     check_instance(nn.Module, "pass a model like the student", copy=copy)
     pairs = paired(copy, student)
     if {*map(id, tensors(copy)[0].values())} & {*map(id, tensors(student)[0].values())}:
@@ -167,10 +167,9 @@ def _obstacle(student: nn.Module) -> str:
 
 
 def _check_functions(student: nn.Module) -> None:
-    """Raises ``ValueError`` for a function through which the copy would use what is the student's."""
     parts = {id(part) for part in (*student.modules(), *student.parameters(), *student.buffers())}
     for path, owner in student.named_modules():
-        skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS  # torch.compile makes its own anew
+        skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS
         for name in vars(owner).keys() - skipped:
             for value in _captured(vars(owner)[name], set()):
                 if id(value) in parts or (name in _HOOKS and _may_be_written_to(value)):
@@ -206,6 +205,6 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
 
 
 def _may_be_written_to(value: object) -> bool:
-    """Whether a hook may keep something in it. Torch's own objects are settings."""
+    """Torch's own objects are taken for settings."""
     home = type(value).__module__.split(".")[0]
     return isinstance(value, _WRITABLE) or not (isinstance(value, type) or home in ("builtins", "functools", "torch"))

@@ -1,4 +1,4 @@
-"""A batch that is divided among ranks: collectives over its rows, with gradient."""
+"""Collectives, with gradient, over the rows of a batch."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -19,7 +19,7 @@ REFUSED = -1  # in place of a number of rows
 
 
 class Ranks:
-    """The ranks that hold a batch, and the number of rows of each; all of them call each method, in the same order."""
+    """The ranks that hold a batch, and the number of rows of each. All ranks call the same methods."""
 
     def __init__(self, sizes: list[int], rank: int = 0, group: ProcessGroup | None = None) -> None:
         self.sizes = sizes
@@ -27,10 +27,10 @@ class Ranks:
         self.group = group
         self.total = sum(sizes)
         start = sum(sizes[:rank])
-        self.here = slice(start, start + sizes[rank])  # this rank's rows among all
+        self.here = slice(start, start + sizes[rank])
 
     def gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, in which the gradient is summed over ranks."""
+        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, in which the gradient is summed."""
         if len(self.sizes) == 1:
             return rows.to(dtype)
         gathered: Tensor = _Gather.apply(rows, self, dtype)
@@ -62,9 +62,9 @@ class Ranks:
 def agree(
     here: Sequence[int], group: ProcessGroup | None, facts: dict[str, object], device: torch.device
 ) -> tuple[Ranks, ...]:
-    """Tells all ranks how many rows of each batch are here, or `REFUSED`, and returns the ranks of each batch.
+    """Tells all ranks how many rows of each batch are here, and returns the ranks of each batch.
 
-    If a rank has refused its batch, or ``facts`` differ, all ranks raise ``ValueError``, so that none waits.
+    If a rank tells `REFUSED`, or ``facts`` differ, all ranks raise ``ValueError``, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)
@@ -94,7 +94,7 @@ def agree(
 
 
 class _Gather(torch.autograd.Function):
-    """Its backward is `_ScatterSum`, and the reverse, so both have derivatives of any order."""
+    """Its backward is `_ScatterSum`, and the reverse."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:

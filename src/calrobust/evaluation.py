@@ -26,7 +26,7 @@ def collect_logits(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a model over a data set and collects its logits ``[N, C]`` and the labels ``[N]``, int64, on the CPU.
+    """Collects the logits ``[N, C]`` of a model and the labels ``[N]``, int64, on the CPU.
 
     The model runs in eval mode and without gradient. Afterwards every submodule is in its earlier mode.
 
@@ -117,7 +117,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:
-    if callable(getattr(batch, "to", None)):  # tensors, and the batches of tokenizers
+    if callable(getattr(batch, "to", None)):  # also the batches of tokenizers
         return batch.to(device)
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
@@ -138,14 +138,13 @@ def zero_shot_classifier(
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
     where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. Its logits are
-    ``logit_scale * image_features @ weight.T``. It is at least float32, on the model's device. The model runs as in
-    :func:`collect_logits`.
+    ``logit_scale * image_features @ weight.T``. It is at least float32, on the model's device.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
         tokenizer: the model's own, of open_clip or of Transformers.
         names: the class names, in the order of the logits.
-        templates: a text with ``{}`` for the name, a function from name to caption, or a list of these.
+        templates: a text with ``{}`` for the name, a function of the name, or a list of these.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -176,7 +175,7 @@ def zero_shot_classifier(
             if of_transformers:
                 tokens = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
                 output = tower.get_text_features(**_to(dict(tokens), device))
-                features.append(getattr(output, "pooler_output", output))  # Transformers 4 returned a tensor
+                features.append(getattr(output, "pooler_output", output))  # a tensor in Transformers 4
             else:
                 features.append(tower.encode_text(tokenizer(part).to(device)))
     found = torch.cat(features)
@@ -223,10 +222,10 @@ class TemperatureScaler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
-        self.is_fitted = False  # not a buffer, because reading a tensor would wait for the device
+        self.is_fitted = False  # a buffer would make forward wait for the device
 
     def fit(self, logits: Tensor, target: Tensor) -> Self:
-        """Sets T to what :func:`~calrobust.functional.fit_temperature` returns or raises, and returns the scaler."""
+        """Sets T to that of :func:`~calrobust.functional.fit_temperature`, and returns the scaler."""
         fitted = fit_temperature(logits, target)
         with torch.inference_mode(False):  # else it could not be used outside
             self.temperature = fitted.clone().to(self.temperature.device)
@@ -247,7 +246,7 @@ class TemperatureScaler(nn.Module):
         return f"temperature={self.temperature.item():.6g}" if self.is_fitted else "not fitted"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) are for weights.
+        # .half() is for weights.
         check_float64(scaler=fn(torch.empty(0, device=self.temperature.device)))
         temperature = self.temperature
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -264,6 +263,6 @@ class TemperatureScaler(nn.Module):
         is_fitted = state_dict.pop(name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if is_fitted is None:
-            args[2].append(name)  # torch's list of missing names
+            args[2].append(name)  # missing names
         else:
             self.is_fitted = bool(is_fitted)

@@ -49,9 +49,8 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    ``updates`` ≥ 1 count those of the teacher. The paper goes from 0.05 to 0.9 over the first 20 % of training, which
-    forgets the pre-trained model: in the example one update makes the teacher 95 % student, and ten leave 2e-5 of the
-    pre-trained model.
+    ``updates`` ≥ 1 count those of the teacher. The paper's values are those of the example, over the first 20 % of
+    training: one update makes the teacher 95 % student, and ten leave 2e-5 of the pre-trained model.
 
     Example:
         >>> from calrobust import schedules
@@ -80,8 +79,7 @@ class power(_Schedule):
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
-    Here ``exponent`` and ``scale`` are > 0, and ``start <= end``. A smaller exponent favours recent students. This is
-    the warm-up of timm's ``ModelEmaV3``.
+    Here ``exponent`` and ``scale`` are > 0, and ``start <= end``. timm's ``ModelEmaV3`` has this warm-up.
 
     Example:
         >>> from calrobust import schedules
@@ -133,9 +131,9 @@ class beta(_Schedule):
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
     where :math:`T` is ``updates``, from 1 to ten million, model 0 the pre-trained one, and model :math:`n + 1` the
-    student at update ``n``. After :math:`T` updates the decay is 1. Both shapes are > 0: ``a`` < 1 favours the
-    pre-trained model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update:
-    ``torch.compile`` would compile each decay.
+    student at update ``n``. From :math:`T` on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained
+    model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update, because each
+    decay would be compiled.
 
     Example:
         >>> from calrobust import schedules
@@ -154,7 +152,7 @@ class beta(_Schedule):
         check_positive(a=self.a, b=self.b)
         check_integer(1, 10**7, updates=self.updates)
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
-        # In logarithms, because weights of large shapes underflow.
+        # In logarithms, because weights may underflow.
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)
         object.__setattr__(self, "_decays", tuple((log_sums[:-1] - log_sums[1:]).exp().tolist()))
 

@@ -26,8 +26,7 @@ class EMATeacher(nn.Module):
     (:doc:`/guides/weights`).
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
-    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it. See also
-    :doc:`/guides/many_gpus`.
+    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it.
 
     Args:
         student: the model to copy, or a ``DistributedDataParallel`` or compiled module around it.
@@ -41,13 +40,13 @@ class EMATeacher(nn.Module):
 
     Attributes:
         module: the copy.
-        masters: for a low-precision student, a float32 copy, which is averaged; else ``None``.
-        step, updates: how often :meth:`update` was called, and how often it acted.
+        masters: the float32 copy that is averaged for a student of low precision, or ``None``.
+        step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
         TypeError: an argument has the wrong type, or ``student`` cannot be copied.
-        ValueError: a number is out of range, a parameter has no values, a function would share data with the student,
-            or ``copy`` or ``device`` does not fit.
+        ValueError: an argument is out of range or does not fit, a parameter has no values, or a function of the copy
+            would share data with the student.
 
     Example:
         >>> import torch
@@ -92,7 +91,7 @@ class EMATeacher(nn.Module):
         if device is not None and any(torch.empty(0, device=device).device != one.device for one in shared.values()):
             fix = "leave out device or share_frozen"
             raise ValueError(f"device must be the student's, whose tensors share_frozen=True uses, got {device}; {fix}")
-        with torch.inference_mode(False), torch.no_grad():  # no update could write into inference tensors
+        with torch.inference_mode(False), torch.no_grad():
             module = copied(_inner(student), shared) if copy is None else filled(copy, student, shared)
             module.requires_grad_(False).eval()
             self.register_module("module", module)
@@ -113,13 +112,13 @@ class EMATeacher(nn.Module):
         """Counts a training step and, on every ``update_every``-th, moves the copy towards ``student``.
 
         Raises:
-            ValueError: the student's tensors do not fit the copy, a shared parameter is not frozen any more, or the
-                decay is outside ``[0, 1]``. Nothing has changed then.
+            ValueError: the student does not fit the copy, a shared parameter is not frozen any more, or the decay is
+                outside ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
-        compiling = torch.compiler.is_compiling()  # else counters are constants, and every step compiles
+        compiling = torch.compiler.is_compiling()  # else every step compiles
         with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True) if compiling else nullcontext():
             acts = (self.step + 1) % self.update_every == 0
             if acts:
@@ -146,8 +145,8 @@ class EMATeacher(nn.Module):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block, and gives its own back at the end.
 
-        Values change in place and come back bit for bit, also after an exception. The block takes memory for a copy of
-        the student's weights. It raises the errors of :meth:`update`.
+        Values change in place and come back bit for bit, also after an exception. The block holds a copy of them. It
+        raises the errors of :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -159,7 +158,7 @@ class EMATeacher(nn.Module):
             yield
         finally:
             self._swapped = False
-            tensors(student)  # drops the teacher's weights that FSDP2 gathered
+            tensors(student)  # drops what FSDP2 gathered
             write(own)
 
     def train(self, mode: bool = True) -> EMATeacher:
@@ -171,7 +170,7 @@ class EMATeacher(nn.Module):
         shares = ", share_frozen=True" if self._shared else ""
         return f"decay={self.decay!r}, update_every={self.update_every}{shares}"
 
-    # The next two methods hide the copy and its masters from everything but `state_dict`.
+    # Only `state_dict` sees the copy and its masters.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Those that were added to the teacher."""
@@ -243,7 +242,7 @@ class EMATeacher(nn.Module):
         state_dict.update(shared)  # so that torch misses none of them
         for counter in ("step", "updates"):
             if (value := state_dict.pop(prefix + counter, None)) is None:
-                args[2].append(prefix + counter)  # torch's list of missing names
+                args[2].append(prefix + counter)  # missing names
             else:
                 setattr(self, counter, int(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -266,19 +265,19 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
 
 
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
-    """Moves ours towards theirs, by ``weight`` if they are averaged, else all the way."""
+    """Moves ours towards theirs, all the way if they are not averaged."""
     fused = []
     for name, ours, theirs, averaged in pairs:
         if not averaged or weight == 1:
             write([(ours, theirs)])
         elif weight == 0:
-            continue  # 0 * inf of a student that has diverged would be NaN
+            continue  # 0 * inf would be NaN
         elif name in not_finite or not isinstance(ours, nn.Parameter):
             theirs = theirs.to(ours)
             finite = ours.isfinite() & theirs.isfinite()
             ours.copy_(torch.where(finite, torch.lerp(ours, theirs, weight), theirs))
         elif ours.device != theirs.device or ours.dtype != theirs.dtype:
-            ours.lerp_(theirs.to(ours), weight)  # one at a time, to save memory
+            ours.lerp_(theirs.to(ours), weight)  # one by one, to save memory
         else:
             fused.append((ours, theirs))
     if fused:
@@ -287,7 +286,7 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
 
 
 def _float32_masters(module: nn.Module, shared: dict[int, Any]) -> nn.Module | None:
-    """A copy with float32 in place of every lower precision, or ``None`` if there is none."""
+    """A copy with float32 in place of lower precisions, if there are any."""
     own = {name: one for name, one in tensors(module)[0].items() if id(one) not in shared}
     low = {name for name, one in own.items() if one.is_floating_point() and torch.finfo(one.dtype).bits < 32}
     if not low:

@@ -1,4 +1,4 @@
-"""Models made of other models' weights: WiSE-FT, uniform soups, Model Stock."""
+"""Models made of other models' weights."""
 
 import copy
 import re
@@ -28,8 +28,7 @@ def interpolate(
 
     for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact. ``alpha`` may be a
     function of the name of each floating tensor, as in LiNeS (:doc:`/guides/recipes`). Models, result and errors are as
-    for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first, because it acts as a
-    temperature.
+    for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
         >>> import torch
@@ -75,7 +74,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
     Raises:
         ValueError: there is no model, names or shapes differ, or ``weights`` break their rule.
-        TypeError: an argument or a model has the wrong type, or is quantised.
+        TypeError: an argument has the wrong type, or a model is quantised.
 
     Example:
         >>> import torch
@@ -96,7 +95,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
             rule = f"numbers >= 0, one for each of the {len(listed)} models, and not all 0"
             raise ValueError(f"weights must be {rule}, got {shares}")
         listed = {name: model for (name, model), share in zip(listed.items(), shares, strict=True) if share}
-        shares = [share / max(shares) for share in shares if share]  # no overflow in their sum
+        shares = [share / max(shares) for share in shares if share]  # no overflow
     return _combine(listed, lambda _, tensors: reduce(torch.add, map(torch.mul, tensors, shares)) / sum(shares))
 
 
@@ -150,7 +149,7 @@ def _combine(
     first, *others = states
     for model in others:
         check_same_state(**{first: states[first], model: states[model]})
-    # Buffers, and the vectors of spectral_norm, whose mean would not have norm 1.
+    # Buffers, and the unit vectors of spectral_norm.
     copied = {name for name in states[first] if _SPECTRAL.search(name)}
     copied |= {f"{name[:-5]}{end}" for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):

@@ -15,7 +15,7 @@ def whole_state(teacher: EMATeacher) -> dict[str, Any]:
 
 
 def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
-    """Loads what :func:`whole_state` gave."""
+    """Loads what ``whole_state`` gave."""
     state = dict(state)
     for name, own in teacher.state_dict().items():
         if hasattr(own, "full_tensor") and name in state:
@@ -26,7 +26,7 @@ def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
 
 
 def share_first_rank(teacher: EMATeacher) -> None:
-    """Gives every rank the new teacher of the first, as trainers do with the student."""
+    """Gives every rank the new teacher of the first."""
     if teacher.step == 0 and dist.is_available() and dist.is_initialized():
         whole = whole_state(teacher).items()
         states = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole}]

@@ -18,7 +18,7 @@ __all__ = ["EMATeacherCallback"]
 
 
 class EMATeacherCallback(Callback):
-    """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
+    """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
 
     The teacher is updated after each batch in which an optimiser made a step. It gets the trainer's device and
     precision. If the module holds the teacher, as in ``self.teacher = teacher``, the module saves it. See also
@@ -27,7 +27,7 @@ class EMATeacherCallback(Callback):
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
         student: the ``LightningModule``, or the part of it that was copied.
-        evaluate_teacher: whether validation, test and prediction run with the averaged weights in the student.
+        evaluate_teacher: whether validation, test and prediction run with the averaged weights.
         name: tells several callbacks of one trainer apart in its checkpoints.
 
     Raises:
@@ -69,7 +69,7 @@ class EMATeacherCallback(Callback):
         """Gives the teacher the trainer's precision."""
         self._saved_by_module = self._restored = any(module is self.teacher for module in pl_module.modules())
         trainer.precision_plugin.convert_module(self.teacher)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         lenders = [c for c in callbacks if isinstance(c, EMATeacherCallback) and c.evaluate_teacher]
         lent = [parameter for lender in lenders for parameter in set(lender.student.parameters())]
         if len(lent) > len(set(lent)):

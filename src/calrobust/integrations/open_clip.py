@@ -1,4 +1,4 @@
-"""open_clip: our losses under the calling conventions of its trainer."""
+"""open_clip: losses that its trainer can call."""
 
 import warnings
 from contextlib import suppress
@@ -19,7 +19,7 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 
 
 class OpenClipLoss(nn.Module):
-    """A loss on pairs that is called as open_clip calls its ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
+    """A loss on pairs that is called like open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
     To use it in the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. Terms
     include the criterion's weights. See also :doc:`/guides/open_clip`.

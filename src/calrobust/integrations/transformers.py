@@ -1,4 +1,4 @@
-"""Transformers: an EMA teacher beside its ``Trainer``, and the features of its CLIP models."""
+"""Transformers: an EMA teacher beside its ``Trainer``, and CLIP features."""
 
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ __all__ = ["EMATeacherCallback", "clip_features"]
 
 
 class EMATeacherCallback(TrainerCallback):
-    """Lets a teacher follow the student that a ``Trainer`` trains, and keeps it in the trainer's checkpoints.
+    """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
 
-    The teacher moves to the trainer's device and is updated after each step of the optimiser. Each
-    ``checkpoint-<step>`` gets a file ``teacher.pt``, which is loaded when training resumes, or with
-    ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that was copied. See also
-    :doc:`/guides/transformers`.
+    The teacher moves to the trainer's device and is updated after each step of the optimiser. Each checkpoint gets a
+    ``teacher.pt``, which is loaded when training resumes, or with ``load_best_model_at_end``. ``student`` is the
+    trainer's model, or the part of it that was copied. See also :doc:`/guides/transformers`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -84,8 +83,8 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
 
     They are image and text features ``[N, D]`` of unit norm, the exponentiated logit scale, and the logit bias of a
-    model that has one. ``model`` gave the ``output``, and may be in a ``DistributedDataParallel`` or EMA teacher. What
-    lacks these raises ``TypeError``.
+    model that has one. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. What lacks these raises
+    ``TypeError``.
 
     Example:
         >>> import torch

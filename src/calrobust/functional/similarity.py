@@ -97,16 +97,9 @@ def multimodal_distillation_loss(
     the two directions are **summed**, as in the paper. open_clip's ``DistillClipLoss`` averages them, and its value
     (not its gradient) also holds the teacher's entropy. Images and texts need not be pairs, nor as many.
 
-    Args:
-        image_features: shape ``[N, D]``, as in :func:`~calrobust.functional.multimodal_contrastive_loss`.
-        text_features: shape ``[M, D]``.
-        logit_scale: > 0, already exponentiated.
-        teacher_image_features: shape ``[N, E]``: the same images seen by the teacher, which gets no gradient.
-        teacher_text_features: shape ``[M, E]``.
-        teacher_logit_scale: the teacher's own.
-        temperature: :math:`\tau` > 0, which softens both maps.
-        direction: ``"image_to_text"`` or ``"text_to_image"`` for one of them, at the cost of one.
-        **options: see :class:`~calrobust.functional.PairOptions`.
+    Arguments of the student, ``direction`` and ``options`` are those of
+    :func:`~calrobust.functional.multimodal_contrastive_loss`. The teacher's features, of the same images ``[N, E]`` and
+    texts ``[M, E]``, get no gradient, and its logit scale is its own. ``temperature`` is :math:`\tau` > 0.
 
     Returns:
         A scalar ≥ 0 in nats, or ``[N]`` for ``reduction="none"`` (``[M]`` from text to image); float32, or float64 if
@@ -286,28 +279,10 @@ def sigmoid_distillation_loss(
 
     .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
 
-    Here :math:`z_{ij}` is as in :func:`~calrobust.functional.sigmoid_contrastive_loss`, :math:`\tilde z_{ij}` is the
-    teacher's, and KL is that of two answers, yes and no.
-
-    Args:
-        image_features: shape ``[N, D]``, as for :func:`~calrobust.functional.multimodal_contrastive_loss`.
-        text_features: shape ``[M, D]``.
-        logit_scale: > 0, already exponentiated.
-        logit_bias: a number or a tensor of one element; 0.0 for a model without one.
-        teacher_image_features: shape ``[N, E]``: the same images seen by the teacher, which gets no gradient.
-        teacher_text_features: shape ``[M, E]``.
-        teacher_logit_scale: the teacher's own.
-        teacher_logit_bias: the teacher's own.
-        temperature: :math:`\tau` > 0, which softens both.
-        **options: see :class:`~calrobust.functional.PairOptions`. Mean, sum and ``"none"`` are over the N images.
-
-    Returns:
-        A scalar ≥ 0 in nats, or ``[N]`` for ``reduction="none"``; float32, or float64 if any features are. Exactly 0
-        where teacher and student are equal.
-
-    Raises:
-        ValueError, TypeError: as for :func:`~calrobust.functional.multimodal_distillation_loss`, or a bias is not a
-            finite number.
+    Here :math:`\tilde z_{ij}` is the teacher's, and KL is that of two answers, yes and no. Arguments, results and errors
+    are those of :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature``,
+    :math:`\tau`, those of :func:`~calrobust.functional.multimodal_distillation_loss`. It is exactly 0 where teacher and
+    student are equal.
 
     Example:
         >>> import torch

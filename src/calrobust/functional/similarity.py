@@ -279,9 +279,9 @@ def sigmoid_distillation_loss(
 
     .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
 
-    Here :math:`\tilde z_{ij}` is the teacher's, and KL is that of two answers, yes and no. Arguments, results and errors
-    are those of :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature``,
-    :math:`\tau`, those of :func:`~calrobust.functional.multimodal_distillation_loss`. It is exactly 0 where teacher and
+    Here :math:`\tilde z_{ij}` is the teacher's, and KL is that of two answers, yes and no. Arguments, results and
+    errors are those of :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature``
+    :math:`\tau` those of :func:`~calrobust.functional.multimodal_distillation_loss`. It is exactly 0 where teacher and
     student are equal.
 
     Example:

@@ -175,7 +175,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     """
     n_classes = rows.shape[1]
     low, high = rows[0].aminmax()
-    if low < 0 or high > 1 + 1e-6:  # most logits stop here
+    if low < 0 or high > 1 + 1e-6:
         return False
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False

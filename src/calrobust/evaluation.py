@@ -209,7 +209,7 @@ class TemperatureScaler(nn.Module):
         >>> from calrobust import TemperatureScaler
         >>> val_logits, val_target = torch.tensor([[8.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
         >>> scaler = TemperatureScaler().fit(val_logits, val_target)
-        >>> scaler(torch.tensor([[8.0, 0.0]])).softmax(1)  # three of four were of class 0
+        >>> scaler(torch.tensor([[8.0, 0.0]])).softmax(1)
         tensor([[0.7500, 0.2500]])
     """
 
@@ -222,7 +222,7 @@ class TemperatureScaler(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
-        self.is_fitted = False  # a buffer would make forward wait for the device
+        self.is_fitted = False  # a buffer would make forward wait
 
     def fit(self, logits: Tensor, target: Tensor) -> Self:
         """Sets T to that of :func:`~calrobust.functional.fit_temperature`, and returns the scaler."""

@@ -137,7 +137,7 @@ class beta(_Schedule):
 
     Example:
         >>> from calrobust import schedules
-        >>> [round(schedules.beta(1, 1, updates=3)(n), 3) for n in (0, 1, 2, 3)]  # the mean of 1 + 3 models
+        >>> [round(schedules.beta(1, 1, updates=3)(n), 3) for n in (0, 1, 2, 3)]
         [0.5, 0.667, 0.75, 1.0]
 
     Reference: Shu et al., 2023, :arxiv:`2302.00864`.

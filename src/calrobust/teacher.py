@@ -21,9 +21,8 @@ class EMATeacher(nn.Module):
 
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, from the first update on, in
-    float32 or better. Every other persistent buffer is the student's, and so is a value that is not finite
-    (:doc:`/guides/weights`).
+    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Every
+    other persistent buffer is the student's, and so is a value that is not finite (:doc:`/guides/weights`).
 
     The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
     saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it.
@@ -239,7 +238,7 @@ class EMATeacher(nn.Module):
                 f"the state must not have what share_frozen=True shares with the student, got {given[0]} and "
                 f"{len(given) - 1} more; load one that was saved with share_frozen=True"
             )
-        state_dict.update(shared)  # so that torch misses none of them
+        state_dict.update(shared)  # none is missing
         for counter in ("step", "updates"):
             if (value := state_dict.pop(prefix + counter, None)) is None:
                 args[2].append(prefix + counter)  # missing names

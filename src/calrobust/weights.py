@@ -37,7 +37,7 @@ def interpolate(
         >>> interpolate(zero_shot, fine_tuned, alpha=0.25)
         {'w': tensor([1.])}
 
-    Reference: Wortsman et al., 2022, :arxiv:`2109.01903`, equation 1; Wang et al., 2024, :arxiv:`2410.17146` (LiNeS).
+    Reference: Wortsman et al., 2022, :arxiv:`2109.01903`, equation 1.
     """
     check_flag(extrapolate=extrapolate)
 
@@ -73,7 +73,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
     knows its buffers, all floating entries are averaged. See also :doc:`/guides/weights`.
 
     Raises:
-        ValueError: there is no model, names or shapes differ, or ``weights`` break their rule.
+        ValueError: there is no model, names or shapes differ, or ``weights`` are wrong.
         TypeError: an argument has the wrong type, or a model is quantised.
 
     Example:
@@ -113,7 +113,7 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
         >>> import torch
         >>> from calrobust import model_stock
         >>> models = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([2.0, 2.0])}
-        >>> model_stock({"w": torch.zeros(2)}, models)  # cos = 0.7071, t = 0.8284, mean [2, 1]
+        >>> model_stock({"w": torch.zeros(2)}, models)  # t = 0.8284, mean [2, 1]
         {'w': tensor([1.6569, 0.8284])}
 
     Reference: Jang et al., 2024, :arxiv:`2403.19522`, equation 7.

@@ -9,7 +9,7 @@ from calrobust import EMATeacher
 
 
 def whole_state(teacher: EMATeacher) -> dict[str, Any]:
-    """The state dict without FSDP2's shards; every rank has to call it."""
+    """The state dict of whole tensors; every rank has to call it."""
     state = teacher.state_dict()
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 

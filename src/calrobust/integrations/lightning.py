@@ -32,8 +32,8 @@ class EMATeacherCallback(Callback):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: when the trainer starts, if two callbacks would put averaged weights into one student, or its
-            checkpoint holds no teacher.
+        ValueError: when the trainer starts, if two callbacks would evaluate one student, or its checkpoint holds no
+            teacher.
 
     Example:
         >>> from types import SimpleNamespace
@@ -42,7 +42,7 @@ class EMATeacherCallback(Callback):
         >>> from calrobust.integrations.lightning import EMATeacherCallback
         >>> teacher = EMATeacher(student := torch.nn.Linear(1, 1))
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
-        >>> callback.on_train_batch_end(SimpleNamespace(global_step=1))  # which the trainer calls after a batch
+        >>> callback.on_train_batch_end(SimpleNamespace(global_step=1))  # which the trainer calls
         >>> teacher.step
         1
     """

@@ -27,7 +27,7 @@ class EMATeacherCallback(TrainerCallback):
 
     Raises:
         TypeError: an argument has the wrong type.
-        FileNotFoundError: in training, if the checkpoint to load holds no teacher.
+        FileNotFoundError: in training, if a checkpoint holds no teacher.
 
     Example:
         >>> import torch
@@ -35,7 +35,7 @@ class EMATeacherCallback(TrainerCallback):
         >>> from calrobust.integrations.transformers import EMATeacherCallback
         >>> teacher = EMATeacher(student := torch.nn.Linear(1, 1))
         >>> callback = EMATeacherCallback(teacher, student)  # for Trainer(..., callbacks=[callback])
-        >>> callback.on_step_end()  # which the trainer calls after each step of the optimiser
+        >>> callback.on_step_end()  # which the trainer calls
         >>> teacher.step
         1
     """

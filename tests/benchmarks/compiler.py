@@ -48,7 +48,8 @@ def tables() -> Iterator[Table]:
 
 def kernels(capability: int, width: int, *, teacher: bool) -> dict[str, Resources]:
     """Of each kernel, by what it is for."""
-    from calrobust.kernels.triton import backward, forward, sigmoid_sums
+    from calrobust.kernels.triton.sigmoid import sigmoid_sums
+    from calrobust.kernels.triton.softmax import backward, forward
 
     with torch.device("cpu"), compiled(capability) as found:
         features = torch.zeros(EVEN, width)

@@ -255,7 +255,7 @@ def _taught_gradients(features: list[Tensor], impl: Impl) -> tuple[Tensor, ...]:
 
 def _blocks(features: list[Tensor]) -> list[Row]:
     """The blocks of the kernels against others: what to write into their table."""
-    from calrobust.kernels.triton.blocks import BLOCKS, Blocks
+    from calrobust.kernels.triton import BLOCKS, Blocks
 
     calls, rows = steps(features), []
     shapes = ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 3, 128), (128, 64, 64, 4, 3))

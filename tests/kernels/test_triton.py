@@ -29,7 +29,7 @@ from torch.testing import assert_close
 
 from calrobust import CaRotLoss
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
-from calrobust.kernels import dense, operators, proof
+from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import merge
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
@@ -58,7 +58,8 @@ def _on_the_device() -> Any:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16, one block of rows a tile, several programs for its columns: every seam in small matrices."""
-    blocks, softmax = (importlib.import_module(f"calrobust.kernels.triton.{name}") for name in ("blocks", "softmax"))
+    blocks = importlib.import_module("calrobust.kernels.triton")
+    softmax = importlib.import_module("calrobust.kernels.triton.softmax")
     for size in blocks.BLOCKS:
         monkeypatch.setitem(blocks.BLOCKS, size, blocks.Blocks(16, 16, 16, 4, 2))
     monkeypatch.setattr(blocks, "TILE_BYTES", 0)
@@ -455,8 +456,8 @@ def test_float32_losses_keep_their_digits_near_zero(noise: float) -> None:
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of the kernels."""
-    monkeypatch.setattr(proof, "FAULTS", {})
-    proof._warn.cache_clear()
+    monkeypatch.setattr(operators, "FAULTS", {})
+    operators._warn.cache_clear()
 
 
 def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
@@ -464,12 +465,12 @@ def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
 ) -> None:
     """Nothing is compared while it is captured, and what is known is not forgotten."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(proof, "fault", None)
+    monkeypatch.setattr(operators, "fault", None)
     key = torch.device("cuda", 0), torch.float32, "softmax", False
-    assert proof.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
-    proof.FAULTS[key] = "broken"
+    assert operators.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
+    operators.FAULTS[key] = "broken"
     with pytest.warns(RuntimeWarning, match="broken"):
-        assert not proof.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
+        assert not operators.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
 
 
 @kernels
@@ -479,7 +480,7 @@ def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
 def test_right_kernels_prove_themselves(form: str, operands: torch.dtype, teacher: bool) -> None:
     """Nothing is found, and nobody is warned."""
-    assert proof.is_proven("auto", torch.zeros(1).device, operands, form=form, teacher=teacher)
+    assert operators.is_proven("auto", torch.zeros(1).device, operands, form=form, teacher=teacher)
 
 
 @kernels
@@ -493,7 +494,7 @@ def test_wrong_kernels_are_found_out(broken: str, monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert not proof.is_proven("auto", device, torch.float32, form="softmax", teacher=True)
+            assert not operators.is_proven("auto", device, torch.float32, form="softmax", teacher=True)
         said = [str(warning.message) for warning in caught]
         assert not said or "they differ from the tiled form by" in said[0]
     assert said == []
@@ -507,7 +508,7 @@ def test_wrong_kernels_are_found_out(broken: str, monkeypatch: pytest.MonkeyPatc
 def test_kernels_that_cannot_be_launched_are_found_out() -> None:
     """As with a Triton that finds no compiler or no driver: the reason is what it says itself."""
     with torch.device("cpu"), pytest.warns(RuntimeWarning, match=r"not used for .* on cpu, .* RuntimeError: "):
-        assert not proof.is_proven("auto", torch.device("cpu"), torch.float32, form="softmax", teacher=False)
+        assert not operators.is_proven("auto", torch.device("cpu"), torch.float32, form="softmax", teacher=False)
 
 
 def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 A form is a module with two functions, ``forward`` and ``backward``: `tiled`, which is the one to read, or `triton`.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +19,9 @@ from calrobust.kernels.products import CAPABILITY
 from calrobust.kernels.tiled import Softmaxes
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
+FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels, from all comparisons so far
+ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the problem that they are compared on
+TOLERANCE = 1e-2  # relative, in the Frobenius norm; what is broken is off by more
 
 
 def softmax_statistics(
@@ -71,11 +76,79 @@ def may_take_triton(impl: str, x: Tensor) -> bool:
 
 def takes_triton(impl: str, x: Tensor, operands: torch.dtype, *, form: str, teacher: bool) -> bool:
     """Whether the form is Triton's: its kernels are compared with the tiled form on first use."""
-    if not may_take_triton(impl, x):
-        return False
-    from calrobust.kernels.proof import is_proven
+    return may_take_triton(impl, x) and is_proven(impl, x.device, operands, form=form, teacher=teacher)
 
-    return is_proven(impl, x.device, operands, form=form, teacher=teacher)
+
+def is_proven(impl: str, device: torch.device, operands: torch.dtype, *, form: str, teacher: bool) -> bool:
+    """Whether the kernels of a form, ``"softmax"`` or ``"sigmoid"``, can be used; warns once if they cannot.
+
+    Raises:
+        RuntimeError: they cannot, and ``impl`` insists on them.
+    """
+    key = device, operands, form, teacher
+    # While a CUDA graph is captured nothing can be compared; a step before it has done so.
+    if key not in FAULTS and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        FAULTS[key] = fault(*key)
+    reason = FAULTS.get(key, "")
+    if reason and impl == "triton":
+        raise RuntimeError(f"impl='triton' cannot be used for {operands} on {device}: {reason}; pass impl='auto'")
+    if reason:
+        _warn(f"the Triton kernels are not used for {operands} on {device}, which takes more time: {reason}")
+    return not reason
+
+
+def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
+    """What is wrong with the kernels of a form on a device, and empty if they agree with the tiled form."""
+    dtype = torch.promote_types(operands, torch.float32)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = [(ROWS, WIDTH), (COLUMNS, WIDTH)] * (1 + teacher)
+    features = [
+        torch.nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=1) for shape in shapes
+    ]
+    x, y, *others = (each.to(operands).to(device, dtype) for each in features)
+    scale = torch.tensor(20.0, dtype=dtype, device=device)
+    models = [Factors(x, y, scale), *([Factors(others[0], others[1], scale)] if teacher else [])]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            from calrobust.kernels.triton import sigmoid, softmax
+
+            run, kernels = (_softmax, softmax) if form == "softmax" else (_sigmoid, sigmoid)
+            pairs = zip(run(kernels, models, operands), run(None, models, operands), strict=True)
+            worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs if b.numel()]).max())
+        except Exception as error:  # of a compiler, a driver, a launch: whatever it is, the tiled form still works
+            return f"{type(error).__name__}: {error}"
+    return "" if worst <= TOLERANCE else f"they differ from the tiled form by {worst:.1g} of its results"
+
+
+def _softmax(kernels: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
+    partner = torch.arange(ROWS, device=models[0].x.device)
+    exact, _ = tiled.forward(models, partner, operands, columns=True, keep=False)
+    strip = kernels.forward(models, partner, operands, columns=True) if kernels else exact
+    weights = models[0].x.new_full((COLUMNS,), 1 / ROWS)
+    softmaxes = [
+        Softmaxes(exact.rows[k], exact.columns[k], sign * weights[:ROWS], sign * weights, weights[:0])
+        for k, sign in enumerate((1, -0.5)[: len(models)])
+    ]
+    backward = (kernels or tiled).backward
+    gradients = backward(models, softmaxes, partner, operands, [True, True, True])
+    return [*strip.rows, *(vector[:ROWS] for vector in strip.columns), *gradients]
+
+
+def _sigmoid(kernels: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
+    from calrobust.kernels import sigmoid
+
+    device = models[0].x.device
+    biased = [sigmoid.Model(*model, model.scale.new_full((), -5.0)) for model in models]
+    classes = sigmoid.Classes(torch.arange(ROWS, device=device), torch.arange(COLUMNS, device=device))
+    weights = models[0].x.new_ones(len(models), ROWS)
+    sums = kernels.sigmoid_sums if kernels else sigmoid.tiled_sums
+    found, gradients = sums(biased, classes, weights, operands, [True] * 4)
+    return [*found, *gradients]
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
@@ -89,9 +162,9 @@ def _forward(
     x, y, *_ = factors
     kept: list[Tensor] = []
     if takes_triton(impl, x, operands, form="softmax", teacher=len(factors) == 6):
-        from calrobust.kernels import triton
+        from calrobust.kernels.triton import softmax
 
-        strip = triton.forward(_models(factors), partner, operands, columns=columns)
+        strip = softmax.forward(_models(factors), partner, operands, columns=columns)
     else:
         keep &= not may_take_triton(impl, x)
         strip, kept = tiled.forward(_models(factors), partner, operands, columns=columns, keep=keep)
@@ -133,9 +206,9 @@ def _backward(
         ]
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
         if takes_triton(impl, a, operands, form="softmax", teacher=len(factors) == 6):
-            from calrobust.kernels import triton
+            from calrobust.kernels.triton import softmax
 
-            return triton.backward(_models(factors), softmaxes, partner, operands, needs)
+            return softmax.backward(_models(factors), softmaxes, partner, operands, needs)
         return tiled.backward(_models(factors), softmaxes, partner, operands, needs)
 
 

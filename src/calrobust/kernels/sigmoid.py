@@ -169,7 +169,7 @@ def _sums(
     with torch.autocast(weights.device.type, enabled=False):  # a loss may be differentiated inside of it
         form = tiled_sums
         if takes_triton(impl, factors[0], operands, form="sigmoid", teacher=len(factors) == 8):
-            from calrobust.kernels.triton import sigmoid_sums as form
+            from calrobust.kernels.triton.sigmoid import sigmoid_sums as form
         models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
         sums, gradients = form(models, Classes(*classes), weights, operands, needs)
     return [*sums, *gradients]

@@ -1,7 +1,141 @@
-"""The forms for CUDA devices, as Triton kernels: `softmax` and `sigmoid`, which share `blocks`."""
+"""The forms for CUDA devices, as Triton kernels: what `softmax` and `sigmoid` share."""
 
-from calrobust.kernels.triton.blocks import INTERPRETED
-from calrobust.kernels.triton.sigmoid import sigmoid_sums
-from calrobust.kernels.triton.softmax import backward, forward
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-__all__ = ["INTERPRETED", "backward", "forward", "sigmoid_sums"]
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from calrobust.kernels.dense import Factors
+
+TILE_BYTES = 160 * 2**20  # of the gradient in S
+KERNELS = ("forward", "backward", "sigmoid")
+
+
+class Blocks(NamedTuple):
+    """The size of a tile, and how a program works on it."""
+
+    ROWS: int
+    COLUMNS: int
+    DEPTH: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None  # registers of a thread at most
+
+
+# By kernel, bytes of an operand and number of models. They fit into the 99 KiB of shared memory that every card has.
+BLOCKS = {
+    ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
+    ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
+    ("backward", 2, 1): Blocks(128, 128, 64, 4, 3),
+    ("backward", 2, 2): Blocks(128, 128, 64, 8, 3),
+    ("sigmoid", 2, 1): Blocks(128, 128, 64, 8, 3, 128),
+    ("sigmoid", 2, 2): Blocks(128, 64, 64, 8, 3),
+    **{(kernel, 4, models): Blocks(128, 64, 32, 4, 3) for kernel in ("forward", "backward") for models in (1, 2)},
+    **{("sigmoid", 4, models): Blocks(128, 64, 32, 8, 3) for models in (1, 2)},
+    **{(kernel, 8, models): Blocks(32, 32, 16, 8, 2) for kernel in KERNELS for models in (1, 2)},
+}
+
+LOG2E = tl.constexpr(math.log2(math.e))  # for devices have an exponential to base 2
+LN2 = tl.constexpr(math.log(2))
+NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
+INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
+
+
+@triton.jit
+def logits(matrix, row, column, n, m, DEPTH: tl.constexpr, EVEN: tl.constexpr):
+    """A block of ``scale · x yᵀ``; outside, its last row or column again."""
+    x, y, scale, width = matrix
+    total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
+    x_row = x + tl.minimum(row, n - 1).to(tl.int64)[:, None] * width
+    y_row = y + tl.minimum(column, m - 1).to(tl.int64)[None, :] * width
+    for start in range(0, width, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        if EVEN:
+            a, b = tl.load(x_row + depth[None, :]), tl.load(y_row + depth[:, None])
+        else:
+            a = tl.load(x_row + depth[None, :], mask=(depth < width)[None, :], other=0.0)
+            b = tl.load(y_row + depth[:, None], mask=(depth < width)[:, None], other=0.0)
+        if a.dtype == tl.float64:  # tl.dot takes it from Triton 3.5 on
+            total += tl.sum(a[:, :, None] * b[None, :, :], 1)
+        elif a.dtype == tl.float32:
+            total = tl.dot(a, b, total, input_precision="tf32x3")
+        else:
+            total = tl.dot(a, b, total)
+    return total * tl.load(scale)
+
+
+@triton.jit
+def comparison(p, target, r, TEACHER: tl.constexpr):
+    """Target p̃, excess p − p̃ and divergence p̃ (exp(r) − 1 − r), for r = log p − log p̃; without a teacher only p."""
+    if not TEACHER:
+        return p, p, p
+    TERMS: tl.constexpr = 13 if r.dtype == tl.float64 else 6
+    series = tl.full(r.shape, INVERSE_FACTORIALS[TERMS + 1], r.dtype)
+    for k in tl.static_range(TERMS, 1, -1):
+        series = tl.fma(series, r, tl.full(r.shape, INVERSE_FACTORIALS[k], r.dtype))
+    of_r = target * r
+    divergence = of_r * (r * series)
+    is_near = tl.abs(r) <= NEAR
+    excess = tl.where(is_near, of_r + divergence, p - target)
+    return target, excess, tl.where(is_near, divergence, excess - of_r)
+
+
+@triton.jit
+def store_parts(numbers, to, stride, inside, PARTS: tl.constexpr):
+    """Each number as the sum of ``PARTS`` numbers of lower precision, as `products` multiplies them."""
+    for _ in tl.static_range(PARTS):
+        part = numbers.to(to.dtype.element_ty)
+        tl.store(to, part, mask=inside)
+        numbers -= part
+        to += stride
+
+
+INTERPRETED = not isinstance(logits, triton.JITFunction)  # with TRITON_INTERPRET=1, on the CPU
+
+
+class Launcher:
+    """The matrices as kernels read them, and kernels at the blocks that fit them."""
+
+    def __init__(self, kernel: str, models: list[Factors], operands: torch.dtype) -> None:
+        x, y, _ = models[0]
+        self.shape, self.device = (len(x), len(y)), x.device
+        # The gradient in S is multiplied in so many parts of a dtype.
+        self.split = (x.dtype, 1) if x.dtype == torch.float64 else (torch.float16, operands.itemsize // 2)
+        if INTERPRETED and operands == torch.bfloat16:
+            operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
+        self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
+        widths = [x.shape[1] for x, *_ in models]
+        blocks = BLOCKS[kernel, operands.itemsize, len(models)]
+        self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(max(widths)))))
+        self.is_even = all(width % self.blocks.DEPTH == 0 for width in widths)
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
+    ) -> None:
+        """On a tile of the student's matrix and of the teacher's, or twice the student's."""
+        matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
+        options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
+        with torch.cuda.device_of(self.matrices[0][0]):
+            kernel[grid](matrices[0], matrices[-1], *arguments, **options, **(blocks or self.blocks)._asdict())
+
+    def tiles(self, n: int, row_bytes: int, limit: int) -> list[slice]:
+        """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
+        rows = self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS))
+        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+    def gradients(self) -> Iterator[tuple[slice, Tensor]]:
+        """Tiles, each with memory ``[parts, rows, M]`` for the gradient in S."""
+        (n, m), (dtype, parts) = self.shape, self.split
+        tiles = self.tiles(n, m * parts * dtype.itemsize, TILE_BYTES)
+        memory = torch.empty(parts * tiles[0].stop * m, dtype=dtype, device=self.device)
+        for tile in tiles:
+            rows = tile.stop - tile.start
+            yield tile, memory[: parts * rows * m].view(parts, rows, m)
+
+    def grid(self, tile: Tensor) -> tuple[int, int]:
+        """A program for each block of a tile ``[..., rows, columns]``."""
+        return triton.cdiv(tile.shape[-2], self.blocks.ROWS), triton.cdiv(tile.shape[-1], self.blocks.COLUMNS)

@@ -11,7 +11,7 @@ from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import wide
 from calrobust.kernels.products import FeatureGradients
 from calrobust.kernels.sigmoid import Classes, Model, Sums
-from calrobust.kernels.triton.blocks import LOG2E, Launcher, comparison, logits, store_parts
+from calrobust.kernels.triton import LOG2E, Launcher, comparison, logits, store_parts
 
 # log(1 + e) / e for e in [0, 1], within 4e-8: a polynomial, for divisions take as long as all else together.
 _CONSTANT_TO_CUBIC = (0.999999965, -0.499994357, 0.333179343, -0.248339455)

@@ -17,7 +17,7 @@ from calrobust.kernels.dense import Factors
 from calrobust.kernels.parts import Part, Strip, merge, merge_rows, wide
 from calrobust.kernels.products import FeatureGradients
 from calrobust.kernels.tiled import Softmaxes
-from calrobust.kernels.triton.blocks import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
+from calrobust.kernels.triton import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
 
 SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
 PROGRAMS = 4  # for each multiprocessor, at least, if there are blocks enough

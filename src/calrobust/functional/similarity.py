@@ -232,21 +232,9 @@ def sigmoid_contrastive_loss(
     .. math:: \ell_i = \sum_j \log \left( 1 + e^{-m_{ij} z_{ij}} \right)
 
     Here :math:`z_{ij}` is ``logit_scale`` times the dot product of image :math:`i` and text :math:`j`, plus
-    ``logit_bias``, and :math:`m_{ij}` is 1 for positives and -1 for all others.
-
-    Args:
-        image_features: shape ``[N, D]``, as for :func:`~calrobust.functional.multimodal_contrastive_loss`.
-        text_features: shape ``[M, D]``.
-        logit_scale: > 0, already exponentiated.
-        logit_bias: a number or a tensor of one element; 0.0 for a model without one.
-        labels: as for the same function, but an image may have no positive.
-        **options: see :class:`~calrobust.functional.PairOptions`. Mean, sum and ``"none"`` are over the N images.
-
-    Returns:
-        A scalar ≥ 0 in nats, or ``[N]`` for ``reduction="none"``; float32, or float64 for float64 features.
-
-    Raises:
-        ValueError, TypeError: as for the same function, or the bias is not a finite number.
+    ``logit_bias``, a finite number or a tensor of one element, and :math:`m_{ij}` is 1 for positives and -1 for all
+    others. Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but an
+    image may have no positive, and mean, sum and ``"none"`` are over the N images.
 
     Example:
         >>> import torch

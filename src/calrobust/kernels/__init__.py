@@ -67,9 +67,8 @@ class PairStatistics(NamedTuple):
 class PairBatch:
     """Images and texts of this rank and of all ranks, seen by a student and maybe by a teacher.
 
-    Rows of the pair matrix are images and columns are texts, or the other way round if the batch is ``swapped``. Rows
-    stay on their rank, and columns are gathered. Without labels, or with one label for each pair, image i of a rank is
-    the partner of its text i. With labels for both sides, the first candidate of the same label is the partner.
+    Rows of the pair matrix are images, or texts if the batch is ``swapped``. Rows stay on their rank, and columns are
+    gathered. The partner of image i is text i of its rank, or with labels for both sides the first of the same label.
     """
 
     def __init__(

@@ -1,18 +1,8 @@
 r"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows, with gradient from the same sweep.
 
-With the sigmoid :math:`\sigma`, :math:`v_{ij} = -z_{ij}` for positive pairs and :math:`z_{ij}` for others, row i has
-
-.. math::
-    \sum_j \operatorname{softplus}(v_{ij}) \qquad\text{and}\qquad
-    \sum_j \mathrm{KL}(\sigma(\tilde z_{ij}) \,\|\, \sigma(z_{ij}))
-
-its negative log-likelihood, and the divergence from a teacher. No summand is negative, so small sums keep their digits.
-With weights a and b of the two sums, and t = 1 for positive pairs and 0 for all others, the gradient in Z is
-
-.. math:: a_i (\sigma(z_{ij}) - t_{ij}) + b_i (\sigma(z_{ij}) - \sigma(\tilde z_{ij}))
-
-It needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with a teacher, if
-the weights are known before. In a mean they are, up to one number. Otherwise the backward pass sweeps again.
+The gradient in Z needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with a
+teacher, if the weights of the rows are known before; otherwise the backward pass sweeps again. ``docs/derivations.md``
+has the formulas.
 """
 
 from collections.abc import Sequence

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from calrobust.kernels import dense
-from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import Strip
+from calrobust.kernels.dense import Factors, Strip
 
 
 def factors(n: int, m: int, width: int, seed: int, *, scale: float, teacher: bool) -> list[Factors]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calrobust.functional import multimodal_contrastive_loss
-from calrobust.kernels import dense, operators, products, tiled
+from calrobust.kernels import dense, operators, tiled
 from calrobust.kernels.dense import Factors
 
 ROUNDING = {torch.float64: 1e-14, torch.float16: 2**-11}
@@ -44,7 +44,7 @@ def test_tiles_of_any_size_give_the_gradients_of_the_factors(
     signs = torch.randint(0, 2, (n, m), generator=generator) * 2 - 1
     gradient = size * signs * 1e-6 ** torch.rand(n, m, generator=generator, dtype=torch.float64)
     bound = torch.full((n,), size, dtype=x.dtype)
-    found = products.FeatureGradients(Factors(x, y, scale), [bound], needs, dtype)
+    found = tiled.FeatureGradients(Factors(x, y, scale), [bound], needs, dtype)
     for start in range(0, n, rows):
         tile = slice(start, min(start + rows, n))
         found.add(tile, (gradient[tile].to(x.dtype) * found.gain).to(dtype))
@@ -88,13 +88,13 @@ def test_gradients_are_multiplied_in_float16_where_that_is_fast(
     """Both factors of every product; elsewhere both are float32."""
     monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: narrow)
     dtypes: set[torch.dtype] = set()
-    original = products._multiply
+    original = tiled._multiply
 
     def noted(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
         dtypes.update(part.dtype for part in (*left, *right))
         original(left, right, out, add=add)
 
-    monkeypatch.setattr(products, "_multiply", noted)
+    monkeypatch.setattr(tiled, "_multiply", noted)
     models = [
         Factors(x.float(), y.float(), scale.float()) for x, y, scale in factors(9, 9, 3, 0, scale=1.0, teacher=True)
     ]
@@ -105,7 +105,7 @@ def test_gradients_are_multiplied_in_float16_where_that_is_fast(
 @pytest.mark.parametrize("bound", [1e-30, 1e-6, 0.5, 1 - 2**-24, 1.0, 1 + 2**-23, 3.7, 1e6])
 def test_a_tile_fills_the_range_of_float16_and_never_leaves_it(bound: float) -> None:
     """Times its gain the largest entry lies in the last octave but one, and the gain is a power of two."""
-    gain = products._gain(torch.tensor(bound))
+    gain = tiled._gain(torch.tensor(bound))
     assert 2**14 <= bound * gain.item() < 2**15
     assert gain.frexp().mantissa == 0.5
 
@@ -149,4 +149,4 @@ def test_low_precision_is_for_devices_that_have_it(
     """Elsewhere, and for float32 features, products are float32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     features: Any = SimpleNamespace(device=torch.device(device))  # of a device that need not be there
-    assert products.are_narrow(features, operands) == expected
+    assert tiled.are_narrow(features, operands) == expected

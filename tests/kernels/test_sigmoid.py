@@ -13,7 +13,7 @@ from strategies import seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
 
-from calrobust.kernels import parts, sigmoid, tiled
+from calrobust.kernels import dense, sigmoid, tiled
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 
 
@@ -212,7 +212,7 @@ def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> Non
     expected_gradients = torch.autograd.grad(of_all, exact[0], retain_graph=True)
     student, teacher = (Model(*(factor.detach().float() for factor in model)) for model in exact)
     inputs = [Model(*(factor.requires_grad_() for factor in student)), teacher]
-    monkeypatch.setattr(parts, "WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr(dense, "WITHOUT_FLOAT64", ("cpu",))
     for impl in ("dense", "tiled"):
         with NoFloat64():  # type: ignore[no-untyped-call]  # torch leaves it untyped
             sums, total = sigmoid_sums(inputs, of, [1.3, -0.4], impl=impl)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calrobust import kernels
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
-from calrobust.kernels import operators, parts, tiled
+from calrobust.kernels import dense, operators, tiled
 from calrobust.kernels.dense import Factors
 
 KEEP, RECOMPUTE = 2**40, 0
@@ -342,7 +342,7 @@ def test_products_are_as_many_as_documented(
 
 def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on MPS: no tensor of a loss is float64, and value and gradients are those of float32."""
-    monkeypatch.setattr(parts, "WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr(dense, "WITHOUT_FLOAT64", ("cpu",))
     open_operators(monkeypatch)
     features: Any = [unit_rows(40, 8, seed, torch.float32).requires_grad_(seed < 2) for seed in range(4)]
     for impl in ("dense", "tiled", "auto"):
@@ -352,7 +352,7 @@ def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> Non
             found = torch.autograd.grad(value, features[:2])
         exact: Any = [f.detach().double().requires_grad_(f.requires_grad) for f in features]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parts, "WITHOUT_FLOAT64", ())
+            patch.setattr(dense, "WITHOUT_FLOAT64", ())
             expected = carot_loss(*taught(exact), **{**options, "impl": "dense"})
         assert_close(value.double(), expected, rtol=1e-5, atol=0)
         for a, b in zip(found, torch.autograd.grad(expected, exact[:2]), strict=True):

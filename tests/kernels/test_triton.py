@@ -30,8 +30,7 @@ from torch.testing import assert_close
 from calrobust import CaRotLoss
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.kernels import dense, operators
-from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import merge
+from calrobust.kernels.dense import Factors, merge
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 from calrobust.kernels.tiled import Softmaxes
 

@@ -1,8 +1,8 @@
 """The seam: all that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
 
 ``docs/derivations.md`` defines the words of the files here. The statistics of rows are always found, those of columns
-if they are asked for. The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.backward`; `products`
-takes it on to the factors.
+if they are asked for. The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.softmax`;
+`tiled.FeatureGradients` takes it on to the factors.
 """
 
 import math
@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from calrobust.distributed import Ranks
 from calrobust.kernels import dense, operators
-from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import EXCLUDED, Part, divergence_terms, merge, wide
+from calrobust.kernels.dense import EXCLUDED, Factors, Part, divergence_terms, merge, wide
 
 __all__ = [
     "IMPLS",
@@ -47,7 +46,7 @@ class Anchors(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """Statistics of each anchor against all its candidates, of shape ``[length]`` and in the dtype of `parts.wide`."""
+    """Statistics of each anchor against all its candidates, of shape ``[length]`` and in the dtype of `dense.wide`."""
 
     negative_log_likelihood: Tensor  # −log of the softmax at the own entries; 0 without any
     above_positives: Tensor  # lse of the own entries (without any: of all entries) − mean logit of the positives

@@ -1,11 +1,44 @@
-"""The softmax statistics of a pair matrix by their definition: the oracle of every other form."""
+"""The softmax statistics of a pair matrix by their definition, and how those of disjoint sets of candidates merge.
 
+The definition is the oracle of every other form. ``docs/derivations.md`` has the rules of merging, and why a divergence
+is a sum of terms of which none is negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from calrobust.kernels.parts import EXCLUDED, Part, Strip, divergence_terms
+from calrobust._checks import WITHOUT_FLOAT64
+
+EXCLUDED = -1e38  # the logit of an entry that does not count; finite, so that the difference of two is 0
+
+
+class Part(NamedTuple):
+    """Statistics of some anchors over a set of candidates, each of shape ``[length]``."""
+
+    lse: Tensor
+    teacher_lse: Tensor  # [0] if there is no teacher, like the next
+    divergence: Tensor  # from the teacher's softmax over these candidates to the student's, in nats
+
+    @classmethod
+    def without_teacher(cls, lse: Tensor) -> Part:
+        """Statistics of a student alone."""
+        return cls(lse, lse.new_empty(0), lse.new_empty(0))
+
+    def to(self, dtype: torch.dtype) -> Part:
+        """The same in another dtype."""
+        return Part(*(vector.to(dtype) for vector in self))
+
+
+class Strip(NamedTuple):
+    """Statistics of some rows of the pair matrix and, over these rows, of its columns; own entries are left out."""
+
+    rows: Part
+    columns: Part  # of no anchors if they were not asked for
 
 
 class Factors(NamedTuple):
@@ -34,3 +67,33 @@ def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
 def _logits(factors: Factors, partner: Tensor) -> Tensor:
     own = torch.arange(factors.y.shape[0], device=partner.device) == partner[:, None]
     return (factors.scale * factors.x @ factors.y.T).masked_fill(own, EXCLUDED)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype in which vectors of statistics are merged."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:
+    """The summands ``p̃ δ + p − p̃`` of a divergence: none is negative beyond rounding, whatever the two are."""
+    gap = log_target - log_probability
+    target, probability = log_target.exp(), log_probability.exp()
+    near = target * (torch.expm1(-gap.clamp(min=-1)) + gap)
+    return torch.where(gap < -1, probability - target * (1 - gap), near)  # expm1 would overflow
+
+
+def merge(several: Sequence[Part]) -> Part:
+    """The statistics over the union of the parts' candidates."""
+    return merge_rows(Part(*(torch.stack(vectors) for vectors in zip(*several, strict=True))))
+
+
+def merge_rows(parts: Part) -> Part:
+    """The same of parts ``[number, length]``."""
+    lse, teacher_lse, divergence = parts
+    total = lse.logsumexp(0)
+    if teacher_lse.shape[-1] == 0:
+        return Part.without_teacher(total)
+    teacher_total = teacher_lse.logsumexp(0)
+    log_target = teacher_lse - teacher_total
+    terms = log_target.exp() * divergence + divergence_terms(log_target, lse - total)
+    return Part(total, teacher_total, terms.sum(0))

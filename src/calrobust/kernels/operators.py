@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from calrobust.kernels import tiled
-from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import Part, Strip
-from calrobust.kernels.products import CAPABILITY
-from calrobust.kernels.tiled import Softmaxes
+from calrobust.kernels.dense import Factors, Part, Strip
+from calrobust.kernels.tiled import CAPABILITY, Softmaxes
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels, from all comparisons so far

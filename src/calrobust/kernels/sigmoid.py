@@ -1,8 +1,8 @@
 r"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows, with gradient from the same sweep.
 
-The gradient in Z needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with a
-teacher, if the weights of the rows are known before; otherwise the backward pass sweeps again. ``docs/derivations.md``
-has the formulas.
+The gradient in Z needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with
+a teacher, if the weights of the rows are known before; otherwise the backward pass sweeps again.
+``docs/derivations.md`` has the formulas.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from calrobust.kernels import tiled
-from calrobust.kernels.dense import Factors
+from calrobust.kernels.dense import Factors, divergence_terms, wide
 from calrobust.kernels.operators import Once, refuse, takes_triton
-from calrobust.kernels.parts import divergence_terms, wide
-from calrobust.kernels.products import FeatureGradients, are_narrow
+from calrobust.kernels.tiled import FeatureGradients, are_narrow
 
 BAND_BYTES = 2**17  # as in `tiled`; there are more buffers here
 
@@ -38,7 +37,7 @@ class Classes(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over each row of Z, of shape ``[N]`` and in the dtype of `parts.wide`."""
+    """Over each row of Z, of shape ``[N]`` and in the dtype of `dense.wide`."""
 
     negative_log_likelihood: Tensor
     divergence: Tensor  # from the teacher's entries to the student's, in nats; [0] without a teacher

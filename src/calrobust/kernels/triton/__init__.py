@@ -86,7 +86,7 @@ def comparison(p, target, r, TEACHER: tl.constexpr):
 
 @triton.jit
 def store_parts(numbers, to, stride, inside, PARTS: tl.constexpr):
-    """Each number as the sum of ``PARTS`` numbers of lower precision, as `products` multiplies them."""
+    """Each number as the sum of ``PARTS`` numbers of lower precision, as `tiled.FeatureGradients` multiplies them."""
     for _ in tl.static_range(PARTS):
         part = numbers.to(to.dtype.element_ty)
         tl.store(to, part, mask=inside)

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import wide
-from calrobust.kernels.products import FeatureGradients
+from calrobust.kernels.dense import Factors, wide
 from calrobust.kernels.sigmoid import Classes, Model, Sums
+from calrobust.kernels.tiled import FeatureGradients
 from calrobust.kernels.triton import LOG2E, Launcher, comparison, logits, store_parts
 
 # log(1 + e) / e for e in [0, 1], within 4e-8: a polynomial, for divisions take as long as all else together.

@@ -12,11 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calrobust.kernels import parts
-from calrobust.kernels.dense import Factors
-from calrobust.kernels.parts import Part, Strip, merge, merge_rows, wide
-from calrobust.kernels.products import FeatureGradients
-from calrobust.kernels.tiled import Softmaxes
+from calrobust.kernels import dense
+from calrobust.kernels.dense import Factors, Part, Strip, merge, merge_rows, wide
+from calrobust.kernels.tiled import FeatureGradients, Softmaxes
 from calrobust.kernels.triton import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
 
 SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
@@ -25,7 +23,7 @@ SPANS = 16  # of columns, at least: programs of one block of rows run together, 
 COLUMN_SPAN = 32  # blocks of rows, of which one program merges the columns
 
 
-EXCLUDED = tl.constexpr(parts.EXCLUDED)
+EXCLUDED = tl.constexpr(dense.EXCLUDED)
 FLOOR = tl.constexpr(-(2.0**123))  # the least reference: entries that are excluded are nothing beside it
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # base-2 logarithm of a change of p / p̃ from row to row at which sums over columns cancel
@@ -317,7 +315,7 @@ def _statistics(sums: Tensor) -> Part:
 
 
 def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:
-    return (reference + total.log2()).mul(LN2.value).clamp(min=parts.EXCLUDED)
+    return (reference + total.log2()).mul(LN2.value).clamp(min=dense.EXCLUDED)
 
 
 def backward(

@@ -31,8 +31,7 @@ class PairLoss(nn.Module, ABC):
     """Base class of losses on pairs: ``a + b`` and ``w * a`` are losses too, and share one pass over the pair matrix.
 
     Call them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if no term distils.
-    Models return image features, text features, the logit scale and maybe a logit bias, as open_clip's SigLIP models
-    do. A bias changes no softmax: without sigmoid terms its gradient is zero.
+    Models return image features, text features, the logit scale and maybe a logit bias, which no softmax sees.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -80,7 +79,7 @@ class PairLoss(nn.Module, ABC):
         """The weighted terms by name, for logging, from the arguments of ``forward``, which gives their sum.
 
         Names are ``contrastive``, ``distillation``, ``feature``, ``sigmoid_contrastive`` and ``sigmoid_distillation``,
-        and ``distillation_2`` for a second one. The gradient of several sigmoid terms is cheaper by ``forward``.
+        and ``distillation_2`` for a second one.
         """
         given = (image_features, text_features, logit_scale, *others)
         values = self._values(given, named, labels, together=False)

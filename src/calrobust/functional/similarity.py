@@ -231,10 +231,10 @@ def sigmoid_contrastive_loss(
 
     .. math:: \ell_i = \sum_j \log \left( 1 + e^{-m_{ij} z_{ij}} \right)
 
-    Here :math:`z_{ij}` is ``logit_scale`` times the dot product of image :math:`i` and text :math:`j`, plus
-    ``logit_bias``, a finite number or a tensor of one element, and :math:`m_{ij}` is 1 for positives and -1 for all
-    others. Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but an
-    image may have no positive, and mean, sum and ``"none"`` are over the N images.
+    Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, a finite number or a tensor of one
+    element, and :math:`m_{ij}` is 1 for positives and -1 for all others. Arguments, results and errors are those of
+    :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive, and mean, sum and
+    ``"none"`` are over the N images.
 
     Example:
         >>> import torch

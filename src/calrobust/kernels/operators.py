@@ -236,12 +236,10 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(impl: str, columns: bool, keep: bool, operands: torch.dtype, partner: Tensor, *factors: Tensor) -> Any:
-        """The outputs of the forward operator; lse and divergences of the student have a gradient."""
         return tuple(_forward(list(factors), partner, impl, columns, keep, operands))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Saves all that backward needs."""
         ctx.impl, _, _, ctx.operands, *tensors = inputs
         ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
         ctx.mark_non_differentiable(*output[2:4], *output[6:])
@@ -249,7 +247,6 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of the student's factors."""
         saved = list(ctx.saved_tensors)  # read once: hooks of checkpointing unpack them at each reading
         upstream = [
             torch.zeros_like(output) if gradient is None else gradient.contiguous()
@@ -285,7 +282,7 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def forward(function: Callable[..., Any], *inputs: Any) -> Any:
-        """What the function gives."""
+        """Its value."""
         return function(*inputs)
 
     @staticmethod

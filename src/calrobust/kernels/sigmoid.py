@@ -183,7 +183,6 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Saves all that backward needs."""
         ctx.impl, ctx.operands, ctx.made, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[3:])
@@ -191,7 +190,6 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of the student's factors."""
         needs = list(ctx.needs_input_grad[6:10])
         saved = ctx.saved_tensors  # read once: hooks of checkpointing unpack them at each reading
         inputs = ctx.impl, ctx.operands, ctx.made, needs, *upstream[:3], *saved

@@ -2,8 +2,7 @@ r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` i
 
 Only one *tile* exists at a time: some rows of S against all columns. A step takes 4 units: forward 1 for S; backward 1
 for S again, 1 for the gradient of x and 1 for that of y. A teacher adds 2, for T. Kept logits save those of backward
-for S and T, and a frozen tower saves that of its gradient. ``docs/derivations.md`` says how one exponential serves rows
-and columns, and how the divergences of columns follow from those of rows.
+for S and T, and a frozen tower saves that of its gradient. ``docs/derivations.md`` has the formulas of the statistics.
 
 **Gradient.** Let ``a, b, c, d`` be the upstream gradients of row lse, column lse, row divergence, column divergence,
 and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
@@ -13,8 +12,8 @@ and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
 where ``q_ij = p_ij exp(row_lse_i − column_lse_j)``, so that the gradient is p times an outer product.
 
 **Products.** For features of low precision the gradient in S is rounded to float16, after its *gain*: a power of two
-that takes it to the upper end of float16's range; bfloat16 would be too coarse. For float32 features, the Triton form
-splits each number into two of float16: three products of these halves are as exact as one of float32.
+that takes it to the upper end of float16's range. For float32 features, the Triton form splits each number into two of
+float16: three products of these halves are as exact as one of float32.
 """
 
 import math

@@ -24,7 +24,7 @@ COLUMN_SPAN = 32  # blocks of rows, of which one program merges the columns
 
 
 EXCLUDED = tl.constexpr(dense.EXCLUDED)
-FLOOR = tl.constexpr(-(2.0**123))  # the least reference: entries that are excluded are nothing beside it
+FLOOR = tl.constexpr(-(2.0**123))  # the least reference, beside which excluded entries are nothing
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # base-2 logarithm of a change of p / p̃ from row to row at which sums over columns cancel
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in the divergence of a column

@@ -6,12 +6,16 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing import assert_close
 
@@ -291,3 +295,30 @@ def test_diffusers_store_and_restore_is_swapped_into() -> None:
         assert student.weight == 1
         raise KeyError
     assert student.weight == 3
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_foreach_of_timm_changes_no_weight(foreach: bool) -> None:
+    """So there is nothing to choose."""
+    start, *others = path()
+    average, weights = ModelEmaV3(student_at(start), decay=0.9, foreach=foreach), []
+    for weight in others:
+        average.update(student_at(weight))
+        weights.append(next(average.module.parameters()).item())
+    assert averaged(0.9) == pytest.approx(weights, rel=1e-12)
+
+
+def test_wrapped_models_update_a_teacher_as_they_update_averaged_model(tmp_path: Path) -> None:
+    """A model in DistributedDataParallel and one in torch.compile."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wraps: list[Any] = [DistributedDataParallel, partial(torch.compile, backend="eager")]
+        for wrap in wraps:
+            start, after = student_at(1.0), student_at(3.0)
+            average, teacher = AveragedModel(start, multi_avg_fn=get_ema_multi_avg_fn(0.9)), EMATeacher(start, 0.9)
+            for model in (start, after):  # torch copies the first
+                average.update_parameters(wrap(model))
+                teacher.update(wrap(model))
+            assert_close(next(teacher.module.parameters()), next(average.module.parameters()))
+    finally:
+        dist.destroy_process_group()

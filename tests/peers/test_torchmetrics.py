@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -144,3 +146,19 @@ def test_their_state_grows_by_eight_bytes_a_sample_and_ours_is_24_a_bin() -> Non
         tensors = [t for state in states for t in (state if isinstance(state, list) else [state])]
         sizes.append(sum(t.numel() * t.itemsize for t in tensors))
     assert sizes == [8 * 200, 24 * 15]
+
+
+def test_plots_show_the_value_and_synchronising_merges_as_theirs_do() -> None:
+    """One point at the value; with a second rank that holds the same samples the value stays, and comes back."""
+    probs, target = inside(0)
+    ours: Any = CalibrationError(n_bins=15, from_logits=False, sync_on_compute=False)
+    theirs: Any = MulticlassCalibrationError(6, n_bins=15, sync_on_compute=False)
+    for metric in (ours, theirs):
+        metric.update(probs, target)
+        alone = metric.compute()
+        _, axes = metric.plot()
+        assert axes.lines[0].get_ydata() == pytest.approx(alone.item())
+        metric.sync(dist_sync_fn=lambda state, group: [state, state], distributed_available=lambda: True)
+        for _ in range(2):  # the first takes the samples of both ranks, and lets go of the second's
+            metric._computed = None
+            assert metric.compute() == pytest.approx(alone.item(), rel=1e-6)

@@ -108,7 +108,10 @@ class PairBatch:
         x, y, scale = factors
         if self.in_order:
             start = self.columns.here.start
-            x, partners = x[: self.pairs], y[start : start + self.pairs]
+            # The gradient of a slice is as large as the whole, so what is whole is not sliced.
+            is_whole = not torch.compiler.is_compiling() and x.shape[0] == y.shape[0] == self.pairs
+            partners = y if is_whole else y[start : start + self.pairs]
+            x = x if is_whole else x[: self.pairs]
         else:
             partners = y.index_select(0, self.partner.clamp(min=0))
         own = scale * torch.linalg.vecdot(x, partners)

@@ -66,7 +66,6 @@ def _sums_kernel(
     of_rows = tl.load(row_classes + row, mask=row < n, other=0).to(tl.int32)
     of_columns = tl.load(column_classes + column, mask=column < m, other=0).to(tl.int32)
     positive = of_rows[:, None] == of_columns[None, :]
-    inside = (row < n)[:, None] & (column < m)[None, :]
     rest, yes, no = _sigmoids(z)
     inside = (row < n)[:, None] & (column < m)[None, :]
     to, step = sums + tl.program_id(1) * n + row, tl.num_programs(1) * n

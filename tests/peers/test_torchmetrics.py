@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,16 +150,20 @@ def test_their_state_grows_by_eight_bytes_a_sample_and_ours_is_24_a_bin() -> Non
 
 
 def test_plots_show_the_value_and_synchronising_merges_as_theirs_do() -> None:
-    """One point at the value; with a second rank that holds the same samples the value stays, and comes back."""
-    probs, target = inside(0)
-    ours: Any = CalibrationError(n_bins=15, from_logits=False, sync_on_compute=False)
-    theirs: Any = MulticlassCalibrationError(6, n_bins=15, sync_on_compute=False)
-    for metric in (ours, theirs):
-        metric.update(probs, target)
-        alone = metric.compute()
-        _, axes = metric.plot()
-        assert axes.lines[0].get_ydata() == pytest.approx(alone.item())
-        metric.sync(dist_sync_fn=lambda state, group: [state, state], distributed_available=lambda: True)
-        for _ in range(2):  # the first takes the samples of both ranks, and lets go of the second's
-            metric._computed = None
-            assert metric.compute() == pytest.approx(alone.item(), rel=1e-6)
+    """One point at the value; a second rank's samples join for one value, and leave again."""
+    (probs, target), (others, other_target) = inside(0), inside(1)
+    options: Any = {"n_bins": 15, "sync_on_compute": False}
+    for make in (partial(CalibrationError, from_logits=False), partial(MulticlassCalibrationError, 6)):
+        here, there, both = (make(**options) for _ in range(3))
+        here.update(probs, target)
+        there.update(others, other_target)
+        both.update(torch.cat([probs, others]), torch.cat([target, other_target]))
+        alone = here.compute().item()
+        axes: Any = here.plot()[1]
+        assert axes.lines[0].get_ydata() == pytest.approx(alone)
+        states = [getattr(there, name) for name in there._reductions]
+        told = iter([torch.cat(state) if isinstance(state, list) else state for state in states])
+        here.sync(dist_sync_fn=lambda state, group, told=told: [state, next(told)], distributed_available=lambda: True)
+        for expected in (both.compute().item(), alone):
+            here._computed = None
+            assert here.compute().item() == pytest.approx(expected, rel=1e-6)

@@ -1,20 +1,37 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import open_clip
 import pytest
 import torch
+import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from strategies import seeds
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import CLIPConfig, CLIPModel
+from transformers import (
+    BatchEncoding,
+    BatchFeature,
+    CLIPConfig,
+    CLIPModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    default_data_collator,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from calrobust import collect_logits, zero_shot_classifier
 
@@ -101,16 +118,139 @@ def test_forward_says_how_to_run_other_batches() -> None:
     assert_close((logits / 2, target), expected)
 
 
-@pytest.mark.parametrize("output", [dict, lambda logits: (logits, None), lambda logits: [logits]])
-def test_a_model_that_returns_no_tensor_is_told_of_forward(output: Callable[[Any], Any]) -> None:
-    """We do not guess where the logits lie in a dict, a ``ModelOutput`` or a tuple."""
+class Named(NamedTuple):
+    """An output with names."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda logits: {"loss": torch.zeros(()), "logits": logits},
+        lambda logits: {"features": logits, "logits_per_image": logits},
+        lambda logits: ImageClassifierOutput(logits=logits),
+        lambda logits: CLIPOutput(logits_per_image=logits, logits_per_text=logits.T),
+        lambda logits: SimpleNamespace(logits=logits),
+        lambda logits: Named(None, logits),
+    ],
+)
+def test_the_logits_of_an_output_are_found_by_name(output: Callable[[Tensor], Any]) -> None:
+    """It may be a dict, an output of Transformers, or any object with attributes."""
 
     class Wrapped(Model):
         def forward(self, inputs: Tensor) -> Any:
-            return output({"logits": super().forward(inputs)} if output is dict else super().forward(inputs))
+            return output(super().forward(inputs))
+
+    model, loader = Wrapped(), batches(2, 3)
+    expected = torch.cat([Model.forward(model.eval(), inputs) for inputs, _ in loader])
+    assert_close(collect_logits(model, loader, progress=False)[0], expected.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda logits: (logits, None), lambda logits: [logits], lambda logits: {"scores": logits}, lambda _: CLIPOutput()],
+)
+def test_a_model_that_returns_no_logits_is_told_of_forward(output: Callable[[Tensor], Any]) -> None:
+    """We do not guess which value of a tuple, or under another name, the logits are."""
+
+    class Wrapped(Model):
+        def forward(self, inputs: Tensor) -> Any:
+            return output(super().forward(inputs))
 
     with pytest.raises(TypeError, match=r"model must return a tensor of logits, got .*; pass forward=lambda model, ba"):
         collect_logits(Wrapped(), batches(2), progress=False)
+
+
+@pytest.mark.parametrize("kind", [dict, BatchFeature, BatchEncoding, OrderedDict])
+def test_a_dict_of_inputs_is_passed_by_name(kind: Callable[[Any], Any]) -> None:
+    """Its ``labels``, or ``label``, are the target and no input; a dict may also stand beside the target."""
+    model, loader = Model(), batches(2, 3)
+    expected = collect_logits(model, loader, progress=False)
+    for name in ("labels", "label"):
+        named = [kind({"inputs": inputs, name: target}) for inputs, target in loader]
+        assert_close(collect_logits(model, named, progress=False), expected, rtol=0, atol=0)
+        assert all(name in batch for batch in named)  # the loader's batches stay
+    for pair in (tuple, list):
+        beside = [pair((kind({"inputs": inputs}), target)) for inputs, target in loader]
+        assert_close(collect_logits(model, beside, device="cpu", progress=False), expected, rtol=0, atol=0)
+
+
+TINY: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+class TestLoaders:
+    """What other libraries' loaders yield goes in as it is, and as their users write it."""
+
+    @pytest.fixture
+    def model(self) -> ViTForImageClassification:
+        """Three classes, pictures of 8 x 8."""
+        torch.manual_seed(0)
+        return ViTForImageClassification(
+            ViTConfig(**TINY, image_size=8, patch_size=4, id2label={0: "a", 1: "b", 2: "c"})
+        )
+
+    @pytest.fixture
+    def pictures(self) -> list[Image.Image]:
+        """Seven of them."""
+        return [Image.new("RGB", (8, 8), (30 * i, 0, 200 - i)) for i in range(7)]
+
+    @pytest.fixture
+    def processor(self) -> ViTImageProcessor:
+        """That of the model."""
+        return ViTImageProcessor(size={"height": 8, "width": 8})
+
+    @pytest.fixture
+    def expected(self, model: Any, pictures: list[Image.Image], processor: ViTImageProcessor) -> tuple[Tensor, Tensor]:
+        """From the model itself."""
+        with torch.no_grad():
+            output = model.eval()(**processor(pictures, return_tensors="pt"))
+        return output.logits, torch.arange(7) % 3
+
+    def test_of_datasets(self, model: Any, pictures: Any, processor: Any, expected: Any) -> None:
+        """A ``datasets.Dataset`` in a DataLoader, by its ``iter``, and with the Trainer's collation."""
+
+        def transform(batch: dict[str, Any]) -> dict[str, Any]:
+            return {**processor(batch["image"], return_tensors="pt"), "label": batch["label"]}
+
+        rows = datasets.Dataset.from_dict({"image": pictures, "label": expected[1].tolist()})
+        assert_close(collect_logits(model, DataLoader(rows.with_transform(transform), batch_size=3)), expected)
+        collated = DataLoader(rows.with_transform(transform), batch_size=3, collate_fn=default_data_collator)
+        assert_close(collect_logits(model, collated), expected)
+        whole = rows.map(transform, batched=True, remove_columns="image").with_format("torch")
+        assert_close(collect_logits(model, whole.iter(batch_size=3), progress=False), expected)
+
+    @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # its open file
+    def test_of_webdataset(self, model: Any, pictures: Any, processor: Any, expected: Any, tmp_path: Path) -> None:
+        """Its tuples; its samples have a key and an address in them, so the error says what they hold."""
+        with webdataset.TarWriter(str(tmp_path / "0.tar")) as tar:
+            for i, (picture, label) in enumerate(zip(pictures, expected[1].tolist(), strict=True)):
+                tar.write({"__key__": str(i), "png": picture, "cls": label})
+
+        def pixels(picture: Image.Image) -> Tensor:
+            values: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+            return values
+
+        shards = webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False).decode("pil")
+        pairs = shards.to_tuple("png", "cls").map_tuple(pixels, int).batched(3)
+        assert_close(collect_logits(model, webdataset.WebLoader(pairs, batch_size=None)), expected)
+        with pytest.raises(TypeError, match=r"got dict with __key__, __url__, .*cls.*; pass forward=lambda"):
+            collect_logits(model, shards, progress=False)
+
+    def test_of_a_clip_and_its_class_names(self, pictures: list[Image.Image]) -> None:
+        """A CLIP that is called with the captions of all classes gives their logits, in ``logits_per_image``."""
+        text = {**TINY, "vocab_size": 9, "eos_token_id": 8, "max_position_embeddings": 4}
+        vision = {**TINY, "image_size": 8, "patch_size": 4}
+        model: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
+        ids, pixels = torch.tensor([[1, word, 8] for word in (2, 3, 4)]), torch.rand(7, 3, 8, 8)
+        labels = torch.tensor([0, 1, 2, 0, 0, 1, 2])
+        parts = zip(pixels.split(4), labels.split(4), strict=True)
+        loader = [{"input_ids": ids, "pixel_values": part, "labels": target} for part, target in parts]
+        logits, target = collect_logits(model, loader, progress=False)
+        with torch.no_grad():
+            assert_close(logits, model.eval()(ids, pixels).logits_per_image)
+        assert torch.equal(target, labels)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
@@ -227,9 +367,8 @@ class TestZeroShotClassifier:
 
     def test_takes_models_of_transformers(self) -> None:
         """Their tokenizer pads to its greatest length, and pads are masked."""
-        tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        text = {**tiny, "vocab_size": 300, "eos_token_id": 299, "max_position_embeddings": 24, "dropout": 0.5}
-        vision = {**tiny, "image_size": 4, "patch_size": 2}
+        text = {**TINY, "vocab_size": 300, "eos_token_id": 299, "max_position_embeddings": 24, "dropout": 0.5}
+        vision = {**TINY, "image_size": 4, "patch_size": 2}
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)).train()
 
         def tokens(texts: list[str], pad: bool = True) -> dict[str, Tensor]:
@@ -242,6 +381,8 @@ class TestZeroShotClassifier:
             return tokens(texts)
 
         weight = zero_shot_classifier(model, tokenizer, NAMES, TEMPLATES)
+        processor: Any = SimpleNamespace(tokenizer=tokenizer)  # of text and pictures
+        assert_close(zero_shot_classifier(model, processor, NAMES, TEMPLATES), weight, rtol=0, atol=0)
         assert model.training
         model.eval()
         for name, row in zip(NAMES, weight, strict=True):

@@ -1,8 +1,9 @@
 """Logits of a model, and their temperature."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -31,8 +32,10 @@ def collect_logits(
     The model runs in eval mode and without gradient. Afterwards every submodule is in its earlier mode.
 
     Args:
-        model: gives logits ``[B, C]``, or ``[B, C, ...]``, which give a row for each label.
-        loader: yields ``(inputs, target)``, or what ``forward`` takes. Labels are integers.
+        model: gives logits ``[B, C]``, or ``[B, C, ...]``, which give a row for each label, or an output that has them
+            as ``logits`` or ``logits_per_image``.
+        loader: yields ``(inputs, target)``, a dict of inputs with a target ``labels`` or ``label``, or what
+            ``forward`` takes. A dict of inputs is passed as keyword arguments. Labels are integers.
         forward: ``forward(model, batch) -> (logits, target)``, for other kinds of batches and outputs.
         device: where to move the tensors of each batch to, if given.
         progress: whether to show a bar, if tqdm is installed.
@@ -76,16 +79,24 @@ def collect_logits(
 
 def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor]:
     if forward:
-        pair = forward(model, batch)
+        pair: Any = forward(model, batch)
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"forward must return (logits, target), got {_kind(pair)}")
         logits, target = pair
     else:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"loader must yield (inputs, target), got {_kind(batch)}; pass {_FORWARD}")
-        logits, target = model(batch[0]), batch[1]
+        inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+        if isinstance(batch, Mapping):
+            inputs = dict(batch)
+            target = inputs.pop("labels", inputs.pop("label", None))
+        if target is None:
+            rule = "(inputs, target) or a dict with labels"
+            raise TypeError(f"loader must yield {rule}, got {_kind(batch)}; pass {_FORWARD}")
+        logits = output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        if not isinstance(output, Tensor):
+            read = output.get if isinstance(output, Mapping) else partial(getattr, output)
+            logits = read("logits", read("logits_per_image", None))
         if not isinstance(logits, Tensor):
-            raise TypeError(f"model must return a tensor of logits, got {_kind(logits)}; pass {_FORWARD}")
+            raise TypeError(f"model must return a tensor of logits, got {_kind(output)}; pass {_FORWARD}")
     if not isinstance(target, Tensor) and hasattr(target, "__array__"):
         target = torch.tensor(target)
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
@@ -101,7 +112,8 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
 
 
 def _kind(value: Any) -> str:
-    return f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else ''}"
+    what = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+    return f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else what}"
 
 
 @contextmanager
@@ -142,7 +154,7 @@ def zero_shot_classifier(
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
-        tokenizer: the model's own, of open_clip or of Transformers.
+        tokenizer: the model's own, of open_clip or of Transformers, or the latter's processor.
         names: the class names, in the order of the logits.
         templates: a text with ``{}`` for the name, a function of the name, or a list of these.
 
@@ -168,6 +180,7 @@ def zero_shot_classifier(
         fix = "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
         raise TypeError(f"model must have encode_text or get_text_features, got {type(model).__name__}; {fix}")
     tower: Any = model
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer) if of_transformers else tokenizer  # of a processor
     device, features = next(model.parameters()).device, []
     with _evaluating(model):
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):

@@ -336,18 +336,20 @@ TABLE: Table = [
             Wrong(
                 {"loader": [INPUTS]},
                 TypeError,
-                "loader must yield (inputs, target), got Tensor; pass forward=lambda model, batch: (logits, target)",
+                "loader must yield (inputs, target) or a dict with labels, got Tensor; pass "
+                "forward=lambda model, batch: (logits, target)",
             ),
             Wrong(
                 {"loader": [(INPUTS, LABELS, LABELS)]},
                 TypeError,
-                "loader must yield (inputs, target), got tuple of 3; pass forward=lambda model, batch: "
-                "(logits, target)",
+                "loader must yield (inputs, target) or a dict with labels, got tuple of 3; pass "
+                "forward=lambda model, batch: (logits, target)",
             ),
             Wrong(
-                {"loader": [{"inputs": INPUTS}]},
+                {"loader": [{"jpg": INPUTS, "cls": LABELS}]},
                 TypeError,
-                "loader must yield (inputs, target), got dict; pass forward=lambda model, batch: (logits, target)",
+                "loader must yield (inputs, target) or a dict with labels, got dict with jpg, cls; pass "
+                "forward=lambda model, batch: (logits, target)",
             ),
             Wrong(
                 {"loader": [(INPUTS, LABELS[:1])]},

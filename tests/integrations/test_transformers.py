@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Trainer, TrainingArguments
@@ -150,24 +151,93 @@ def test_a_part_of_the_model_may_be_the_student(tmp_path: Path) -> None:
     assert_close(teacher.module.state_dict(), model.linear.state_dict())
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
+BERT = {"pad_token_id": 1, "bos_token_id": 0, "max_position_embeddings": 8}
+PATCHES = {"pixel_values": torch.rand(3, 4, 12), "pixel_attention_mask": torch.ones(3, 4, dtype=torch.int64)}
+SHARED: dict[str, Any] = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 4}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Aimv2": SHARED,
+    "Align": {
+        "text_config": {**TEXT, **BERT},
+        "vision_config": {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 16},
+        "projection_dim": 32,
+    },
+    "AltCLIP": {**SHARED, "text_config": {**TEXT, **BERT, "project_dim": 4, "type_vocab_size": 1}},
+    "Blip": {**SHARED, "text_config": {**TEXT, **BERT, "sep_token_id": 2}},
+    "ChineseCLIP": {**SHARED, "text_config": {**TEXT, **BERT}},
+    "CLIP": SHARED,
+    "CLIPSeg": SHARED,
+    "MetaClip2": SHARED,
+    "OwlViT": SHARED,
+    "PeVideo": {
+        "text_config": {"model_type": "modernbert", **TEXT, **BERT},
+        "video_config": {
+            **TOWER,
+            "head_dim": 8,
+            "num_key_value_heads": 1,
+            "vision_config": {
+                "model_type": "timm_wrapper",
+                "architecture": "vit_pe_core_tiny_patch16_384",
+                "model_args": {"img_size": (16, 16), "depth": 1},
+            },
+        },
+    },
+    "Siglip": {"text_config": TEXT, "vision_config": VISION},
+    "Siglip2": {"text_config": TEXT, "vision_config": {**TOWER, "patch_size": 2, "num_patches": 4}},
+    "Tipsv2": {"text_config": TEXT, "vision_config": VISION},
+    "VisionTextDualEncoder": {
+        "text_config": {"model_type": "bert", **TEXT, **BERT},
+        "vision_config": {"model_type": "vit", **VISION},
+        "projection_dim": 4,
+    },
+}
+FAMILIES = [family for family in CONFIGS if hasattr(transformers, f"{family}Model")]  # the oldest release lacks some
+TAKES = {
+    "Align": {**INPUTS, "pixel_values": torch.rand(3, 3, 32, 32)},
+    "PeVideo": {"input_ids": INPUTS["input_ids"], "pixel_values_videos": torch.rand(3, 2, 3, 16, 16)},
+    "Siglip2": {"input_ids": INPUTS["input_ids"], **PATCHES, "spatial_shapes": torch.tensor([[2, 2]] * 3)},
+}
+
+
+def made(family: str) -> Any:
+    """A tiny random model in eval mode."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**CONFIGS[family])
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    for parameter in model.parameters():  # some of which stay as memory was
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_that_the_models_own_logits_are_made_of(family: str) -> None:
-    """They have unit norm, and the scale is exponentiated; SigLIP's logits also have a bias."""
-    model: Any
-    if family == "clip":
-        model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=4))
-    else:
-        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
-    output = model(**INPUTS)
+    """Whether a family keeps the logarithm of its scale, the scale, a divisor or a bound, and whether it has a bias."""
+    model = made(family)
+    scalars = {name: one for name, one in model.named_parameters() if "." not in name and one.numel() == 1}
+    for name, scalar in scalars.items():
+        nn.init.constant_(scalar, 0.3 if name == "temperature" else 1.7)
+    output = model(**TAKES.get(family, INPUTS))
     image_features, text_features, logit_scale, *biases = clip_features(output, model)
-    for features in (image_features, text_features):
-        assert_close(features.norm(dim=1), torch.ones(3))
-    assert_close(logit_scale * image_features @ text_features.T + sum(biases), output.logits_per_image)
-    for scalar in (logit_scale, *biases):
-        assert scalar.shape == ()
+    if family != "PeVideo":  # which does not normalise
+        for features in (image_features, text_features):
+            assert_close(features.norm(dim=1), torch.ones(3))
+    expected = output["logits_video_text" if family == "PeVideo" else "logits_per_image"]
+    assert_close(logit_scale * image_features @ text_features.T + sum(biases), expected)
+    assert len(biases) == len(scalars) - 1 == (family in ("PeVideo", "Siglip", "Siglip2"))
+    for one in (logit_scale, *biases):
+        assert one.shape == ()
     (logit_scale + sum(biases)).backward()
-    assert len(biases) == (family == "siglip")
-    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "." not in name)
+    assert all(scalar.grad is not None and scalar.grad != 0 for scalar in scalars.values())
+
+
+@pytest.mark.parametrize("log_scale", [-1.0, 9.0])
+def test_the_bound_of_a_scale_is_the_models_own(log_scale: float) -> None:
+    """AIMv2 clamps the scale in its forward pass, from which a scale outside the bounds gets no gradient."""
+    model = made("Aimv2")
+    nn.init.constant_(model.logit_scale, log_scale)
+    output = model(**INPUTS)
+    image_features, text_features, logit_scale = clip_features(output, model)
+    assert_close(logit_scale * image_features @ text_features.T, output.logits_per_image)
+    assert_close(logit_scale.item(), 1.0 if log_scale < 0 else 100.0)
 
 
 def test_features_of_a_wrapped_model() -> None:

@@ -80,11 +80,12 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
-    """The arguments of a loss on pairs, from what a ``CLIPModel`` or a ``SiglipModel`` returns.
+    """The arguments of a loss on pairs, from what a model of two towers returns.
 
-    They are image and text features ``[N, D]`` of unit norm, the exponentiated logit scale, and the logit bias of a
-    model that has one. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. What lacks these raises
-    ``TypeError``.
+    They are image and text features ``[N, D]``, the logit scale that multiplies their products, and the logit bias of a
+    model that has one. The model's own logits are these products times the scale, plus the bias. Features have unit
+    norm, except those of PE-video, whose videos stand for images. The ``model`` may be in a
+    ``DistributedDataParallel`` or EMA teacher. What lacks these raises ``TypeError``.
 
     Example:
         >>> import torch
@@ -96,11 +97,21 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
         [1.0, 1.0, 1.0]
     """
     inner: Any = getattr(model, "module", model)
+    own, image = ("text_video_", "video") if hasattr(inner, "text_video_logit_scale") else ("", "image")
+    divisor, scale = getattr(inner, "temperature", None), f"{own}logit_scale"
+    features = (f"{image}_embeds", f"{own or 'text_'}embeds")
     call = "call the model with input_ids, pixel_values and return_dict=True"
     give = "pass the CLIPModel or SiglipModel that gave the output"
-    wanted = (("output", output, ("image_embeds", "text_embeds"), call), ("model", inner, ("logit_scale",), give))
+    wanted = (("output", output, features, call), ("model", inner, (scale,) if divisor is None else (), give))
     for name, value, attributes, fix in wanted:
         if missing := [attribute for attribute in attributes if getattr(value, attribute, None) is None]:
             raise TypeError(f"{name} must have {' and '.join(missing)}, got {type(value).__name__} without; {fix}")
-    scalars = [inner.logit_scale.exp(), getattr(inner, "logit_bias", None)]
-    return output.image_embeds, output.text_embeds, *(one.reshape(()) for one in scalars if one is not None)
+    if divisor is not None:  # ALIGN, TIPSv2
+        factor = 1 / divisor
+    elif own:
+        factor = getattr(inner, scale)
+    else:
+        limit = getattr(inner, "max_log_logit_scale", None)  # AIMv2
+        factor = (inner.logit_scale if limit is None else inner.logit_scale.clamp(0.0, limit)).exp()
+    scalars = [factor, getattr(inner, f"{own}logit_bias", None)]
+    return *(getattr(output, name) for name in features), *(one.reshape(()) for one in scalars if one is not None)

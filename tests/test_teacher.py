@@ -723,6 +723,106 @@ def test_an_update_is_one_fused_operation_that_allocates_nothing() -> None:
     assert sum(max(event.self_cpu_memory_usage, 0) for event in events) == 0
 
 
+def test_a_search_by_name_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no part is replaced, later updates find every tensor by its place."""
+    student = Student()
+    teacher = EMATeacher(student, 0.5)
+    teacher.update(student)
+    before = state(teacher.module)
+    monkeypatch.setattr("calrobust.teacher.paired", None)  # called, it would raise
+    for _ in range(2):
+        train(student)
+        teacher.update(student)
+    duplicate = copy.deepcopy(teacher)
+    with pytest.raises(TypeError, match="not callable"):
+        duplicate.update(student)
+    assert not torch.equal(teacher.module.state_dict()["layer.weight"], before["layer.weight"])
+
+
+def _replace_a_parameter(student: Student, _: EMATeacher) -> None:
+    student.layer.weight = nn.Parameter(torch.ones(4, 3))
+
+
+def _replace_one_of_the_same_place(student: Student, _: EMATeacher) -> None:
+    del student.layer.bias
+    student.layer.bias = nn.Parameter(torch.ones(4))
+
+
+def _replace_a_buffer(student: Student, _: EMATeacher) -> None:
+    student.mask = torch.tensor([1.0, 2.0])
+
+
+def _replace_a_layer(student: Student, _: EMATeacher) -> None:
+    student.head[1] = nn.Linear(4, 2)
+
+
+def _exchange_two_parameters(student: Student, _: EMATeacher) -> None:
+    norm = student.norm._parameters
+    norm["weight"], norm["bias"] = norm["bias"], norm["weight"]
+
+
+def _wrap_a_layer(student: Student, _: EMATeacher) -> None:
+    student.layer = cast(nn.Linear, Wrapper(student.layer))
+
+
+def _assign_the_student(student: Student, _: EMATeacher) -> None:
+    student.load_state_dict({name: value + 1 for name, value in state(student).items()}, assign=True)
+
+
+def _assign_the_teacher(_: Student, teacher: EMATeacher) -> None:
+    states = teacher.state_dict()
+    teacher.load_state_dict({name: value.clone() for name, value in states.items()}, assign=True)
+
+
+def _move_the_teacher(_: Student, teacher: EMATeacher) -> None:
+    teacher.double()
+
+
+def _move_the_student(student: Student, _: EMATeacher) -> None:
+    student.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_a_parameter,
+        _replace_one_of_the_same_place,
+        _replace_a_buffer,
+        _replace_a_layer,
+        _exchange_two_parameters,
+        _wrap_a_layer,
+        _assign_the_student,
+        _assign_the_teacher,
+        _move_the_teacher,
+        _move_the_student,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_replaced_between_updates_is_found(
+    change: Callable[[Student, EMATeacher], None], dtype: torch.dtype
+) -> None:
+    """The next update is that of a teacher that searches anew."""
+    student = Student().to(dtype)
+    teacher = EMATeacher(student, 0.5)
+    teacher.update(student)
+    change(student, teacher)
+    anew = copy.deepcopy(teacher)  # holds other tensors, so it searches
+    train(student)
+    for each in (teacher, anew):
+        each.update(student)
+    assert_close(teacher.state_dict(), anew.state_dict(), rtol=0, atol=0)
+
+
+def test_what_is_emptied_between_updates_is_told_by_name() -> None:
+    """DeepSpeed's ZeRO-3 does so to parameters that stay the same objects."""
+    student = Student()
+    teacher = EMATeacher(student, 0.5)
+    teacher.update(student)
+    student.layer.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"student's layer\.weight must be a tensor with values, got an empty one"):
+        teacher.update(student)
+
+
 @pytest.mark.parametrize(
     ("decay", "update_every", "graphs", "dtype"),
     [

@@ -49,6 +49,18 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     return {key: found[name][0] for key, name in own.items()}, {key for key, name in own.items() if found[name][1]}
 
 
+def parts(module: nn.Module) -> list[Any]:
+    """The module, and all modules, parameters and buffers in it, without their names."""
+    modules: list[Any] = [module]
+    found: list[Any] = []
+    for one in modules:  # which grows
+        if isinstance(one, nn.Module):
+            modules += one._modules.values()
+            found += one._parameters.values() if one._parameters else ()
+            found += one._buffers.values() if one._buffers else ()
+    return modules + found
+
+
 class Pair(NamedTuple):
     name: str
     ours: Tensor

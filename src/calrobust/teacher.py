@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
-from calrobust._state import Pair, copied, filled, paired, tensors, write
+from calrobust._state import Pair, copied, filled, paired, parts, tensors, write
 
 
 class EMATeacher(nn.Module):
@@ -84,6 +84,8 @@ class EMATeacher(nn.Module):
         self.update_every = update_every
         self.step = self.updates = 0
         self._swapped = False
+        self._seen: list[int] = []
+        self._places: list[tuple[str, int, int, bool]] = []
         named = tensors(student)[0].items() if share_frozen else ()
         self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
         shared = self._shared_by_id()
@@ -125,7 +127,7 @@ class EMATeacher(nn.Module):
                 check_fraction(closed=True, decay=decay)
             unfrozen = [name for name, parameter in self._shared.items() if parameter.requires_grad]
             if acts or self.step == 0 or unfrozen:
-                pairs = paired(self.module if self.masters is None else self.masters, student)
+                pairs = self._pairs(student)
                 if wrong := unfrozen or [pair.name for pair in pairs if pair.name in self._shared]:
                     raise ValueError(
                         f"student's {wrong[0]} must stay the frozen tensor that share_frozen=True shares, got "
@@ -139,6 +141,22 @@ class EMATeacher(nn.Module):
                 if self.masters is not None:
                     write([(pair.ours, pair.theirs) for pair in paired(self.module, self.masters)])
             self.step += 1
+
+    def _pairs(self, student: nn.Module) -> list[Pair]:
+        """Pairs by name once, and then by place while no part of the two models is replaced."""
+        ours = self.module if self.masters is None else self.masters
+        if torch.compiler.is_compiling():
+            return paired(ours, student)
+        found = parts(ours) + parts(student)
+        if [*map(id, found)] == self._seen:
+            pairs = [Pair(name, found[i], found[j], averaged) for name, i, j, averaged in self._places]
+            if all(pair.ours.shape == pair.theirs.shape for pair in pairs):
+                return pairs
+        pairs = paired(ours, student)  # FSDP2 may have replaced parameters
+        self._seen = [*map(id, parts(ours) + parts(student))]
+        place = {one: i for i, one in enumerate(self._seen)}
+        self._places = [(name, place[id(mine)], place[id(theirs)], averaged) for name, mine, theirs, averaged in pairs]
+        return pairs
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:

@@ -25,8 +25,9 @@ from torch.testing import assert_close
 from calrobust.functional.calibration import bin_confidences, calibration_error, top_label
 from calrobust.functional.intervals import calibration_interval
 from calrobust.functional.scoring import fit_temperature
+from calrobust.functional.selective import risk_coverage_curve
 from calrobust.report import ShiftReport
-from calrobust.report.samples import ECE_PARTS, FIGURES, fingerprints_of
+from calrobust.report.samples import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of
 
 DOMAINS = ("photo", "sketch", "clipart")
 
@@ -85,6 +86,80 @@ class TestFigures:
         assert row["ood_accuracy"] == pytest.approx((accuracy(sets["sketch"]) + accuracy(sets["clipart"])) / 2)
         assert row["ood_ece"] == pytest.approx((ece(sets["sketch"]) + ece(sets["clipart"])) / 2, abs=1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_scores_are_the_definitions(self, dtype: torch.dtype) -> None:
+        """NLL as given, at T and at the domain's own T; Brier score; AURC: by the naive formulas, from batches."""
+        report = ShiftReport(id_domain="photo")
+        temperature = report.fit_temperature("FT", *validation_set())
+        for domain in DOMAINS:
+            logits, target = scored_set(domain, dtype=dtype)
+            for rows in (slice(100), slice(100, None)):
+                report.add("FT", domain, logits[rows], target[rows])
+        for row in report.per_domain():
+            p = scored_set(row["domain"], dtype=dtype)
+            one_hot = torch.nn.functional.one_hot(p.target, 4)
+            expected = {
+                "nll": oracles.negative_log_likelihood(*p),
+                "nll_ts": oracles.negative_log_likelihood(*p, temperature),
+                "nll_own_t": oracles.negative_log_likelihood(*p, oracles.best_temperature(*p)),
+                "brier": (p.logits.double().softmax(1) - one_hot).square().sum(1).mean(),
+                "aurc": risk_coverage_curve(*top_label(p.logits.double(), p.target)).mean(),
+            }
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+            assert {name: row[name] for name in SCORES} == pytest.approx(
+                {name: float(value) for name, value in expected.items()}, abs=tolerance
+            )
+            assert row["nll_own_t"] <= min(row["nll"], row["nll_ts"])
+
+    def test_scores_have_intervals_and_a_mean_over_domains(self) -> None:
+        """As wide as the normal one on average, and the mean of two domains of one size varies by 1/√2 of one."""
+        report = ShiftReport(id_domain="photo")
+        for domain in DOMAINS:
+            report.add("FT", domain, *scored_set("photo", 2000))
+        p, row = scored_set("photo", 2000), report.summary()[0]
+        losses = torch.nn.functional.cross_entropy(p.logits, p.target, reduction="none")
+        for group, n in (("id", 2000), ("ood", 4000)):
+            width = row[f"{group}_nll_high"] - row[f"{group}_nll_low"]
+            assert width == pytest.approx(2 * 1.96 * float(losses.std()) / math.sqrt(n), rel=0.01)
+            for name in SCORES:
+                if name != "nll_ts":
+                    assert row[f"{group}_{name}_low"] < row[f"{group}_{name}"] < row[f"{group}_{name}_high"]
+
+    @pytest.mark.parametrize("wrong", [9, 10, 290, 291])
+    def test_scores_of_few_right_or_wrong_predictions_have_no_interval(self, wrong: int) -> None:
+        """Below ten of either kind the tail of the scores is not in the sample; the values stand."""
+        p, report = scored_set("photo"), ShiftReport(id_domain="photo")
+        predicted = p.logits.argmax(1)
+        report.add("FT", "photo", p.logits, (predicted + (torch.arange(300) < wrong)) % 4)
+        row = report.summary()[0]
+        assert [math.isnan(row[f"id_{name}_low"]) for name in ("nll", "brier", "aurc")] == [wrong not in (10, 290)] * 3
+        assert row["id_nll"] > 0
+
+    def test_a_label_of_a_masked_class_has_an_infinite_score(self) -> None:
+        """At any temperature, without an interval; what is not a number is None in JSON."""
+        report = ShiftReport(id_domain="photo")
+        logits, target = scored_set("photo")
+        logits[0, target[0]] = -math.inf
+        report.add("FT", "photo", logits, target)
+        row = report.summary()[0]
+        assert row["id_nll"] == row["id_nll_own_t"] == math.inf
+        assert math.isnan(row["id_nll_low"])
+        assert math.isfinite(row["id_brier"])
+        assert report.to_dict()["summary"]["FT"]["id_nll"] is None
+
+    @pytest.mark.parametrize("n", [1, 300])
+    def test_degenerate_data_have_a_score_at_their_own_temperature(self, n: int) -> None:
+        """No warning, as nobody takes that temperature home: separable, constant, of one class, a single sample."""
+        logits, _ = scored_set("photo", n)
+        report = ShiftReport(id_domain="photo")
+        report.add("separable", "photo", logits, logits.argmax(1))
+        report.add("constant", "photo", 0 * logits, logits.argmax(1))
+        report.add("anti-correlated", "photo", logits, logits.argmin(1))
+        separable, constant, anti_correlated = (row["nll_own_t"] for row in report.per_domain())
+        assert separable < min(0.01, report.per_domain()[0]["nll"])
+        assert constant == pytest.approx(math.log(4))
+        assert anti_correlated == pytest.approx(math.log(4), abs=0.02)
+
     def test_without_a_temperature_scaled_columns_are_nan(self) -> None:
         """Of this method only; the others keep theirs."""
         report = make_report("CaRot")
@@ -93,6 +168,7 @@ class TestFigures:
         fitted, unfitted = report.summary()
         no_interval = {f"ood_ece{ts}_{end}" for ts in ("", "_ts") for end in ("low", "high")}  # of a mean of two
         scaled = {"temperature", *(f"{group}_ece_ts{part}" for group in ("id", "ood") for part in ECE_PARTS)}
+        scaled |= {f"{group}_nll_ts{end}" for group in ("id", "ood") for end in ENDS}
         assert {name for name, value in unfitted.items() if value != value} == scaled | no_interval
         assert {name for name, value in fitted.items() if value != value} == no_interval
 
@@ -224,14 +300,27 @@ class TestMerging:
         assert (row["id_accuracy"], row["id_ece"]) == (accuracy(p), pytest.approx(ece(p), abs=1e-6))
         assert row["id_ece_ts"] == pytest.approx(ece(p, temperature), abs=1e-6)
 
-    def test_logits_are_kept_only_until_there_is_a_temperature(self) -> None:
-        """As documented: eight bytes for each sample afterwards, whatever the number of classes."""
-        report, p = ShiftReport(id_domain="photo"), classifier(100, 1000, 0)
-        report.add("FT", "photo", *p)
-        assert held_bytes(report) > 4 * p.logits.numel()
+    @pytest.mark.parametrize("keep_logits", [True, False])
+    def test_logits_are_kept_if_asked_or_until_there_is_a_temperature(self, keep_logits: bool) -> None:
+        """As documented: else about forty bytes for each sample, whatever the number of classes."""
+        report = ShiftReport(id_domain="photo", keep_logits=keep_logits)
+        report.add("FT", "photo", *classifier(100, 1000, 0))
+        report.summary()
+        assert held_bytes(report) > 4 * 100 * 1000
         report.fit_temperature("FT", *classifier(10, 1000, 1))
         report.add("FT", "photo", *classifier(100, 1000, 2))
-        assert held_bytes(report) == (200 + 10) * 8 + 2 * 4 * 15 * 8  # and the sums over the bins
+        row = report.summary()[0]
+        both = classifier(100, 1000, 0), classifier(100, 1000, 2)
+        logits, target = (torch.cat(pair) for pair in zip(*both, strict=True))
+        expected = oracles.negative_log_likelihood(logits, target, row["temperature"])
+        assert row["id_nll_ts"] == pytest.approx(float(expected), abs=1e-6)
+        if keep_logits:
+            assert held_bytes(report) > 4 * 200 * 1000
+            expected = oracles.negative_log_likelihood(logits, target, oracles.best_temperature(logits, target))
+            assert row["id_nll_own_t"] == pytest.approx(float(expected), abs=1e-6)
+        else:
+            assert held_bytes(report) <= 40 * 200 + 10 * 8
+            assert math.isnan(row["id_nll_own_t"])
 
 
 def values(report: ShiftReport) -> list[float]:
@@ -241,9 +330,9 @@ def values(report: ShiftReport) -> list[float]:
 
 def held_bytes(report: ShiftReport) -> int:
     """Of all tensors a report holds."""
-    samples = [s for own in report._samples.values() for s in own.values()]
-    kept = [(*s.plain, *s.scaled, *s.fingerprints, *itertools.chain(*s.unscaled)) for s in samples]
-    tensors = [*itertools.chain(*kept), *(fit.fingerprints for fit in report._fits.values())]
+    tensors = [fit.fingerprints for fit in report._fits.values()]
+    for samples in (samples for own in report._samples.values() for samples in own.values()):
+        tensors += [*samples.logits, *itertools.chain(*samples.columns.values())]
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
@@ -486,6 +575,24 @@ class TestTables:
         report.add("FT", "sketch", *scored_set("sketch"))
         assert "No table yet: id_domain must be one of the domains added" in str(report)
 
+    def test_columns_choose(self) -> None:
+        """In the order given, each with its unit; the caption explains those that are there, and no others."""
+        report = make_report("FT")
+        columns = ["ood_nll", "ood_nll_own_t", "id_brier", "id_aurc"]
+        table, caption = report.to_markdown(columns=columns).split("\n\n")
+        header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        assert header == ["Method", "OOD NLL", "OOD NLL at own T", "ID Brier score", "ID AURC"]
+        figures = report.summary()[0]
+        for cell, name in zip(row[1:], columns, strict=True):
+            factor, digits = (100, 2) if name == "id_aurc" else (1, 3)
+            low, value, high = (f"{factor * figures[name + end]:.{digits}f}" for end in ("_low", "", "_high"))
+            assert cell == f"{value} ({low}\N{EN DASH}{high})"
+        assert "a diagnosis that no method may claim as its result. Brier score" in caption
+        assert "AURC: area under the risk-coverage curve, in per cent. Other figures have" in caption
+        assert "diagnosis" not in report.to_markdown(columns=["id_nll"])
+        assert "interval" not in report.to_markdown(columns=["id_nll"], intervals=False)
+        assert report.to_latex(columns=columns).count("&") == 2 * len(columns)
+
     def test_intervals_can_be_left_out(self) -> None:
         """Then neither cells nor caption speak of them."""
         for text in (make_report().to_markdown(intervals=False), make_report().to_latex(intervals=False)):
@@ -545,7 +652,7 @@ class TestTables:
         """Both forms."""
         report = make_report()
         assert report.to_pandas()["method"].tolist() == ["FT", "CaRot"]
-        assert report.to_pandas(per_domain=True).shape == (6, 19)
+        assert report.to_pandas(per_domain=True).shape == (6, 34)
 
     def test_without_pandas_the_error_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And says how to get it."""

@@ -92,7 +92,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         2
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    report.summary()  # raises if incomplete
+    report._check_complete()
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
     check_instance(Sequence, "pass a list of names", methods=methods)
@@ -140,7 +140,8 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         100.0
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    rows, ax = report.summary(), _axes(ax, 0.8 * COLUMN)
+    ax = _axes(ax, 0.8 * COLUMN)
+    rows = report.summary()
     ax.set_xlabel("OOD accuracy (%)", fontsize=FONT)
     ax.set_ylabel("OOD ECE (%)", fontsize=FONT)
     for i, row in enumerate(rows):

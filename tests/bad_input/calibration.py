@@ -85,7 +85,7 @@ ERRORS = [
     Target(f"functional.{function.__name__}", function, batch)
     for function in (F.calibration_error, F.adaptive_calibration_error, F.classwise_calibration_error)
 ]
-OTHERS = (F.top_label, F.brier_score, F.negative_log_likelihood)
+OTHERS = (F.top_label, F.brier_score, F.negative_log_likelihood, F.selective_risk)
 FUNCTIONS = [*ERRORS, *(Target(f"functional.{function.__name__}", function, batch) for function in OTHERS)]
 FITS = [
     Target("functional.fit_temperature", F.fit_temperature, held_out),
@@ -105,7 +105,7 @@ OF_CONFIDENCES = [
         function,
         lambda: {"confidences": torch.tensor([0.3, 0.9]), "correct": torch.tensor([False, True])},
     )
-    for function in (F.bin_confidences, F.calibration_interval)
+    for function in (F.bin_confidences, F.calibration_interval, F.risk_coverage_curve)
 ]
 
 FLOATING = "{} must be floating point, got torch.int64; convert it with .float()"
@@ -270,7 +270,7 @@ TABLE: Table = [
         ],
     ),
     *guarded(
-        [*ERRORS, NEW[0], NEW[1], NEW[2], NEW[5], *OF_CONFIDENCES],
+        [*ERRORS, NEW[0], NEW[1], NEW[2], NEW[5], *OF_CONFIDENCES[:2]],
         [
             Wrong({"n_bins": 0}, ValueError, "n_bins must be >= 1, got 0"),
             Wrong(
@@ -393,7 +393,7 @@ TABLE: Table = [
         ],
     ),
     (
-        OF_CONFIDENCES[1:],
+        OF_CONFIDENCES[1:2],
         [
             Wrong({"level": 95}, ValueError, "level must be in [0, 1), got 95; did you mean 9.5 or 0.95?"),
             Wrong({"level": 1.0}, ValueError),

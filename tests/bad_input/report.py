@@ -17,6 +17,7 @@ from calrobust import EMATeacher, ShiftReport
 from calrobust.functional import bin_confidences
 from calrobust.integrations import lightning, transformers
 from calrobust.plotting import reliability_diagram, reliability_grid, shift_scatter
+from calrobust.report import HEADINGS
 
 LOGITS, TARGET = classifier(30, 3, 0)
 OTHER, OTHER_TARGET = classifier(30, 3, 1)
@@ -64,6 +65,7 @@ PLOTS: list[Callable[..., Any]] = [reliability_grid, shift_scatter]
 DRAWN = [Target(f"plotting.{plot.__name__}", plot, lambda: {"report": filled()}) for plot in PLOTS]
 CALLBACKS: list[Any] = [lightning.EMATeacherCallback, transformers.EMATeacherCallback]
 
+COLUMNS = ", ".join(map(repr, HEADINGS))
 NO_DATA = "the report must hold data, got none; call add(method, domain, logits, target) first"
 PROBABILITIES = torch.full((30, 3), 1 / 3)
 PROBABILITIES[:, 0] = torch.linspace(0.1, 0.9, 30)
@@ -81,6 +83,7 @@ TABLE: Table = [
             ),
             Wrong({"n_bins": 0}, ValueError),
             Wrong({"n_bins": 1.5}, TypeError),
+            Wrong({"keep_logits": 1}, TypeError, "keep_logits must be True or False, got int 1"),
         ],
     ),
     (
@@ -109,9 +112,23 @@ TABLE: Table = [
         ],
     ),
     (
+        READS[1:3],
+        [
+            Wrong({"columns": "ood_nll"}, TypeError, "columns must be a list of names, got str 'ood_nll'"),
+            Wrong({"columns": ["id_ece", "ece"]}, ValueError, f"columns[1] must be one of {COLUMNS}, got 'ece'"),
+            Wrong({"columns": ["ood_nll_low"]}, ValueError),
+        ],
+    ),
+    (
         [ADD],
         [
             Wrong({"domain": ["photo"]}, TypeError),
+            Wrong(
+                {"method": "FT", "logits": classifier(30, 4, 3).logits},
+                ValueError,
+                "logits must have the same number of classes in every batch of a domain, got 3 and then 4 for 'FT' in "
+                "'photo'; set the classes that a batch lacks to -inf",
+            ),
             Wrong({"domain": "\t"}, ValueError),
             Wrong(
                 {"method": "FT", "logits": classifier(30, 3, 2).logits, "target": classifier(30, 3, 2).target},

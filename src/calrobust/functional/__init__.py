@@ -13,6 +13,7 @@ from calrobust.functional.intervals import CalibrationInterval, calibration_inte
 from calrobust.functional.pairs import PairOptions
 from calrobust.functional.regularisers import feature_distillation_loss, orthogonality_loss
 from calrobust.functional.scoring import brier_score, fit_temperature, negative_log_likelihood
+from calrobust.functional.selective import risk_coverage_curve, selective_risk
 from calrobust.functional.similarity import (
     carot_loss,
     multimodal_contrastive_loss,
@@ -39,6 +40,8 @@ __all__ = [
     "multimodal_distillation_loss",
     "negative_log_likelihood",
     "orthogonality_loss",
+    "risk_coverage_curve",
+    "selective_risk",
     "sigmoid_contrastive_loss",
     "sigmoid_distillation_loss",
     "top_label",

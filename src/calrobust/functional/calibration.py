@@ -114,6 +114,14 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """Checks the arguments; returns float64, with NaN for confidences outside [0, 1]."""
+    check_confidences(confidences, correct)
+    check_n_bins(n_bins)
+    confidences = confidences.detach().double()
+    return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
+
+
+def check_confidences(confidences: Tensor, correct: Tensor) -> None:
+    """Raises unless they are floating and bool, both ``[N]``."""
     check_floating(confidences=confidences)
     check_tensor(correct=correct)
     if correct.dtype != torch.bool:
@@ -124,9 +132,6 @@ def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tens
             f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
         )
     check_one_device(confidences=confidences, correct=correct)
-    check_n_bins(n_bins)
-    confidences = confidences.detach().double()
-    return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
 
 
 def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from calrobust._checks import check_fraction, check_positive
 from calrobust.functional.calibration import bin_index, sum_by_bin, valid_confidences
 
 BISECTIONS = 36
-LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an interval is given
+LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an ECE has an interval
+FEWEST = 10  # right and wrong predictions from which the mean of a score has one
 
 
 class CalibrationInterval(NamedTuple):
@@ -149,12 +150,32 @@ def _errors(moments: Tensor, level: float) -> Tensor:
     return torch.div(gaps(most).sum(-1), total)
 
 
-def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean accuracy of data sets ``[..., D]``, and its interval."""
+def mean_accuracy(correct: Tensor, counts: Tensor, level: float) -> Tensor:
+    """Mean accuracy of data sets ``[..., D]``, and the ends of its interval: ``[3, ...]``."""
     z = torch.special.ndtri(counts.new_tensor((1 + level) / 2))
     shares = correct / counts
     centres = (correct + z.square() / 2) / (counts + z.square())
     halves = z / (counts + z.square()) * (correct * (1 - shares) + z.square() / 4).sqrt()
-    below, above = (shares - centres + halves).norm(dim=-1), (centres + halves - shares).norm(dim=-1)
-    value, n_sets = shares.mean(-1), counts.shape[-1]
-    return value, (value - below / n_sets).clamp(min=0), (value + above / n_sets).clamp(max=1)
+    return mean_of_intervals(torch.stack((shares, centres - halves, centres + halves))).clamp(0, 1)
+
+
+def mean_of_intervals(parts: Tensor) -> Tensor:
+    """The mean of independent values and the ends of its interval, ``[3, ...]``, from those of each ``[3, ..., D]``."""
+    values, lows, highs = parts
+    mean = values.mean(-1)
+    distances = torch.stack((values - lows, highs - values)).square().sum(-1).sqrt() / values.shape[-1]
+    return torch.stack((mean, mean - distances[0], mean + distances[1]))
+
+
+def score_interval(scores: Tensor, level: float) -> Tensor:
+    """The mean of scores ``[N]``, and the ends of its interval: ``[3]``."""
+    scores, n = scores.double(), len(scores)
+    mean = scores.mean()
+    centred = scores - mean
+    deviation = (centred.square().sum() / (n * (n - 1))).sqrt() if n > 1 else mean * math.nan
+    skewness = (centred / (n * deviation)).pow(3).sum().nan_to_num()  # of the mean
+    skewness = torch.where(skewness.abs() < 1e-6, 1e-6, skewness)
+    z = torch.special.ndtri(mean.new_tensor([(1 + level) / 2, (1 - level) / 2]))
+    cubes = 1 + skewness * (z - skewness / 6)
+    steps = 3 / skewness * (cubes.sign() * cubes.abs().pow(1 / 3) - 1)
+    return torch.cat((mean[None], mean - deviation * steps))

@@ -62,9 +62,16 @@ def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
 
 
 def probability_blocks(
-    preds: Tensor, target: Tensor, from_logits: bool, validate: bool | None = None
+    preds: Tensor,
+    target: Tensor,
+    from_logits: bool,
+    validate: bool | None = None,
+    temperature: float | None = None,
 ) -> Iterator[Block]:
-    """Yields one block or more; ``validate`` says whether values are checked, None where that is free."""
+    """Yields one block or more; ``validate`` says whether values are checked, None where that is free.
+
+    Logits are divided by ``temperature``.
+    """
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
@@ -76,7 +83,7 @@ def probability_blocks(
     step = block_rows(preds, dtype)
     buffer = preds.new_empty(step if from_logits else 0, preds.shape[1], dtype=dtype)
     for some, labels in zip(preds.split(step), target.split(step), strict=True):
-        scores = some.to(dtype)
+        scores = some.to(dtype) if temperature is None else some.to(dtype) / temperature
         probs = torch.softmax(scores, 1, out=buffer[: len(scores)]) if from_logits else scores
         own, confidences = probs.gather(1, labels[:, None])[:, 0], probs.amax(1)
         correct = _is_predicted(scores, labels, own, confidences)
@@ -224,6 +231,16 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
+    temperature, causes = best_temperature(logits, target)
+    if causes:
+        warnings.warn(
+            f"the data do not determine a temperature: {'; '.join(causes)}; T = {temperature:.6g}", stacklevel=2
+        )
+    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+
+
+def best_temperature(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
+    """T of valid data ``[N, C]``, and why they do not determine it."""
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
         limit = _mask_distance(data, means)
@@ -231,15 +248,11 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
         if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
             temperature, causes = _solve(data, _visible_means(data, math.inf))
-        if len(target) == 1:
-            causes.append("there is a single sample")
-        elif (target == target[0]).all():
-            causes.append(f"all labels are of class {int(target[0])}")
-    if causes:
-        warnings.warn(
-            f"the data do not determine a temperature: {'; '.join(causes)}; T = {temperature:.6g}", stacklevel=2
-        )
-    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+    if len(target) == 1:
+        causes.append("there is a single sample")
+    elif (target == target[0]).all():
+        causes.append(f"all labels are of class {int(target[0])}")
+    return temperature, causes
 
 
 def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:

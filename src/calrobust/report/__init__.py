@@ -5,29 +5,44 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_choice, check_n_bins
-from calrobust.functional.calibration import Bins
+from calrobust._checks import check_choice, check_flag, check_n_bins, check_softmax_exists
+from calrobust.functional.calibration import Bins, bin_confidences
 from calrobust.functional.scoring import fit_temperature
-from calrobust.report.samples import Fit, Samples, check_held_out, fingerprints_of, mean_figures, on_cpu
+from calrobust.report.samples import (
+    Fit,
+    Samples,
+    check_held_out,
+    columns_of,
+    fingerprints_of,
+    mean_figures,
+    on_cpu,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HEADINGS = {  # column of the summary -> of the printed tables
-    "id_accuracy": "ID accuracy",
-    "ood_accuracy": "OOD accuracy",
-    "id_ece": "ID ECE",
-    "ood_ece": "OOD ECE",
-    "temperature": "T",
-    "id_ece_ts": "ID ECE + TS",
-    "ood_ece_ts": "OOD ECE + TS",
+HEADINGS = {"temperature": "T"} | {  # column of the summary -> of the printed tables
+    f"{group.lower()}_{figure}": f"{group} {heading}"
+    for group in ("ID", "OOD")
+    for figure, heading in {
+        "accuracy": "accuracy",
+        "ece": "ECE",
+        "ece_ts": "ECE + TS",
+        "nll": "NLL",
+        "nll_ts": "NLL + TS",
+        "nll_own_t": "NLL at own T",
+        "brier": "Brier score",
+        "aurc": "AURC",
+    }.items()
 }
+DEFAULT = "id_accuracy", "ood_accuracy", "id_ece", "ood_ece", "temperature", "id_ece_ts", "ood_ece_ts"
 MISSING = "\N{EN DASH}"
 BRACKETS = (
     " In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
@@ -35,6 +50,12 @@ BRACKETS = (
     "the mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect "
     "calibration."
 )
+NOTES = {  # of columns whose name holds the word
+    "nll": "NLL: negative log-likelihood in nats.",
+    "own": "At own T: each data set at the T that is best for it, a diagnosis that no method may claim as its result.",
+    "brier": "Brier score: over all classes, in [0, 2].",
+    "aurc": "AURC: area under the risk-coverage curve, in per cent.",
+}
 MARKDOWN = str.maketrans({"|": r"\|"})
 LATEX = str.maketrans(
     {mark: "\\" + mark for mark in "&%$#_{}"}
@@ -48,18 +69,21 @@ class ShiftReport:
 
     OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
     :func:`~calrobust.functional.calibration_interval`, for fixed T. The mean ECE of several domains has no interval.
-    Accuracies have Wilson's interval. Domains are assumed to have no samples in common.
+    Accuracies have Wilson's interval, other scores Hall's if there are ten right and ten wrong predictions in each data
+    set. Domains are assumed to have no samples in common.
 
     Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if a method
-    lacks data of ``id_domain`` or of a domain that others have. Logits are kept on the CPU until there is a
-    temperature, so call :meth:`fit_temperature` before :meth:`add` for large data sets.
+    lacks data of ``id_domain`` or of a domain that others have. A report keeps about 40 bytes for each sample, and the
+    logits on the CPU, of which ``nll_own_t`` and the figures at T are computed when they are first read.
 
     Args:
         id_domain: the domain that is in distribution.
         n_bins: number of bins of equal width of the ECE.
+        keep_logits: False keeps logits only until there is a temperature, and ``nll_own_t`` is NaN. For large data
+            sets, which need 4 bytes for each float32 logit, call :meth:`fit_temperature` before :meth:`add` then.
 
     Raises:
-        TypeError: ``id_domain`` is not a string or ``n_bins`` not an integer.
+        TypeError: ``id_domain`` is not a string, ``n_bins`` not an integer or ``keep_logits`` not a bool.
         ValueError: ``id_domain`` is blank or ``n_bins`` < 1.
 
     Example:
@@ -72,9 +96,11 @@ class ShiftReport:
         0.5
     """
 
-    def __init__(self, *, id_domain: str, n_bins: int = 15) -> None:
+    def __init__(self, *, id_domain: str, n_bins: int = 15, keep_logits: bool = True) -> None:
         _check_names(id_domain=id_domain)
         check_n_bins(n_bins)
+        check_flag(keep_logits=keep_logits)
+        self.keep_logits = keep_logits
         self.id_domain = id_domain
         self.n_bins = n_bins
         self._samples: dict[str, dict[str, Samples]] = {}
@@ -101,17 +127,26 @@ class ShiftReport:
             target: shape ``[N]`` or ``[N, ...]``, likewise.
 
         Raises:
-            TypeError, ValueError: a name is not a string or is blank, ``logits`` or ``target`` are invalid, or over 1 %
-                of the samples that T was fitted on are scored in this domain. The report is left as it was.
+            TypeError, ValueError: a name is not a string or is blank, ``logits`` or ``target`` are invalid, the number
+                of classes changes, or over 1 % of the samples that T was fitted on are scored in this domain. The
+                report is left as it was.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
-        samples = self._samples.get(method, {}).get(domain) or Samples(self.n_bins)
-        fit = self._fits.get(method)
-        fingerprints = fingerprints_of(logits, target)
-        if fit and torch.isin(fingerprints, fit.fingerprints).any():
-            check_held_out(method, domain, fit.fingerprints, torch.cat([*samples.fingerprints, fingerprints]))
-        samples.add(logits, target, fingerprints, fit.temperature if fit else None)
+        n_classes = logits.shape[1]
+        samples = self._samples.get(method, {}).get(domain) or Samples(self.keep_logits, n_classes)
+        if samples.n_classes != n_classes:
+            raise ValueError(
+                f"logits must have the same number of classes in every batch of a domain, got {samples.n_classes} and "
+                f"then {n_classes} for {method!r} in {domain!r}; set the classes that a batch lacks to -inf"
+            )
+        columns, fit = columns_of(logits, target), self._fits.get(method)
+        if columns["confidences"].isnan().any():
+            check_softmax_exists(target, logits=logits)
+        if fit and torch.isin(columns["fingerprints"], fit.fingerprints).any():
+            before = samples.columns.get("fingerprints", [])
+            check_held_out(method, domain, fit.fingerprints, torch.cat([*before, columns["fingerprints"]]))
+        samples.add(logits, columns, fit.temperature if fit else None)
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
@@ -133,11 +168,12 @@ class ShiftReport:
         fingerprints = fingerprints_of(logits, target)
         own = self._samples.get(method, {})
         for domain, samples in own.items():
-            check_held_out(method, domain, fingerprints, torch.cat(samples.fingerprints))
+            check_held_out(method, domain, fingerprints, samples["fingerprints"])
         temperature = float(fit_temperature(logits, target))
         self._fits[method] = Fit(temperature, fingerprints)
         for samples in own.values():
-            samples.scale(temperature)
+            if not self.keep_logits:
+                samples.scale(temperature)
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
@@ -147,8 +183,10 @@ class ShiftReport:
         check_choice(tuple(self._samples[method]), domain=domain)
         if scaled and method not in self._fits:
             raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
-        samples = self._samples[method][domain]
-        return Bins(*(samples.scaled if scaled else samples.plain)[:3])
+        samples = self._scaled(method, domain)
+        return bin_confidences(
+            samples["confidences_ts" if scaled else "confidences"], samples["correct"], n_bins=self.n_bins
+        )
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each method, in the order of first :meth:`add`.
@@ -156,7 +194,10 @@ class ShiftReport:
         Returns:
             Dicts of ``method``, ``temperature``, ``id_accuracy`` and ``ood_accuracy`` with ``…_low`` and ``…_high``,
             and ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_debiased``, ``…_low``, ``…_high``,
-            ``…_floor`` and ``…_p``. NaN where there is no temperature, no OOD domain or no interval.
+            ``…_floor`` and ``…_p``. For both groups also, with ``…_low`` and ``…_high``: ``nll`` in nats, ``nll_ts``,
+            ``nll_own_t`` (at the T that is best for each domain itself: a diagnosis that no method may claim as its
+            result), ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN where there is no
+            temperature, OOD domain, interval or logits.
         """
         self._check_complete()
         groups = {"id": [self.id_domain], "ood": self.domains[1:]}
@@ -174,34 +215,42 @@ class ShiftReport:
         """One row for each method and domain. Methods may have different domains.
 
         Returns:
-            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, and ``accuracy``, ``ece`` and ``ece_ts``
-            with the endings of :meth:`summary`.
+            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, and the figures of :meth:`summary` with
+            its endings.
         """
         self._check_has_data()
         return [
-            {"method": method, "domain": domain, "n": int(own[domain].plain[0].sum())}
+            {"method": method, "domain": domain, "n": len(own[domain]["target"])}
             | {"temperature": self._temperature(method), **self._figures(method, [domain])}
             for method, own in self._samples.items()
             for domain in self.domains
             if domain in own
         ]
 
-    def to_markdown(self, *, intervals: bool = True) -> str:
-        """The summary in Markdown; ``intervals`` adds intervals, noise floors and p-values."""
-        table = self._cells(intervals, MARKDOWN)
+    def to_markdown(self, *, columns: Sequence[str] = DEFAULT, intervals: bool = True) -> str:
+        """The summary in Markdown.
+
+        Args:
+            columns: names of :meth:`summary` without endings, such as ``"ood_nll"``; by default accuracies and ECEs.
+            intervals: whether to add intervals, noise floors and p-values.
+
+        Raises:
+            TypeError, ValueError: ``columns`` is not a list or names no column, or the report is incomplete.
+        """
+        table = self._cells(columns, intervals, MARKDOWN)
         widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         lines = [
             "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
             for row in (table[0], rule, *table[1:])
         ]
-        return "\n".join([*lines, "", self._caption(intervals)])
+        return "\n".join([*lines, "", self._caption(columns, intervals)])
 
-    def to_latex(self, *, intervals: bool = True) -> str:
+    def to_latex(self, *, columns: Sequence[str] = DEFAULT, intervals: bool = True) -> str:
         r"""The same in LaTeX, for ``\usepackage{booktabs}``."""
-        head, *body = (" & ".join(row) + r" \\" for row in self._cells(intervals, LATEX))
-        begin, end = rf"\begin{{tabular}}{{l{'r' * len(HEADINGS)}}}", r"\end{tabular}"
-        caption = "% " + self._caption(intervals)
+        head, *body = (" & ".join(row) + r" \\" for row in self._cells(columns, intervals, LATEX))
+        begin, end = rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\end{tabular}"
+        caption = "% " + self._caption(columns, intervals)
         return "\n".join([caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
@@ -218,17 +267,17 @@ class ShiftReport:
             temporary.unlink(missing_ok=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything by name, ready for JSON: NaN is None.
+        """Everything by name, ready for JSON: NaN and inf are None.
 
         Returns:
             ``id_domain``, ``n_bins``, ``caption``, ``summary[method][column]`` and
             ``per_domain[method][domain][column]``.
         """
         domains: dict[str, Any] = {}
-        for row in map(_without_nan, self.per_domain()):
+        for row in map(_finite, self.per_domain()):
             domains.setdefault(row.pop("method"), {})[row.pop("domain")] = row
-        head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(True)}
-        summary = {row.pop("method"): row for row in map(_without_nan, self.summary())}
+        head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(HEADINGS, True)}
+        summary = {row.pop("method"): row for row in map(_finite, self.summary())}
         return {**head, "summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> pd.DataFrame:
@@ -253,21 +302,32 @@ class ShiftReport:
         return self._fits[method].temperature if method in self._fits else math.nan
 
     def _figures(self, method: str, domains: list[str]) -> dict[str, float]:
-        return mean_figures([self._samples[method][domain] for domain in domains], method in self._fits)
+        return mean_figures([self._scaled(method, domain) for domain in domains], self.n_bins)
 
-    def _caption(self, intervals: bool) -> str:
+    def _scaled(self, method: str, domain: str) -> Samples:
+        samples = self._samples[method][domain]
+        if method in self._fits:
+            samples.scale(self._fits[method].temperature)
+        return samples
+
+    def _caption(self, columns: Iterable[str], intervals: bool) -> str:
         domains = self.domains[1:]
         ood = f"plain mean over {', '.join(domains)}" if domains else "no data"
         figures = f"Accuracy and ECE ({self.n_bins} bins) in per cent; ID: {self.id_domain}; OOD: {ood}; "
         scaling = "+ TS: logits divided by T, which was fitted on held-out data."
-        return " ".join((figures + scaling + BRACKETS * intervals).split())
+        notes = [note for word, note in NOTES.items() if any(word in column for column in columns)]
+        notes += ["Other figures have their 95 % interval in brackets."] * bool(notes and intervals)
+        return " ".join((figures + scaling + BRACKETS * intervals).split() + notes)
 
-    def _cells(self, intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
-        body = [
-            [" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in HEADINGS)]
-            for row in self.summary()
-        ]
-        return [["Method", *HEADINGS.values()], *([cell.translate(escapes) for cell in cells] for cells in body)]
+    def _cells(self, columns: Sequence[str], intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
+        if not isinstance(columns, (list, tuple)):
+            raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
+        for i, column in enumerate(columns):
+            check_choice(tuple(HEADINGS), **{f"columns[{i}]": column})
+        table = [["Method", *map(HEADINGS.__getitem__, columns)]]
+        for row in self.summary():
+            table.append([" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)])
+        return [table[0], *([cell.translate(escapes) for cell in cells] for cells in table[1:])]
 
     def _check_has_data(self) -> None:
         if not self._samples:
@@ -302,19 +362,24 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in row.items()}
 
 
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if value in (math.inf, -math.inf) else value for name, value in _without_nan(row).items()}
+
+
 def _cell(row: dict[str, Any], column: str, intervals: bool) -> str:
     value = row[column]
     if math.isnan(value):
         return MISSING
     if column == "temperature":
         return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}"
-    shown = f"{100 * value:.1f}"
+    factor, digits = (1, 3) if "nll" in column or "brier" in column else (100, 2 if "aurc" in column else 1)
+    shown = f"{factor * value:.{digits}f}"
     if not intervals:
         return shown
-    ends = (f"{100 * row.get(column + end, math.nan):.1f}" for end in ("_low", "_high", "_debiased", "_floor"))
-    low, high, debiased, floor = ends
-    if "accuracy" in column:
-        return f"{shown} ({low}{MISSING}{high})"
+    endings = "_low", "_high", "_debiased", "_floor"
+    low, high, debiased, floor = (f"{factor * row.get(column + end, math.nan):.{digits}f}" for end in endings)
+    if "ece" not in column:
+        return shown if low == "nan" else f"{shown} ({low}{MISSING}{high})"
     if low != "nan":
         return f"{shown} ({low}{MISSING}{high}; {floor})"
     p = row[column + "_p"]

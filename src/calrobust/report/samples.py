@@ -7,15 +7,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_kind, check_label_values, check_predictions, check_softmax_exists
-from calrobust.functional.calibration import top_label
-from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
-from calrobust.functional.scoring import block_rows
+from calrobust._checks import check_kind, check_label_values, check_predictions
+from calrobust.functional.intervals import (
+    FEWEST,
+    bin_moments,
+    mean_accuracy,
+    mean_interval,
+    mean_of_intervals,
+    score_interval,
+)
+from calrobust.functional.scoring import (
+    best_temperature,
+    log_losses,
+    probability_blocks,
+    squared_errors,
+)
+from calrobust.functional.selective import risk_contributions
 
 LEVEL = 0.95  # also in captions
+ENDS = ("", "_low", "_high")
 ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")
-FIGURES = ("accuracy", "accuracy_low", "accuracy_high", *(f"ece{ts}{part}" for ts in ("", "_ts") for part in ECE_PARTS))
+SCORES = ("nll", "nll_ts", "nll_own_t", "brier", "aurc")
+FIGURES = (
+    *(f"accuracy{end}" for end in ENDS),
+    *(f"ece{ts}{part}" for ts in ("", "_ts") for part in ECE_PARTS),
+    *(f"{score}{end}" for score in SCORES for end in ENDS),
+)
 DUPLICATES = 0.01  # share of samples that may be both fitted and scored
+HASHED = 64  # logits of each row
 
 
 class Fit(NamedTuple):
@@ -26,38 +45,69 @@ class Fit(NamedTuple):
 
 
 class Samples:
-    """One method in one domain: moments, and the logits until there is a temperature."""
+    """One method in one domain: some numbers for each sample, and logits, as batches."""
 
-    def __init__(self, n_bins: int) -> None:
-        self.plain = self.scaled = torch.zeros(4, n_bins, dtype=torch.float64)
-        self.fingerprints: list[Tensor] = []
-        self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits, and whether each sample is correct
+    def __init__(self, keep_logits: bool, n_classes: int) -> None:
+        self.keep_logits, self.n_classes = keep_logits, n_classes
+        self.columns: dict[str, list[Tensor]] = {}
+        self.logits: list[Tensor] = []
+        self.n_scaled = 0  # batches of logits
 
-    def add(self, logits: Tensor, target: Tensor, fingerprints: Tensor, temperature: float | None) -> None:
-        """Adds a batch, or raises."""
-        confidences, correct = top_label(logits, target)
-        if confidences.isnan().any():
-            check_softmax_exists(target, logits=logits)
-        self.plain = self.plain + bin_moments(confidences, correct, self.plain.shape[1])
-        self.fingerprints.append(fingerprints)
-        if temperature is None:
-            self.unscaled.append((logits.clone(), correct))  # the caller may reuse the buffer
+    def __getitem__(self, name: str) -> Tensor:
+        batches = self.columns[name]
+        batches[:] = [torch.cat(batches)]
+        return batches[0]
+
+    def add(self, logits: Tensor, columns: dict[str, Tensor], temperature: float | None) -> None:
+        """Adds a batch; the caller may reuse the buffers."""
+        self._append(columns)
+        self.columns.pop("nll_own_t", None)
+        if self.keep_logits or temperature is None:
+            self.logits.append(logits.clone())
         else:
-            self._add_scaled(logits, correct, temperature)
+            self._append(columns_of(logits, columns["target"], temperature))
+
+    def _append(self, columns: dict[str, Tensor]) -> None:
+        for name, column in columns.items():
+            self.columns.setdefault(name, []).append(column)
 
     def scale(self, temperature: float) -> None:
-        """Replaces the logits by the moments of logits / T."""
-        for logits, correct in self.unscaled:
-            self._add_scaled(logits, correct, temperature)
-        self.unscaled = []
+        """Adds ``confidences_ts`` and ``nll_ts`` of batches that lack them."""
+        if self.logits:
+            targets = self["target"].split([len(logits) for logits in self.logits])
+            for logits, target in list(zip(self.logits, targets, strict=True))[self.n_scaled :]:
+                self._append(columns_of(logits, target, temperature))
+            self.n_scaled = len(self.logits)
+        if not self.keep_logits:
+            self.logits = []
 
-    def _add_scaled(self, logits: Tensor, correct: Tensor, temperature: float) -> None:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        confidences = []
-        for rows in logits.split(block_rows(logits, dtype)):
-            scaled = rows.to(dtype, copy=True).div_(temperature)
-            confidences.append(torch.softmax(scaled, 1, out=scaled).amax(1))
-        self.scaled = self.scaled + bin_moments(torch.cat(confidences), correct, self.plain.shape[1])
+    def has(self, score: str) -> bool:
+        """Whether :meth:`scores` can be given."""
+        return score == "aurc" or score in self.columns or (score == "nll_own_t" and self.keep_logits)
+
+    def scores(self, name: str) -> Tensor:
+        """``[N]`` numbers whose mean is a score."""
+        if name == "aurc":
+            return risk_contributions(self["confidences"], self["correct"])
+        if name not in self.columns:  # nll_own_t
+            nll, target = self["nll"], self["target"]
+            if nll.isfinite().all():  # else a label is of a masked class, and no T makes the score finite
+                logits = torch.cat(self.logits)
+                nll = columns_of(logits, target, best_temperature(logits, target)[0])["nll_ts"]
+            self.columns[name] = [nll]
+        return self[name]
+
+
+def columns_of(logits: Tensor, target: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    """What is kept of each sample; of logits / temperature, only what depends on it."""
+    rows, ts = [], "_ts" * (temperature is not None)
+    for block in probability_blocks(logits, target, True, validate=False, temperature=temperature):
+        row = {f"confidences{ts}": block.confidences, f"nll{ts}": log_losses(block)}
+        if not ts:
+            row |= {"target": block.target.clone(), "correct": block.correct, "brier": squared_errors(block)}
+            row["fingerprints"] = fingerprints_of(block.scores, block.target)
+        rows.append(row)
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,14 +122,17 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes of rows and labels."""
-    logits = logits[:, :: max(1, logits.shape[1] // 256)]
-    n_classes = logits.shape[1]
+    """``[N]`` int64 hashes of rows and labels: of the label's logit, which no mask hides, and of some others."""
+    some = logits[:, :: max(1, -(-logits.shape[1] // HASHED))]
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, max(2, 2**22 // n_classes), (n_classes,), generator=generator).double()
-    blocks = logits.split(block_rows(logits, torch.float64))
-    hashes = [(rows.float() + 0.0).view(torch.int32).double() @ weights for rows in blocks]  # exact, below 2^53
-    return torch.cat(hashes).long() * 1_000_003 + target
+    weights = torch.randint(1, 2**22 // HASHED, some.shape[1:], generator=generator).double()
+    own = logits.gather(1, target[:, None])[:, 0]
+    others = _bits(some).double() @ weights  # exact, below 2^53
+    return (others.long() * 1_000_003 + _bits(own)) * 1_000_003 + target
+
+
+def _bits(logits: Tensor) -> Tensor:
+    return (logits.float() + 0.0).view(torch.int32)
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
@@ -102,14 +155,25 @@ def _with_twins(fingerprints: Tensor) -> float:
     return int(counts[counts > 1].sum()) / len(fingerprints)
 
 
-def mean_figures(data: Sequence[Samples], is_fitted: bool) -> dict[str, float]:
+def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
     """``FIGURES`` by name: means over data sets, or NaN."""
-    values = dict.fromkeys(FIGURES, math.nan)
-    if data:
-        plain = torch.stack([samples.plain for samples in data], 1)
-        counts, _, correct, _ = plain.sum(-1)
-        found = [*mean_accuracy(correct, counts, LEVEL), *mean_interval(plain, LEVEL)]
-        if is_fitted:
-            found += mean_interval(torch.stack([samples.scaled for samples in data], 1), LEVEL)
-        values |= zip(FIGURES, map(float, found), strict=False)
-    return values
+    found = dict.fromkeys(FIGURES, math.nan)
+    if not data:
+        return found
+    all_correct = [samples["correct"] for samples in data]
+    hits, counts = torch.tensor([(int(each.sum()), len(each)) for each in all_correct], dtype=torch.float64).T
+    found |= zip(FIGURES, map(float, mean_accuracy(hits, counts, LEVEL)), strict=False)
+    for ts in ("", "_ts"):
+        if all(f"nll{ts}" in samples.columns for samples in data):
+            moments = [bin_moments(samples[f"confidences{ts}"], samples["correct"], n_bins) for samples in data]
+            estimates = mean_interval(torch.stack(moments, 1), LEVEL)
+            found |= {f"ece{ts}{part}": float(value) for part, value in zip(ECE_PARTS, estimates, strict=True)}
+    is_enough = (hits.minimum(counts - hits) >= FEWEST).all()
+    for name in SCORES:
+        if all(samples.has(name) for samples in data):
+            parts = [score_interval(samples.scores(name), LEVEL) for samples in data]
+            value, *ends = mean_of_intervals(torch.stack(parts, -1)).tolist()
+            found[name] = value
+            if is_enough:
+                found |= zip((f"{name}_low", f"{name}_high"), ends, strict=True)
+    return found

@@ -74,7 +74,7 @@ def test_contributions_average_to_the_area(data: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_contributions_are_what_a_sample_changes(ties: bool) -> None:
-    """N AURC - (N - 1) AURC without the sample (the jackknife's pseudo-value), within 0.01; they range over more than 1."""
+    """N AURC - (N - 1) AURC without the sample (its pseudo-value), within 0.01; they range over more than 1."""
     generator = torch.Generator().manual_seed(0)
     n = 2000
     confidences = torch.rand(n, generator=generator, dtype=torch.float64)

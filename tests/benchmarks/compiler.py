@@ -48,7 +48,7 @@ def tables() -> Iterator[Table]:
 
 def kernels(capability: int, width: int, *, teacher: bool) -> dict[str, Resources]:
     """Of each kernel, by what it is for."""
-    from calrobust.kernels.triton.sigmoid import sigmoid_sums
+    from calrobust.kernels.triton.sigmoid import sweep
     from calrobust.kernels.triton.softmax import backward, forward
 
     with torch.device("cpu"), compiled(capability) as found:
@@ -60,7 +60,7 @@ def kernels(capability: int, width: int, *, teacher: bool) -> dict[str, Resource
         backward(models, softmaxes, partner, torch.bfloat16, [True] * 3)
         biased = [Model(*model, torch.tensor(-10.0)) for model in models]
         weights: Tensor = torch.ones(len(models), EVEN)
-        sigmoid_sums(biased, Classes(partner, partner), weights, torch.bfloat16, [True] * 4)
+        sweep(biased, Classes(partner, partner), weights, torch.bfloat16, [True] * 4)
         return {name.strip("_").removesuffix("_kernel"): resources(kernel) for name, kernel in found.items()}
 
 

@@ -158,7 +158,7 @@ def test_the_operator_passes_opcheck(teacher: bool) -> None:
         [False, True, True, False],
         [False] * 3 + [True],
     ):
-        more: Any = (factors, list(classes(7, 5, 0)), weights, needs, "tiled", torch.float64)
+        more: Any = ([*factors, weights, *classes(7, 5, 0)], "tiled", torch.float64, needs)
         torch.library.opcheck(
             torch.ops.calrobust.sigmoid_sums.default, more, test_utils=("test_schema", "test_faketensor")
         )

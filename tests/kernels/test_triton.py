@@ -318,7 +318,7 @@ def test_the_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
     for teacher in (False, True):
         each = [factor for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)) for factor in model]
-        inputs = each, partners(7, 5), "triton", True, True, torch.float64
+        inputs = [*each, partners(7, 5)], "triton", torch.float64, True, True
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
 
@@ -465,11 +465,12 @@ def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
     """Nothing is compared while it is captured, and what is known is not forgotten."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(operators, "fault", None)
-    key = torch.device("cuda", 0), torch.float32, "softmax", False
-    assert operators.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
-    operators.FAULTS[key] = "broken"
+    monkeypatch.setattr(operators, "may_take_triton", lambda impl, x: True)
+    x = features_on("cuda:0", torch.float32)
+    assert operators.kernels("softmax", "auto", x, x.dtype, teacher=False)
+    operators.FAULTS[x.device, x.dtype, "softmax", False] = "broken"
     with pytest.warns(RuntimeWarning, match="broken"):
-        assert not operators.is_proven("auto", key[0], key[1], form=key[2], teacher=key[3])
+        assert not operators.kernels("softmax", "auto", x, x.dtype, teacher=False)
 
 
 @kernels
@@ -479,7 +480,8 @@ def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
 def test_right_kernels_prove_themselves(form: str, operands: torch.dtype, teacher: bool) -> None:
     """Nothing is found, and nobody is warned."""
-    assert operators.is_proven("auto", torch.zeros(1).device, operands, form=form, teacher=teacher)
+    assert operators.fault(torch.zeros(1).device, operands, form, teacher) == ""
+    assert operators.kernels(form, "triton", torch.zeros(1), operands, teacher=teacher)
 
 
 @kernels
@@ -489,11 +491,11 @@ def test_wrong_kernels_are_found_out(broken: str, monkeypatch: pytest.MonkeyPatc
     """With a warning, once, where any form will do; and where Triton is asked for, as an error with the reason."""
     softmax: Any = importlib.import_module("calrobust.kernels.triton.softmax")
     monkeypatch.setattr(softmax, broken, getattr(wrong_kernels, broken))
-    device = torch.zeros(1).device
+    monkeypatch.setattr(operators, "may_take_triton", lambda impl, x: True)
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert not operators.is_proven("auto", device, torch.float32, form="softmax", teacher=True)
+            assert not operators.kernels("softmax", "auto", torch.zeros(1), torch.float32, teacher=True)
         said = [str(warning.message) for warning in caught]
         assert not said or "they differ from the tiled form by" in said[0]
     assert said == []
@@ -504,10 +506,11 @@ def test_wrong_kernels_are_found_out(broken: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("unproven")
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there the kernels run")
-def test_kernels_that_cannot_be_launched_are_found_out() -> None:
+def test_kernels_that_cannot_be_launched_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a Triton that finds no compiler or no driver: the reason is what it says itself."""
+    monkeypatch.setattr(operators, "may_take_triton", lambda impl, x: True)
     with torch.device("cpu"), pytest.warns(RuntimeWarning, match=r"not used for .* on cpu, .* RuntimeError: "):
-        assert not operators.is_proven("auto", torch.device("cpu"), torch.float32, form="softmax", teacher=False)
+        assert not operators.kernels("softmax", "auto", torch.zeros(1), torch.float32, teacher=False)
 
 
 def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,7 +589,7 @@ def test_the_kernels_compile_and_fit_into_shared_memory(operands: torch.dtype, c
         biased = [Model(*model, torch.zeros((), dtype=total)) for model in inputs]
         sigmoid: Any = importlib.import_module("calrobust.kernels.triton.sigmoid")
         weights = torch.ones(len(biased), 130, dtype=total)
-        sigmoid.sigmoid_sums(biased, Classes(torch.arange(130), torch.arange(200)), weights, operands, [True] * 4)
+        sigmoid.sweep(biased, Classes(torch.arange(130), torch.arange(200)), weights, operands, [True] * 4)
         assert len(kernels) == 4
         for kernel in kernels.values():
             assert kernel.asm["cubin"]

@@ -160,7 +160,7 @@ class SoftmaxTerm:
             impl=shared.options.impl,
             memory_budget=shared.options.memory_budget,
         )
-        statistics = dict(zip(DIRECTIONS[2:] if swapped else DIRECTIONS[1:], found, strict=False))
+        statistics = dict(zip(DIRECTIONS[2:0:-1] if swapped else DIRECTIONS[1:], found, strict=True))
         values = []
         for weight, term in sharing:
             wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)

@@ -305,7 +305,7 @@ class SigmoidTerm:
         with torch.autocast(device.type, enabled=False):
             models = [
                 Model(x, y, scale / temperature, batch.scalar(bias, device) / temperature)
-                for (x, y, scale), bias in zip(factors, shared.request.biases, strict=False)
+                for (x, y, scale), bias in zip(factors, shared.request.biases[: len(factors)], strict=True)
             ]
             sums, total = sigmoid_sums(
                 models,

@@ -16,23 +16,10 @@ from calrobust.distributed import Ranks
 from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import EXCLUDED, Factors, Part, divergence_terms, merge, wide
 
-__all__ = [
-    "IMPLS",
-    "MEMORY_BUDGET",
-    "Anchors",
-    "Direction",
-    "Features",
-    "Impl",
-    "Labels",
-    "PairBatch",
-    "PairStatistics",
-    "pair_statistics",
-]
-
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 MEMORY_BUDGET = 256 * 2**20  # bytes of temporary logits
-ABSENT = EXCLUDED, EXCLUDED, 0.0  # a part without entries
+ABSENT = EXCLUDED, 0.0, EXCLUDED  # a part without entries
 Features = tuple[Tensor, Tensor, Tensor | float]  # of images and of texts, and the logit scale
 Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 
@@ -54,13 +41,6 @@ class Direction(NamedTuple):
     divergence: Tensor  # from the teacher's softmax to the student's, in nats; empty without a teacher
     anchors: Anchors
     total: int  # number of anchors over all ranks, with and without positives
-
-
-class PairStatistics(NamedTuple):
-    """Rows are those of this rank against all columns, columns are those of this rank against all rows."""
-
-    rows: Direction
-    columns: Direction | None  # None if they were not asked for
 
 
 class PairBatch:
@@ -169,22 +149,23 @@ class PairBatch:
 
 def pair_statistics(
     batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
-) -> PairStatistics:
-    """The statistics of ``S = scale / temperature · x yᵀ`` of rows and maybe of columns.
+) -> tuple[Direction, Direction | None]:
+    """The statistics of ``S = scale / temperature · x yᵀ`` of this rank's rows, and of its columns if asked for.
 
     What is linear in ``S`` is a product of feature sums, costs O(N·D + M·D), and is differentiated by autograd. What is
     not comes from `dense`, `tiled` or `triton`. Statistics of columns are vectors, which merge over the ranks' strips.
     """
-    x, y, scale = student = batch.student._replace(scale=batch.student.scale / temperature)
-    teacher = None
+    x, y, scale = batch.student
+    student, teacher = Factors(x, y, scale := scale / temperature), None
     if distils and batch.teacher is not None:
-        teacher = batch.teacher._replace(scale=batch.teacher.scale / temperature)
+        teacher_x, teacher_y, teacher_scale = batch.teacher
+        teacher = Factors(teacher_x, teacher_y, teacher_scale / temperature)
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
         # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
         own = Part.without_teacher(batch.own(student).to(precise))
         if teacher is not None:
-            own = Part(own.lse, batch.own(teacher).to(precise), torch.zeros_like(own.lse))
+            own = Part(own.lse, torch.zeros_like(own.lse), batch.own(teacher).to(precise))
         row_sums, column_sums = [scale * (x @ y.sum(0))], [scale * (y @ x.sum(0))]
         if batch.classes is not None:
             row_classes, column_classes = batch.classes
@@ -196,16 +177,16 @@ def pair_statistics(
         if impl == "dense":
             strip = dense.softmax_statistics(student, teacher, batch.partner, columns=columns)
         else:
-            options: dict[str, Any] = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
+            options: Any = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
             strip = operators.softmax_statistics(student, teacher, batch.partner, columns=columns, **options)
         totals = batch.rows.total, batch.columns.total
         rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), totals[1], batch.of_rows, totals[0])
         if not columns:
-            return PairStatistics(rows, None)
+            return rows, None
         parts = [batch.own_of_columns(own), strip.columns.to(precise)]
         sums = batch.columns.scatter_sum(torch.stack(column_sums, 1)).T
         own, other = _over_ranks(parts, batch.columns)
-        return PairStatistics(rows, _direction(own, other, sums, totals[0], batch.of_columns, totals[1]))
+        return rows, _direction(own, other, sums, totals[0], batch.of_columns, totals[1])
 
 
 def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:
@@ -240,21 +221,22 @@ def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
         return Part.without_teacher(total[:m])
     teacher_total = lse(own.teacher_lse)
     shares = own.teacher_lse - teacher_total.index_select(0, slot), own.lse - total.index_select(0, slot)
-    return Part(total[:m], teacher_total[:m], sums(divergence_terms(*shares))[:m])
+    return Part(total[:m], sums(divergence_terms(*shares))[:m], teacher_total[:m])
 
 
 def _over_ranks(several: list[Part], ranks: Ranks) -> list[Part]:
     """Of this rank's columns over the rows of all ranks, from those of all columns over the rows of its strip."""
     if len(ranks.sizes) == 1:
         return several
-    lse, teacher_lse, divergence = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))
+    lse, divergence, teacher_lse = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))
     if teacher_lse.shape[0] == 0:
         return [Part.without_teacher(each) for each in _total(lse, ranks).unbind(1)]
     parts = torch.stack([lse, teacher_lse], 2)
     total = _total(parts, ranks)
     share, teacher_share = (parts - ranks.gather(total, total.dtype)).unbind(2)
     terms = ranks.scatter_sum(teacher_share.exp() * divergence + divergence_terms(teacher_share, share))
-    return [Part(*each) for each in zip(*(v.unbind(1) for v in (*total.unbind(2), terms)), strict=True)]
+    total, teacher_total = total.unbind(2)
+    return [Part(*each) for each in zip(*(v.unbind(1) for v in (total, terms, teacher_total)), strict=True)]
 
 
 def _total(parts: Tensor, ranks: Ranks) -> Tensor:

@@ -21,8 +21,8 @@ class Part(NamedTuple):
     """Statistics of some anchors over a set of candidates, each of shape ``[length]``."""
 
     lse: Tensor
-    teacher_lse: Tensor  # [0] if there is no teacher, like the next
     divergence: Tensor  # from the teacher's softmax over these candidates to the student's, in nats
+    teacher_lse: Tensor  # [0] if there is no teacher, like the divergence
 
     @classmethod
     def without_teacher(cls, lse: Tensor) -> Part:
@@ -61,7 +61,7 @@ def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
     if t is None:
         return Part.without_teacher(s.logsumexp(dim))
     divergence = divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim)
-    return Part(s.logsumexp(dim), t.logsumexp(dim), divergence.clamp(min=0))
+    return Part(s.logsumexp(dim), divergence.clamp(min=0), t.logsumexp(dim))
 
 
 def _logits(factors: Factors, partner: Tensor) -> Tensor:
@@ -89,11 +89,11 @@ def merge(several: Sequence[Part]) -> Part:
 
 def merge_rows(parts: Part) -> Part:
     """The same of parts ``[number, length]``."""
-    lse, teacher_lse, divergence = parts
+    lse, divergence, teacher_lse = parts
     total = lse.logsumexp(0)
     if teacher_lse.shape[-1] == 0:
         return Part.without_teacher(total)
     teacher_total = teacher_lse.logsumexp(0)
     log_target = teacher_lse - teacher_total
     terms = log_target.exp() * divergence + divergence_terms(log_target, lse - total)
-    return Part(total, teacher_total, terms.sum(0))
+    return Part(total, terms.sum(0), teacher_total)

@@ -1,16 +1,19 @@
-"""The forms that hold no pair matrix, as a pair of torch operators under an autograd function.
+"""The forms that hold no pair matrix, as torch operators under an autograd function.
 
-A form is a module with two functions, ``forward`` and ``backward``: `tiled`, which is the one to read, or `triton`.
+A form of the softmax statistics is a module with two functions, ``forward`` and ``backward``: `tiled`, which is the one
+to read, or `triton.softmax`. `sigmoid` and `triton.sigmoid` have one function, ``sweep``.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors, Part, Strip
@@ -40,14 +43,11 @@ def softmax_statistics(
     """
     x, y, _ = student
     factors = [*student, *(teacher or ())]
-    differentiated = torch.is_grad_enabled() and any(factor.requires_grad for factor in student)
-    keep = impl == "auto" and differentiated
+    keep = impl == "auto" and is_differentiated(factors)
     if keep and not torch.compiler.is_exporting():  # an export leaves the sizes open
         keep = len(factors) // 3 * x.shape[0] * y.shape[0] * x.element_size() <= memory_budget
-    run = _Eager.apply
-    if torch.compiler.is_compiling():  # the compiler fails on an autograd function none of whose inputs has a gradient
-        run = _Compiled.apply if differentiated else _Compiled.forward
-    found = run(impl, columns, keep, operands or x.dtype, partner, *factors)
+    options = impl, operands or x.dtype, columns, keep
+    found = differentiable(_forward, _gradients, 4, options, *factors, partner)
     return Strip(Part(*found[0:6:2]), Part(*found[1:6:2]))
 
 
@@ -72,76 +72,27 @@ def may_take_triton(impl: str, x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype != torch.float64 and not obstacle_to_triton(x.device)
 
 
-def takes_triton(impl: str, x: Tensor, operands: torch.dtype, *, form: str, teacher: bool) -> bool:
-    """Whether the form is Triton's: its kernels are compared with the tiled form on first use."""
-    return may_take_triton(impl, x) and is_proven(impl, x.device, operands, form=form, teacher=teacher)
+def kernels(form: str, impl: str, x: Tensor, operands: torch.dtype, *, teacher: bool) -> Any:
+    """Triton's module of a form, ``"softmax"`` or ``"sigmoid"``; None if the form is tiled.
 
-
-def is_proven(impl: str, device: torch.device, operands: torch.dtype, *, form: str, teacher: bool) -> bool:
-    """Whether the kernels of a form, ``"softmax"`` or ``"sigmoid"``, can be used; warns once if they cannot.
+    On first use its kernels are compared with the tiled form. Warns once if they cannot be used.
 
     Raises:
         RuntimeError: they cannot, and ``impl`` insists on them.
     """
-    key = device, operands, form, teacher
+    if not may_take_triton(impl, x):
+        return None
+    key = x.device, operands, form, teacher
     # While a CUDA graph is captured nothing can be compared; a step before it has done so.
-    if key not in FAULTS and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if key not in FAULTS and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         FAULTS[key] = fault(*key)
-    reason = FAULTS.get(key, "")
-    if reason and impl == "triton":
-        raise RuntimeError(f"impl='triton' cannot be used for {operands} on {device}: {reason}; pass impl='auto'")
-    if reason:
-        _warn(f"the Triton kernels are not used for {operands} on {device}, which takes more time: {reason}")
-    return not reason
-
-
-def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
-    """What is wrong with the kernels of a form on a device, and empty if they agree with the tiled form."""
-    dtype = torch.promote_types(operands, torch.float32)
-    generator = torch.Generator("cpu").manual_seed(0)
-    shapes = [(ROWS, WIDTH), (COLUMNS, WIDTH)] * (1 + teacher)
-    features = [
-        torch.nn.functional.normalize(torch.randn(shape, generator=generator, device="cpu"), dim=1) for shape in shapes
-    ]
-    x, y, *others = (each.to(operands).to(device, dtype) for each in features)
-    scale = torch.tensor(20.0, dtype=dtype, device=device)
-    models = [Factors(x, y, scale), *([Factors(others[0], others[1], scale)] if teacher else [])]
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            from calrobust.kernels.triton import sigmoid, softmax
-
-            run, kernels = (_softmax, softmax) if form == "softmax" else (_sigmoid, sigmoid)
-            pairs = zip(run(kernels, models, operands), run(None, models, operands), strict=True)
-            worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs if b.numel()]).max())
-        except Exception as error:  # of a compiler, a driver, a launch: whatever it is, the tiled form still works
-            return f"{type(error).__name__}: {error}"
-    return "" if worst <= TOLERANCE else f"they differ from the tiled form by {worst:.1g} of its results"
-
-
-def _softmax(kernels: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
-    partner = torch.arange(ROWS, device=models[0].x.device)
-    exact, _ = tiled.forward(models, partner, operands, columns=True, keep=False)
-    strip = kernels.forward(models, partner, operands, columns=True) if kernels else exact
-    weights = models[0].x.new_full((COLUMNS,), 1 / ROWS)
-    softmaxes = [
-        Softmaxes(exact.rows[k], exact.columns[k], sign * weights[:ROWS], sign * weights, weights[:0])
-        for k, sign in enumerate((1, -0.5)[: len(models)])
-    ]
-    backward = (kernels or tiled).backward
-    gradients = backward(models, softmaxes, partner, operands, [True, True, True])
-    return [*strip.rows, *(vector[:ROWS] for vector in strip.columns), *gradients]
-
-
-def _sigmoid(kernels: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
-    from calrobust.kernels import sigmoid
-
-    device = models[0].x.device
-    biased = [sigmoid.Model(*model, model.scale.new_full((), -5.0)) for model in models]
-    classes = sigmoid.Classes(torch.arange(ROWS, device=device), torch.arange(COLUMNS, device=device))
-    weights = models[0].x.new_ones(len(models), ROWS)
-    sums = kernels.sigmoid_sums if kernels else sigmoid.tiled_sums
-    found, gradients = sums(biased, classes, weights, operands, [True] * 4)
-    return [*found, *gradients]
+    reason = FAULTS.get(key)
+    if not reason:
+        return import_module(f"calrobust.kernels.triton.{form}")
+    if impl == "triton":
+        raise RuntimeError(f"impl='triton' cannot be used for {operands} on {x.device}: {reason}; pass impl='auto'")
+    _warn(f"the Triton kernels are not used for {operands} on {x.device}, which takes more time: {reason}")
+    return None
 
 
 @cache
@@ -149,75 +100,140 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
+    """What is wrong with the kernels of a form on a device, and empty if they agree with the tiled form."""
+    dtype = torch.promote_types(operands, torch.float32)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def drawn(rows: int) -> Tensor:
+        features = normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1)
+        return features.to(operands).to(device, dtype)
+
+    scale = torch.tensor(20.0, dtype=dtype, device=device)
+    models = [Factors(drawn(ROWS), drawn(COLUMNS), scale) for _ in range(1 + teacher)]
+    results, ours = (_softmax, tiled) if form == "softmax" else (_sigmoid, import_module("calrobust.kernels.sigmoid"))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            theirs = import_module(f"calrobust.kernels.triton.{form}")
+            pairs = zip(results(theirs, models, operands), results(ours, models, operands), strict=True)
+            worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs if b.numel()]).max())
+        except Exception as error:  # of a compiler, a driver, a launch: whatever it is, the tiled form still works
+            return f"{type(error).__name__}: {error}"
+    return "" if worst <= TOLERANCE else f"they differ from the tiled form by {worst:.1g} of its results"
+
+
+def _softmax(form: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
+    partner = torch.arange(ROWS, device=models[0].x.device)
+    rows, columns = form.forward(models, partner, operands, columns=True)
+    weights = models[0].x.new_full((COLUMNS,), 1 / ROWS)
+    softmaxes = [
+        Softmaxes(of_rows, of_columns, sign * weights[:ROWS], sign * weights, weights[:0])
+        for of_rows, of_columns, sign in zip(rows[::2], columns[::2], (1, -0.5), strict=True)
+    ]
+    gradients = form.backward(models, softmaxes[: len(models)], partner, operands, [True] * 3)
+    return [*rows, *(vector[:ROWS] for vector in columns), *gradients]
+
+
+def _sigmoid(form: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
+    from calrobust.kernels.sigmoid import Classes, Model
+
+    x, y, scale = models[0]
+    classes = Classes(*(torch.arange(len(features), device=x.device) for features in (x, y)))
+    biased = [Model(*model, scale.new_full((), -5.0)) for model in models]
+    sums, gradients = form.sweep(biased, classes, x.new_ones(len(models), ROWS), operands, [True] * 4)
+    return [*sums, *gradients]
+
+
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(
-    factors: list[Tensor], partner: Tensor, impl: str, columns: bool, keep: bool, operands: torch.dtype
-) -> list[Tensor]:
-    """Row and column lse, the teacher's, the divergences, then the logits that are kept of both; empty if absent.
+def _forward(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
+    """Lse, divergence and teacher's lse, each of rows and of columns, then the kept logits of both; empty if absent.
 
-    ``factors`` are x, y and scale of the student, then of the teacher if there is one.
+    ``tensors`` are x, y and scale of the student, then of the teacher if there is one, and the partners.
     """
-    x, y, *_ = factors
-    kept: list[Tensor] = []
-    if takes_triton(impl, x, operands, form="softmax", teacher=len(factors) == 6):
-        from calrobust.kernels.triton import softmax
-
-        strip = softmax.forward(_models(factors), partner, operands, columns=columns)
+    *factors, partner = tensors
+    form = kernels("softmax", impl, factors[0], operands, teacher=len(factors) == 6)
+    kept = _results(tensors, impl, operands, columns, keep)[6:]
+    if form:
+        strip = form.forward(_models(factors), partner, operands, columns=columns)
     else:
-        keep &= not may_take_triton(impl, x)
-        strip, kept = tiled.forward(_models(factors), partner, operands, columns=columns, keep=keep)
-    vectors = [vector for pair in zip(*strip, strict=True) for vector in pair]
-    return [*vectors, *kept, *(x.new_empty(0, len(y)) for _ in range(2 - len(kept)))]
+        strip = tiled.forward(_models(factors), partner, operands, columns=columns, kept=kept)
+    return [*(vector for pair in zip(*strip, strict=True) for vector in pair), *kept]
 
 
 @_forward.register_fake
-def _(
-    factors: list[Tensor], partner: Tensor, impl: str, columns: bool, keep: bool, operands: torch.dtype
-) -> list[Tensor]:
-    x, y, *_ = factors
+def _results(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
+    x, y, *_ = tensors
     n, m = x.shape[0], y.shape[0]
-    teacher = len(factors) == 6
     kept = (n if keep and not may_take_triton(impl, x) else 0, m)
     each = [(n,), (m if columns else 0,)]
-    shapes = [*each, *(each * 2 if teacher else [(0,)] * 4), kept, kept if teacher else (0, m)]
+    has_teacher = len(tensors) == 7
+    shapes = [*each, *(each * 2 if has_teacher else [(0,)] * 4), kept, kept if has_teacher else (0, m)]
     return [x.new_empty(shape) for shape in shapes]
 
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
-def _backward(
-    factors: list[Tensor],
-    needs: list[bool],
-    gradients: list[Tensor],
-    found: list[Tensor],
-    partner: Tensor,
-    impl: str,
-    operands: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the student's x, y and scale from the upstream gradients a, b, c, d, named as in `tiled`."""
-    a, b, c, d = gradients
-    row_lse, column_lse, teacher_row_lse, teacher_column_lse, _, _, logits, teacher_logits = found
+def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype) -> list[Tensor]:
+    """The gradients of the student's x, y and scale.
+
+    ``tensors`` are the upstream gradients a, b, c, d, named as in `tiled`, then results and tensors of `_forward`.
+    """
+    a, b, c, d, row_lse, column_lse, _, _, *teacher_lses, logits, teacher_logits = tensors[:12]
+    *factors, partner = tensors[12:]
+    has_teacher = len(factors) == 6
     softmaxes = [Softmaxes(row_lse, column_lse, a, b, logits)]
-    if len(factors) == 6:
+    if has_teacher:
         softmaxes = [
             Softmaxes(row_lse, column_lse, a + c, b + d, logits),
-            Softmaxes(teacher_row_lse, teacher_column_lse, -c, -d, teacher_logits),
+            Softmaxes(teacher_lses[0], teacher_lses[1], -c, -d, teacher_logits),
         ]
     with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
-        if takes_triton(impl, a, operands, form="softmax", teacher=len(factors) == 6):
-            from calrobust.kernels.triton import softmax
-
-            return softmax.backward(_models(factors), softmaxes, partner, operands, needs)
-        return tiled.backward(_models(factors), softmaxes, partner, operands, needs)
+        form = kernels("softmax", impl, a, operands, teacher=has_teacher) or tiled
+        return list(form.backward(_models(factors), softmaxes, partner, operands, needs))
 
 
 @_backward.register_fake
-def _(factors: list[Tensor], needs: list[bool], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, y, scale = (f.new_empty(f.shape if needed else 0) for f, needed in zip(factors, needs, strict=False))
-    return x, y, scale
+def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype) -> list[Tensor]:
+    return like(tensors[12:15], needs)
+
+
+def like(factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Memory for the gradients of factors; empty for those that are not needed."""
+    return [factor.new_empty(factor.shape if needed else 0) for factor, needed in zip(factors, needs, strict=True)]
 
 
 def _models(factors: list[Tensor]) -> list[Factors]:
     return [Factors(*factors[k : k + 3]) for k in range(0, len(factors), 3)]
+
+
+def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
+    impl, operands, *_ = options
+    saved: Any = tensors[4:]
+    upstream = [
+        torch.zeros_like(result) if gradient is None else gradient.contiguous()
+        for gradient, result in zip(tensors[:4], saved[:4], strict=True)
+    ]
+    found: list[Tensor] = _backward([*upstream, *saved], needs[:3], impl, operands)
+    return found
+
+
+def differentiable(
+    forward: Callable[..., Any], backward: Callable[..., Any], number: int, options: Any, *tensors: Tensor
+) -> Any:
+    """The results of an operator ``forward``, the first ``number`` of them with a gradient.
+
+    ``backward`` gives the gradients of the first tensors from ``options``, from which gradients are needed, and then
+    from the upstream gradients, the results and the tensors.
+    """
+    if not torch.compiler.is_compiling():
+        return _Eager.apply(forward, backward, number, options, *tensors)
+    # The compiler fails on an autograd function none of whose inputs has a gradient.
+    run = _Compiled.apply if is_differentiated(tensors) else _Compiled.forward
+    return run(forward, backward, number, options, *tensors)
+
+
+def is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd follows what is computed from them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def refuse(ctx: Any, *_: Any) -> Any:
@@ -229,35 +245,30 @@ def refuse(ctx: Any, *_: Any) -> Any:
 
 
 class _Compiled(torch.autograd.Function):
-    """The operators with their derivative, as torch.compile and torch.export trace it.
+    """An operator with its derivative, as torch.compile and torch.export trace it.
 
     Autograd sees tensors that are arguments, but not those inside of a list. So lists are passed entry by entry.
     """
 
     @staticmethod
-    def forward(impl: str, columns: bool, keep: bool, operands: torch.dtype, partner: Tensor, *factors: Tensor) -> Any:
-        return tuple(_forward(list(factors), partner, impl, columns, keep, operands))
+    def forward(forward: Callable[..., Any], _: Any, __: int, options: Any, *tensors: Tensor) -> Any:
+        return tuple(forward(list(tensors), *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, _, _, ctx.operands, *tensors = inputs
+        _, ctx.derivative, ctx.number, ctx.options, *tensors = inputs
         ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
-        ctx.mark_non_differentiable(*output[2:4], *output[6:])
+        ctx.mark_non_differentiable(*output[ctx.number :])
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)  # read once: hooks of checkpointing unpack them at each reading
-        upstream = [
-            torch.zeros_like(output) if gradient is None else gradient.contiguous()
-            for gradient, output in ((gradients[k], saved[k]) for k in (0, 1, 4, 5))
-        ]
-        needs = list(ctx.needs_input_grad[5:8])
-        inputs = ctx.impl, ctx.operands, needs, *upstream, *saved
-        compiling = torch.compiler.is_compiling()
-        student = _differentiated(*inputs) if compiling else Once.apply(_differentiated, *inputs)
-        wanted = (gradient if needed else None for gradient, needed in zip(student, needs, strict=True))
-        return *[None] * 5, *wanted, *[None] * (len(ctx.needs_input_grad) - 8)
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: hooks of checkpointing unpack them at each reading
+        needs = list(ctx.needs_input_grad[4:])
+        inputs = ctx.derivative, ctx.options, needs, *upstream[: ctx.number], *saved
+        found = _call(*inputs) if torch.compiler.is_compiling() else _Once.apply(*inputs)
+        wanted = [gradient if needed else None for gradient, needed in zip(found, needs[: len(found)], strict=True)]
+        return *[None] * 4, *wanted, *[None] * (len(needs) - len(found))
 
 
 class _Eager(_Compiled):
@@ -266,24 +277,15 @@ class _Eager(_Compiled):
     jvp = vmap = staticmethod(refuse)
 
 
-def _differentiated(
-    impl: str, operands: torch.dtype, needs: list[bool], *tensors: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward operator; the tensors are the upstream gradients and what `_Compiled` has saved."""
-    gradients, found, (partner, *factors) = list(tensors[:4]), list(tensors[4:12]), tensors[12:]
-    x, y, scale = _backward(factors, needs, gradients, found, partner, impl, operands)
-    return x, y, scale
+def _call(function: Callable[..., Any], *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(function(*inputs))
 
 
-class Once(torch.autograd.Function):
+class _Once(torch.autograd.Function):
     """A function of tensors that refuses to be differentiated."""
 
+    forward = staticmethod(_call)
     backward = jvp = vmap = staticmethod(refuse)
-
-    @staticmethod
-    def forward(function: Callable[..., Any], *inputs: Any) -> Any:
-        """Its value."""
-        return function(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors, divergence_terms, wide
-from calrobust.kernels.operators import Once, refuse, takes_triton
+from calrobust.kernels.operators import differentiable, kernels, like
 from calrobust.kernels.tiled import FeatureGradients, are_narrow
 
 BAND_BYTES = 2**17  # as in `tiled`; there are more buffers here
@@ -62,9 +62,10 @@ def sigmoid_sums(
         return sums, torch.stack([weight * each.sum() for weight, each in zip(weights, sums, strict=False)]).sum()
     needs = [totalled and torch.is_grad_enabled() and factor.requires_grad for factor in models[0]]
     of_rows = torch.stack([x.new_full(x.shape[:1], weight) for weight in weights[: len(models)]])
-    factors = [factor for model in models for factor in model]
-    function = _Compiled if torch.compiler.is_compiling() else _Eager
-    total, likelihood, divergence, *_ = function.apply(impl, operands or x.dtype, needs, of_rows, *classes, *factors)
+    tensors = [*(factor for model in models for factor in model), of_rows, *classes]
+    total, likelihood, divergence, *_ = differentiable(
+        _sums, _gradients, 3, (impl, operands or x.dtype, needs), *tensors
+    )
     return Sums(likelihood, divergence), total
 
 
@@ -81,7 +82,7 @@ def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
     return Sums(likelihood, divergence)
 
 
-def tiled_sums(
+def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
     """The sums, and the gradients of the student's x, y, scale and bias: ``needs`` says which, the others are empty.
@@ -151,72 +152,39 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
 
 
 @torch.library.custom_op("calrobust::sigmoid_sums", mutates_args=())
-def _sums(
-    factors: list[Tensor], classes: list[Tensor], weights: Tensor, needs: list[bool], impl: str, operands: torch.dtype
-) -> list[Tensor]:
-    """What `tiled_sums` gives; ``factors`` are those of the student, then of the teacher if there is one."""
+def _sums(tensors: list[Tensor], impl: str, operands: torch.dtype, needs: list[bool]) -> list[Tensor]:
+    """The weighted total, both sums, and the gradients of the total that are needed.
+
+    ``tensors`` are the factors of the student, then of the teacher if there is one, the weights and the classes.
+    """
+    *factors, weights, rows, columns = tensors
+    models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
     with torch.autocast(weights.device.type, enabled=False):  # a loss may be differentiated inside of it
-        form = tiled_sums
-        if takes_triton(impl, factors[0], operands, form="sigmoid", teacher=len(factors) == 8):
-            from calrobust.kernels.triton.sigmoid import sigmoid_sums as form
-        models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
-        sums, gradients = form(models, Classes(*classes), weights, operands, needs)
-    return [*sums, *gradients]
+        form = kernels("sigmoid", impl, weights, operands, teacher=len(models) == 2)
+        sums, gradients = (form.sweep if form else sweep)(models, Classes(rows, columns), weights, operands, needs)
+        total = torch.stack([(w * each).sum() for w, each in zip(weights, sums, strict=False)]).sum()
+    return [total, *sums, *gradients]
 
 
 @_sums.register_fake
-def _(factors: list[Tensor], classes: list[Tensor], weights: Tensor, needs: list[bool], *_: Any) -> list[Tensor]:
-    n, dtype = factors[0].shape[0], wide(weights.device)
-    sums = [weights.new_empty(shape, dtype=dtype) for shape in ((n,), (n if len(factors) == 8 else 0,))]
-    return [*sums, *(f.new_empty(f.shape if needed else 0) for f, needed in zip(factors, needs, strict=False))]
+def _(tensors: list[Tensor], impl: str, operands: torch.dtype, needs: list[bool]) -> list[Tensor]:
+    n, weights = tensors[0].shape[0], tensors[-3]
+    shapes: Any = (), (n,), (n if len(tensors) == 11 else 0,)
+    return [*(weights.new_empty(shape, dtype=wide(weights.device)) for shape in shapes), *like(tensors[:4], needs)]
 
 
-class _Compiled(torch.autograd.Function):
-    """The operator with its derivative, as torch.compile and torch.export trace it; see `operators._Compiled`."""
-
-    @staticmethod
-    def forward(impl: str, operands: torch.dtype, needs: list[bool], *tensors: Tensor) -> Any:
-        """The weighted total, both sums, and those gradients of the total that are made now."""
-        weights, rows, columns, *factors = tensors
-        found = _sums(factors, [rows, columns], weights, needs, impl, operands)
-        return torch.stack([(w * each).sum() for w, each in zip(weights, found, strict=False)]).sum(), *found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, ctx.operands, ctx.made, *tensors = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(*output[3:], *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[6:10])
-        saved = ctx.saved_tensors  # read once: hooks of checkpointing unpack them at each reading
-        inputs = ctx.impl, ctx.operands, ctx.made, needs, *upstream[:3], *saved
-        compiling = torch.compiler.is_compiling()
-        found = _differentiated(*inputs) if compiling else Once.apply(_differentiated, *inputs)
-        wanted = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-        return *[None] * 6, *wanted, *[None] * (len(ctx.needs_input_grad) - 10)
-
-
-class _Eager(_Compiled):
-    """The same with a refusal of other derivatives, which the compiler does not accept in a function."""
-
-    jvp = vmap = staticmethod(refuse)
-
-
-def _differentiated(
-    impl: str, operands: torch.dtype, made: list[bool], needs: list[bool], *tensors: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The tensors are the upstream gradients of total and sums, if any, and what `_Compiled` has saved."""
-    total, *of_sums = tensors[:3]
-    saved: Any = tensors[3:]
-    gradients, (weights, rows, columns, *factors) = saved[:4], saved[4:]
-    are_made = all(there or not needed for there, needed in zip(made, needs, strict=True))
+def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
+    impl, operands, made = options
+    (total, *of_sums), results = tensors[:3], tensors[3:10]
+    gradients: Any = results[3:]
+    saved: Any = tensors[10:]
+    *factors, weights, rows, columns = saved
+    are_made = all(there or not needed for there, needed in zip(made, needs[:4], strict=True))
     if total is not None and are_made and all(upstream is None for upstream in of_sums):
-        return tuple(total.to(gradient.dtype) * gradient for gradient in gradients)
+        return [total.to(gradient.dtype) * gradient for gradient in gradients]
     weights = weights * (0 if total is None else total.to(weights.dtype))
-    for row, upstream in zip(weights, of_sums, strict=False):
+    for row, upstream in zip(weights, of_sums[: len(weights)], strict=True):
         if upstream is not None:
             row += upstream
-    return tuple(_sums(factors, [rows, columns], weights, needs, impl, operands)[2:])
+    found: list[Tensor] = _sums([*factors, weights, rows, columns], impl, operands, needs[:4])
+    return found[3:]

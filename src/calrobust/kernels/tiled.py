@@ -78,23 +78,24 @@ class Matrix:
 
 
 def forward(
-    models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, keep: bool
-) -> tuple[Strip, list[Tensor]]:
-    """The statistics of the student and of a teacher if there is one, and the logits ``[N, M]`` of each if kept."""
+    models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
+) -> Strip:
+    """The statistics of the student and of a teacher if there is one; their logits stay in ``kept`` if it has rows."""
     x, y, _ = models[0]
     matrices = [Matrix(factors, partner, operands) for factors in models]
     tiles = tiles_of(x, y)
-    buffers = [x.new_empty(len(x) if keep else tiles[0].stop, len(y)) for _ in models]
+    keep = any(len(logits) for logits in kept)
+    buffers = kept if keep else [x.new_empty(tiles[0].stop, len(y)) for _ in models]
     of_rows: list[Part] = []
     of_columns: list[Part] = []
     for tile in tiles:
         place = tile if keep else slice(tile.stop - tile.start)
-        logits = [m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=True)]
+        logits = [m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=False)]
         strip = _statistics(columns, *logits)
         of_rows.append(strip.rows)
         of_columns = [merge([*of_columns, strip.columns]) if columns else strip.columns]
     joined = Part(*map(torch.cat, zip(*of_rows, strict=True)))
-    return Strip(joined.to(x.dtype), of_columns[0].to(x.dtype)), buffers if keep else []
+    return Strip(joined.to(x.dtype), of_columns[0].to(x.dtype))
 
 
 def backward(
@@ -159,7 +160,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
             all_sums[1:].addmm_(of_p, teacher_p)
             all_sums[2:].addmm_(of_excess, excess)
             all_sums[2].addmv_(terms.T, of_p[0])
-    rows = Part.without_teacher(lse) if t is None else Part(lse, teacher_lse, divergence.clamp_(min=0))
+    rows = Part.without_teacher(lse) if t is None else Part(lse, divergence.clamp_(min=0), teacher_lse)
     if not by_band:
         return Strip(rows, dense.along(0, s, t).to(precise) if columns else Part.without_teacher(lse.new_empty(0)))
     found = Part.without_teacher(pivot + sums.to(precise).log())
@@ -168,7 +169,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
         teacher_sums = all_sums[1]
         first, second = all_sums[2:].to(precise) / teacher_sums
         found = Part(
-            found.lse, teacher_pivot + teacher_sums.to(precise).log(), (first + second.log1p() - second).clamp(min=0)
+            found.lse, (first + second.log1p() - second).clamp(min=0), teacher_pivot + teacher_sums.to(precise).log()
         )
         lost |= ~_representable(teacher_sums) | ~(second.log1p().abs() < FAR)
         lost |= ~((lse - teacher_lse - pivot + teacher_pivot).abs().max() < FAR)

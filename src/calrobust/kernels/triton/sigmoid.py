@@ -88,10 +88,10 @@ def _sums_kernel(
         store_parts(gradient * tl.load(gain), entries, stride, inside, PARTS)
 
 
-def sigmoid_sums(
+def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
-    """The sums and gradients, as `sigmoid.tiled_sums` gives them."""
+    """The sums and gradients, as `kernels.sigmoid.sweep` gives them."""
     factors = [Factors(*model[:3]) for model in models]
     x = models[0].x
     launch = Launcher("sigmoid", factors, operands)

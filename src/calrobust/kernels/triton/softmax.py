@@ -311,7 +311,7 @@ def _statistics(sums: Tensor) -> Part:
     t_reference, excess, divergence = teacher
     b = excess / target
     kl = torch.where(target == 0, 0, divergence / target + (b.log1p() - b)).clamp(min=0)
-    return Part(_log_sum_exp(reference, target + excess), _log_sum_exp(t_reference, target), kl)
+    return Part(_log_sum_exp(reference, target + excess), kl, _log_sum_exp(t_reference, target))
 
 
 def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:

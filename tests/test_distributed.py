@@ -345,7 +345,8 @@ def check_refusals(rank: int, world: int) -> None:
     broken.weights[1] = float("nan")
 
     def differs(fact: str) -> tuple[str, str]:
-        return (f"^{fact} must be the same on every rank, got",) * 2
+        of_output = r" \(a number, or width, dtype and requires_grad\)" if "features" in fact or "logit" in fact else ""
+        return (f"^{fact}{of_output} must be the same on every rank, got",) * 2
 
     def labelled(*features: Any) -> Any:
         return contrastive(*features, labels=torch.arange(3))
@@ -369,26 +370,26 @@ def check_refusals(rank: int, world: int) -> None:
         (lambda: function(*good, label_smoothing=2.0), lambda: function(*good), ("label_smoothing must be", refused)),
         (lambda: broken(*good, *good), lambda: both(*good, *good), ("weight must be finite", refused)),
         (lambda: function(*good, reduction="avg"), lambda: function(*good), ("reduction must be one of", refused)),
-        (lambda: contrastive(*narrow), lambda: contrastive(*good), differs("the width of features")),
-        (lambda: contrastive(*single), lambda: contrastive(*good), differs("the dtype of features")),
-        (lambda: contrastive(*good[:2], 6.0), lambda: contrastive(*good), differs("logit_scale, if it is a number")),
-        (lambda: labelled(*good), lambda: contrastive(*good), differs("whether labels are given")),
+        (lambda: contrastive(*narrow), lambda: contrastive(*good), differs("image_features")),
+        (lambda: contrastive(*single), lambda: contrastive(*good), differs("image_features")),
+        (lambda: contrastive(*good[:2], 6.0), lambda: contrastive(*good), differs("logit_scale")),
+        (lambda: labelled(*good), lambda: contrastive(*good), differs("the type of labels")),
         (
             lambda: contrastive(*good, labels=(torch.arange(3), torch.arange(3))),
             lambda: labelled(*good),
-            differs("whether labels are a pair"),
+            differs("the type of labels"),
         ),
         (lambda: function(*good, direction="image_to_text"), lambda: function(*good), differs("the loss")),
-        (lambda: contrastive(*trained), lambda: contrastive(*good), differs("whether image_features need a gradient")),
+        (lambda: contrastive(*trained), lambda: contrastive(*good), differs("image_features")),
         (
             lambda: without_gradient(*trained),
             lambda: contrastive(*trained),
-            differs("whether image_features need a gradient"),
+            differs("image_features"),
         ),
         (
             lambda: distillation(*good, *narrow),
             lambda: distillation(*good, *good),
-            differs("the width of the teacher's features"),
+            differs("teacher_image_features"),
         ),
         (lambda: both(*good, *good), lambda: contrastive(*good), differs("the loss")),
         (lambda: (2 * both)(*good, *good), lambda: both(*good, *good), differs("the loss")),

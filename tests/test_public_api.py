@@ -69,7 +69,6 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "kernels": {"_checks", "distributed", "kernels"},
     "functional": {"_checks", "distributed", "kernels", "functional"},
     "losses": {"_checks", "distributed", "kernels", "functional"},
-    "sigmoid_losses": {"functional", "losses"},
     "metrics": {"_checks", "functional", "metrics"},
     "_state": {"_checks"},
     "teacher": {"_checks", "_state"},

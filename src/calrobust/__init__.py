@@ -11,9 +11,10 @@ from calrobust.losses import (
     MultimodalContrastiveLoss,
     MultimodalDistillationLoss,
     OrthogonalityLoss,
+    SigmoidContrastiveLoss,
+    SigmoidDistillationLoss,
 )
 from calrobust.report import ShiftReport
-from calrobust.sigmoid_losses import SigmoidContrastiveLoss, SigmoidDistillationLoss
 from calrobust.teacher import EMATeacher
 from calrobust.weights import average, interpolate, model_stock
 

@@ -8,10 +8,9 @@ from typing import Any, NoReturn, Unpack, cast
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_number
-from calrobust.functional.pairs import OPTIONS, Directions, Options, PairOptions, Request, Term, weighted_terms
-from calrobust.functional.regularisers import FeatureDistillation, Modality, orthogonality_loss
-from calrobust.functional.similarity import Contrastive, Distillation
-from calrobust.kernels import Features, Labels
+from calrobust.functional import PairOptions, orthogonality_loss
+from calrobust.functional.pairs import DEFAULTS, Directions, Modality, Outputs, Request, Term, filled, weighted_terms
+from calrobust.kernels import Labels
 
 __all__ = [
     "CaRotLoss",
@@ -21,17 +20,19 @@ __all__ = [
     "MultimodalDistillationLoss",
     "OrthogonalityLoss",
     "PairLoss",
+    "SigmoidContrastiveLoss",
+    "SigmoidDistillationLoss",
 ]
 
-_STUDENT = ("image_features", "text_features", "logit_scale", "logit_bias")
-_TEACHER = tuple(f"teacher_{name}" for name in _STUDENT)
+_OTHERS = ("logit_bias", *(f"teacher_{name}" for name in Outputs._fields))
 
 
 class PairLoss(nn.Module, ABC):
     """Base class of losses on pairs: ``a + b`` and ``w * a`` are losses too, and share one pass over the pair matrix.
 
     Call them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if no term distils.
-    Models return image features, text features, the logit scale and maybe a logit bias, which no softmax sees.
+    Models return image features, text features, the logit scale, and maybe a logit bias, else taken to be 0, which no
+    softmax sees. Keyword arguments become attributes, which may change while training.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -58,85 +59,58 @@ class PairLoss(nn.Module, ABC):
     ) -> Tensor:
         """The sum of the terms, with arguments, result and errors as in their functions.
 
-        After the logit scale may come the student's logit bias, then the teacher's image features ``[N, E]``, text
-        features ``[M, E]``, logit scale and maybe logit bias, by place or by name (``logit_bias``,
-        ``teacher_image_features``, ...). They are required if a term distils, and else an error. ``labels`` are for
-        contrastive terms: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``.
+        By place or by name may follow the student's ``logit_bias``, then ``teacher_image_features`` ``[N, E]``,
+        ``teacher_text_features`` ``[M, E]``, ``teacher_logit_scale`` and maybe ``teacher_logit_bias``, if and only if a
+        term distils. ``labels`` are for contrastive terms.
         """
-        given = (image_features, text_features, logit_scale, *others)
-        first, *rest = self._values(given, named, labels, together=True)
+        given = image_features, text_features, logit_scale, *others
+        first, *rest = weighted_terms(lambda: self._request(*given, labels=labels, **named), self.options())
         return sum(rest, first)
 
-    def terms(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        *others: Tensor | float | None,
-        labels: Labels | None = None,
-        **named: Tensor | float | None,
-    ) -> dict[str, Tensor]:
+    def terms(self, *outputs: Tensor | float | None, labels: Labels | None = None, **named: Any) -> dict[str, Tensor]:
         """The weighted terms by name, for logging, from the arguments of ``forward``, which gives their sum.
 
         Names are ``contrastive``, ``distillation``, ``feature``, ``sigmoid_contrastive`` and ``sigmoid_distillation``,
         and ``distillation_2`` for a second one.
         """
-        given = (image_features, text_features, logit_scale, *others)
-        values = self._values(given, named, labels, together=False)
-        kinds = [loss._kind.name for _, loss in self.weighted()]
-        counts = [kinds[:k].count(kind) for k, kind in enumerate(kinds)]
-        names = [f"{kind}_{count + 1}" if count else kind for kind, count in zip(kinds, counts, strict=True)]
-        return dict(zip(names, values, strict=True))
+        values = weighted_terms(
+            lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), self.options()
+        )
+        terms: dict[str, Tensor] = {}
+        for (_, loss), value in zip(self.weighted(), values, strict=True):
+            count = sum(name.startswith(loss._kind) for name in terms)
+            terms[f"{loss._kind}_{count + 1}" if count else loss._kind] = value
+        return terms
 
-    def _values(
-        self, given: tuple[Any, ...], named: dict[str, Any], labels: Labels | None, *, together: bool
-    ) -> list[Tensor]:
-        """The weighted terms, or ``together`` values of which only the sum is to be differentiated."""
-        bias: Tensor | float | None = None
-
-        def request() -> Request:
-            nonlocal bias
-            found = self._by_name(given, named)
-            terms = [(weight, loss.term()) for weight, loss in self.weighted()]
-            if labels is not None and not any(term.needs_positives for _, term in terms):
-                raise TypeError(f"labels must go to a contrastive term, and {self!r} has none; leave them out")
-            student, teacher = (cast(Features, tuple(map(found.get, names[:3]))) for names in (_STUDENT, _TEACHER))
-            bias, other = (found.get(names[3]) for names in (_STUDENT, _TEACHER))
-            biases = (0.0 if bias is None else bias, 0.0 if other is None else other)
-            return Request(terms, student, None if teacher[0] is None else teacher, labels, biases)
-
-        values = weighted_terms(request, self.options(), together=together)
-        if isinstance(bias, Tensor):  # no softmax sees it, but DistributedDataParallel would wait for its gradient
-            values = [value + 0 * bias.sum() for value in values]
-        return values
-
-    def _by_name(
-        self, given: tuple[Tensor | float | None, ...], named: dict[str, Tensor | float | None]
-    ) -> dict[str, Tensor | float | None]:
-        """All arguments but ``labels`` by name, with those of a teacher if and only if a term distils."""
-        has_bias = len(given) > 3 and getattr(given[3], "ndim", 0) < 2  # it is a scalar, unlike a teacher's features
-        names = [*_STUDENT[: 4 if has_bias else 3], *_TEACHER]
-        found = dict(zip(names, given, strict=False))
-        if twice := [name for name in named if name in found]:
-            raise TypeError(f"{twice[0]} must be given once, got it by position and by name")
-        found |= named
-        unknown = [repr(name) for name in named if name not in (*_STUDENT, *_TEACHER)]
-        if unknown or len(given) > len(names):
+    def _request(
+        self, image_features: Any, text_features: Any, logit_scale: Any, *others: Any, labels: Any, **named: Any
+    ) -> Request:
+        has_bias = len(others) > 0 and getattr(others[0], "ndim", 0) < 2  # it is a scalar, unlike a teacher's features
+        names = _OTHERS if has_bias else _OTHERS[1:]
+        found = dict(zip(names, others, strict=False))
+        wrong = [f"{3 + len(others)} arguments"] if len(others) > len(names) else []
+        wrong += [f"{name!r} twice" for name in named if name in found]
+        wrong += [repr(name) for name in named if name not in _OTHERS]
+        way = "call it as criterion(*student(images, texts), *teacher(images, texts))"
+        if wrong:
             raise TypeError(
-                f"{self!r} must be called with image_features, text_features, logit_scale and maybe logit_bias of the "
-                f"student, then of the teacher, and labels=, got {(unknown or [f'{len(given)} arguments'])[0]}; "
-                "write criterion(*student(images, texts), *teacher(images, texts))"
+                f"{self!r} takes image_features, text_features, logit_scale and maybe logit_bias of the student, then "
+                f"of the teacher, and labels=, got {wrong[0]}; {way}"
             )
-        taught = [name for name in _TEACHER if found.get(name) is not None]
-        if any(loss._kind.needs_teacher for _, loss in self.weighted()):
-            if not {*_TEACHER[:3]} <= {*taught}:
-                raise TypeError(
-                    f"{self!r} needs teacher_image_features, teacher_text_features and teacher_logit_scale; "
-                    "call it as criterion(*student(images, texts), *teacher(images, texts))"
-                )
-        elif taught:
+        found = {name: value for name, value in (found | named).items() if value is not None}
+        bias = found.pop("logit_bias", 0.0)
+        terms = [(weight, loss.term()) for weight, loss in self.weighted()]
+        distil = [term.distils for _, term in terms]
+        teacher = None
+        if any(distil):
+            if not {*_OTHERS[1:4]} <= {*found}:
+                raise TypeError(f"{self!r} needs {', '.join(_OTHERS[1:4])}; {way}")
+            teacher = Outputs(*(found[name] for name in _OTHERS[1:] if name in found))
+        elif found:
             raise TypeError(f"{self!r} has no distillation term; leave out the teacher's features and logit scale")
-        return found
+        if labels is not None and all(distil):
+            raise TypeError(f"labels must go to a contrastive term, and {self!r} has none; leave them out")
+        return Request(terms, Outputs(image_features, text_features, logit_scale, bias), teacher, labels)
 
     def __add__(self, other: PairLoss) -> LossSum:
         return LossSum((1.0, self), (1.0, other)) if isinstance(other, PairLoss) else NotImplemented
@@ -153,22 +127,22 @@ class PairLoss(nn.Module, ABC):
 class _TermLoss(PairLoss):
     """A loss of one term. Its arguments are attributes, which are read and checked at every call."""
 
-    _kind: type[Term]
+    _kind: str
 
     def __init__(self, options: PairOptions, **arguments: Any) -> None:
         super().__init__()
         self._arguments = tuple(arguments)
-        for name, value in {**arguments, **vars(Options.of(options))}.items():
+        for name, value in {**arguments, **filled(options)}.items():
             setattr(self, name, value)
         self.term()
 
     def term(self) -> Term:
         """The term with today's arguments, checked."""
-        return self._kind(**{name: getattr(self, name) for name in self._arguments})
+        return Term(self._kind, **{name: getattr(self, name) for name in self._arguments})
 
     def options(self) -> PairOptions:
         """Today's options, in which all terms of a sum agree."""
-        return cast(PairOptions, {name: getattr(self, name) for name in OPTIONS})
+        return cast(PairOptions, {name: getattr(self, name) for name in DEFAULTS})
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
         """The loss itself, once."""
@@ -176,8 +150,8 @@ class _TermLoss(PairLoss):
 
     def extra_repr(self) -> str:
         """The arguments that are not at their defaults."""
-        defaults = {**vars(self._kind()), **vars(Options())}
-        values = {name: getattr(self, name) for name in defaults}
+        defaults = {**vars(Term(self._kind)), **DEFAULTS}
+        values = {name: getattr(self, name) for name in (*self._arguments, *DEFAULTS)}
         return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
 
 
@@ -185,7 +159,6 @@ class MultimodalContrastiveLoss(_TermLoss):
     """Contrastive loss over one or both directions of images and texts (MCL), with label smoothing.
 
     Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has formula, shapes and errors.
-    The keyword arguments are attributes, which may change while training.
 
     Example:
         >>> import torch
@@ -195,7 +168,7 @@ class MultimodalContrastiveLoss(_TermLoss):
         tensor(0.3633)
     """
 
-    _kind = Contrastive
+    _kind = "contrastive"
     label_smoothing: float
     direction: Directions
 
@@ -209,7 +182,6 @@ class MultimodalDistillationLoss(_TermLoss):
     """Divergence of the student's similarity maps from a teacher's, summed over its directions (MKD).
 
     Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has formula, shapes and errors.
-    The keyword arguments are attributes, which may change while training.
 
     Example:
         >>> import torch
@@ -220,7 +192,7 @@ class MultimodalDistillationLoss(_TermLoss):
         {'contrastive': tensor(0.3133), 'distillation': tensor(0.)}
     """
 
-    _kind = Distillation
+    _kind = "distillation"
     temperature: float
     direction: Directions
 
@@ -228,6 +200,46 @@ class MultimodalDistillationLoss(_TermLoss):
         self, *, temperature: float = 1.0, direction: Directions = "both", **options: Unpack[PairOptions]
     ) -> None:
         super().__init__(options, temperature=temperature, direction=direction)
+
+
+class SigmoidContrastiveLoss(_TermLoss):
+    """Binary cross-entropy of every pair of an image and a text, as SigLIP is trained with.
+
+    Module form of :func:`~calrobust.functional.sigmoid_contrastive_loss`, which has formula, shapes and errors.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import SigmoidContrastiveLoss
+        >>> criterion = SigmoidContrastiveLoss()
+        >>> criterion(torch.eye(2), torch.eye(2), 1.0, 0.0)  # log(1 + 1/e) + log(2)
+        tensor(1.0064)
+    """
+
+    _kind = "sigmoid_contrastive"
+
+    def __init__(self, **options: Unpack[PairOptions]) -> None:
+        super().__init__(options)
+
+
+class SigmoidDistillationLoss(_TermLoss):
+    """Divergence of a sigmoid model's probabilities from those of a teacher.
+
+    Module form of :func:`~calrobust.functional.sigmoid_distillation_loss`, which has formula, shapes and errors.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import SigmoidContrastiveLoss, SigmoidDistillationLoss
+        >>> criterion = SigmoidContrastiveLoss() + 1.5 * SigmoidDistillationLoss()
+        >>> image = text = torch.eye(2)
+        >>> criterion(image, text, 1.0, 0.0, image, text, 1.0, 0.0)
+        tensor(1.0064)
+    """
+
+    _kind = "sigmoid_distillation"
+    temperature: float
+
+    def __init__(self, *, temperature: float = 1.0, **options: Unpack[PairOptions]) -> None:
+        super().__init__(options, temperature=temperature)
 
 
 class FeatureDistillationLoss(_TermLoss):
@@ -243,7 +255,7 @@ class FeatureDistillationLoss(_TermLoss):
         tensor(1.)
     """
 
-    _kind = FeatureDistillation
+    _kind = "feature"
     modality: Modality
 
     def __init__(self, *, modality: Modality = "both", **options: Unpack[PairOptions]) -> None:
@@ -251,13 +263,10 @@ class FeatureDistillationLoss(_TermLoss):
 
 
 class LossSum(PairLoss):
-    """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it.
+    """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it from pairs of a weight and a loss.
 
     ``weights`` and ``losses`` are lists, whose entries may change while training: ``criterion.weights[1] = 0.5``,
-    ``criterion.losses[0].label_smoothing = 0.1``. Terms of one temperature share a pass over the pair matrix.
-
-    Args:
-        weighted: pairs of a weight and a loss.
+    ``criterion.losses[0].label_smoothing = 0.1``.
 
     Raises:
         TypeError: there is no pair, or one of them is not a number and a loss.
@@ -274,9 +283,7 @@ class LossSum(PairLoss):
 
     def __init__(self, *weighted: tuple[float, PairLoss]) -> None:
         super().__init__()
-        if not weighted:
-            raise TypeError("a sum must have at least one pair of a weight and a loss, got none")
-        for pair in weighted:
+        for pair in weighted or ("nothing",):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], PairLoss)):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
@@ -316,7 +323,6 @@ class CaRotLoss(LossSum):
 
     The sum ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``;
     module form of :func:`~calrobust.functional.carot_loss`, which has formula, shapes and errors.
-    ``label_smoothing`` and ``distillation_weight`` are attributes, which may change while training.
 
     Example:
         >>> import torch
@@ -363,14 +369,12 @@ class CaRotLoss(LossSum):
 class OrthogonalityLoss(nn.Module):
     """Distance of a projection's columns from an orthonormal system (OC).
 
-    Module form of :func:`~calrobust.functional.orthogonality_loss`, which has formula, shapes and errors. It is a loss
-    on weights, so its value adds to that of a loss on pairs, but the modules do not add.
+    Module form of :func:`~calrobust.functional.orthogonality_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
         >>> from calrobust import OrthogonalityLoss
-        >>> orthogonality = OrthogonalityLoss()
-        >>> orthogonality(2 * torch.eye(3))
+        >>> OrthogonalityLoss()(2 * torch.eye(3))
         tensor(27.)
     """
 

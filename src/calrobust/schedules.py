@@ -4,9 +4,9 @@ They raise ``ValueError`` for an argument out of range and ``TypeError`` for one
 ``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,13 +15,13 @@ from calrobust._checks import check_fraction, check_integer, check_positive
 __all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
 
 
-class _Schedule(ABC):
+class _Schedule:
     def __call__(self, n: int) -> float:
         check_integer(0, n=n)
         return float(self._decay(n))
 
-    @abstractmethod
-    def _decay(self, n: int) -> float: ...
+    def _decay(self, n: int) -> float:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    ``updates`` ≥ 1 count those of the teacher. The paper's values are those of the example, over the first 20 % of
-    training: one update makes the teacher 95 % student, and ten leave 2e-5 of the pre-trained model.
+    Here ``updates`` ≥ 1. The example is the paper's, over the first 20 % of training: one update makes the teacher
+    95 % student, and ten leave 2e-5 of the pre-trained model.
 
     Example:
         >>> from calrobust import schedules
@@ -79,7 +79,7 @@ class power(_Schedule):
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
-    Here ``exponent`` and ``scale`` are > 0, and ``start <= end``. timm's ``ModelEmaV3`` has this warm-up.
+    Here ``exponent`` and ``scale`` are > 0, and ``start <= end``. It is the warm-up of timm's ``ModelEmaV3``.
 
     Example:
         >>> from calrobust import schedules
@@ -96,7 +96,7 @@ class power(_Schedule):
         check_positive(exponent=self.exponent, scale=self.scale)
         check_fraction(closed=True, start=self.start, end=self.end)
         if self.start > self.end:
-            raise ValueError(f"start <= end must hold, got {self.start!r}, {self.end!r}; swap them")
+            raise ValueError(f"start must be <= end, got {self.start!r} and {self.end!r}; swap them")
 
     def _decay(self, n: int) -> float:
         newest: float = (1 + n / self.scale) ** -self.exponent
@@ -130,10 +130,10 @@ class beta(_Schedule):
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
-    where :math:`T` is ``updates``, from 1 to ten million, model 0 the pre-trained one, and model :math:`n + 1` the
+    Here :math:`T` is ``updates``, from 1 to ten million, model 0 the pre-trained one, and model :math:`n + 1` the
     student at update ``n``. From :math:`T` on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained
-    model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update, because each
-    decay would be compiled.
+    model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. A compiled update is compiled for each
+    decay.
 
     Example:
         >>> from calrobust import schedules
@@ -146,15 +146,18 @@ class beta(_Schedule):
     a: float
     b: float
     updates: int
-    _decays: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_positive(a=self.a, b=self.b)
         check_integer(1, 10**7, updates=self.updates)
+
+    @cached_property
+    def _decays(self) -> list[float]:
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
         # In logarithms, because weights may underflow.
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)
-        object.__setattr__(self, "_decays", tuple((log_sums[:-1] - log_sums[1:]).exp().tolist()))
+        decays: list[float] = (log_sums[:-1] - log_sums[1:]).exp().tolist()
+        return decays
 
     def _decay(self, n: int) -> float:
         return self._decays[n] if n < self.updates else 1.0

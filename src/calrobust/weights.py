@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from calrobust._state import check_same_state, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
-Combination = Callable[[str, list[Tensor]], Tensor]
+Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and where they may be combined
 _INTEGER = re.compile(r"torch\.(bool|u?int(8|16|32|64))")
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
@@ -26,9 +26,9 @@ def interpolate(
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    for ``alpha`` in [0, 1], or any finite number with ``extrapolate=True``; the ends are exact. ``alpha`` may be a
-    function of the name of each floating tensor, as in LiNeS (:doc:`/guides/recipes`). Models, result and errors are as
-    for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
+    ``alpha`` is in [0, 1], or any finite number with ``extrapolate=True``, or a function that gives it for the name of
+    each floating tensor, as in LiNeS (:doc:`/guides/recipes`). The ends are exact. Models, result and errors are as for
+    :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
         >>> import torch
@@ -41,32 +41,28 @@ def interpolate(
     """
     check_flag(extrapolate=extrapolate)
 
-    @cache
-    def share(name: str) -> float:
-        value = alpha(name) if callable(alpha) else alpha
-        what = f"alpha({name!r})" if callable(alpha) else "alpha"
+    def checked(what: str, value: float) -> float:
         check_number(**{what: value})
         if not (extrapolate or 0 <= value <= 1):
             raise ValueError(f"{what} must be in [0, 1], got {value!r}; pass extrapolate=True to leave the line")
         return float(value)
 
-    def between(name: str, tensors: list[Tensor]) -> Tensor:
-        return tensors[int(share(name))] if share(name) in (0, 1) else tensors[0].lerp(tensors[1], share(name))
+    always = 0.0 if callable(alpha) else checked("alpha", alpha)
 
-    if not callable(alpha):
-        share("")
-    models = {"zero_shot": zero_shot, "fine_tuned": fine_tuned}
-    return _combine(models, between, fallback=lambda name: 0 if share(name) == 0 else 1)
+    def between(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
+        share = checked(f"alpha({name!r})", alpha(name)) if callable(alpha) else always
+        return tensors[int(share)] if share in (0, 1) else tensors[0].lerp(tensors[1], share).where(usable, tensors[1])
+
+    return _combine({"zero_shot": zero_shot, "fine_tuned": fine_tuned}, between)
 
 
 def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -> StateDict:
     r"""The weighted mean of models, by default the uniform one (a model soup).
 
-    .. math:: \theta = \frac{\sum_{k=1}^{K} w_k\, \theta_k}{\sum_{k=1}^{K} w_k}
+    .. math:: \theta = \sum_k w_k\, \theta_k \Big/ \sum_k w_k
 
-    with one of the ``weights``, numbers ≥ 0, for each model; one of weight 0 takes no part. Models are K ≥ 1 state
-    dicts or modules of the same names and shapes. The result is a new state dict with the names, dtypes and devices of
-    the first.
+    ``models`` are state dicts or modules of the same names and shapes; ``weights`` are numbers ≥ 0, and a model of
+    weight 0 takes no part. The result is a new state dict with the names, dtypes and devices of the first.
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
@@ -92,11 +88,14 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
         check_number(**given)
         shares = [float(share) for share in given.values()]
         if len(shares) != len(listed) or min(shares) < 0 or max(shares) == 0:
-            rule = f"numbers >= 0, one for each of the {len(listed)} models, and not all 0"
-            raise ValueError(f"weights must be {rule}, got {shares}")
+            raise ValueError(f"weights must be {len(listed)} numbers >= 0, one for each model, not all 0, got {shares}")
         listed = {name: model for (name, model), share in zip(listed.items(), shares, strict=True) if share}
         shares = [share / max(shares) for share in shares if share]  # no overflow
-    return _combine(listed, lambda _, tensors: reduce(torch.add, map(torch.mul, tensors, shares)) / sum(shares))
+
+    def mean(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
+        return (reduce(torch.add, map(torch.mul, tensors, shares)) / sum(shares)).where(usable, tensors[-1])
+
+    return _combine(listed, mean)
 
 
 def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
@@ -105,9 +104,9 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
-    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine,
-    at least 0, between any two of their differences from the pre-trained :math:`\theta_0`. Models, result and errors
-    are as for :func:`average` of ``[pretrained, *models]``.
+    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine
+    of any two of their differences from the pre-trained :math:`\theta_0`, at least 0. Models, result and errors are as
+    for :func:`average` of ``[pretrained, *models]``.
 
     Example:
         >>> import torch
@@ -121,13 +120,14 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     return _combine({"pretrained": pretrained, **_listed(models, at_least=2)}, _stock)
 
 
-def _stock(name: str, tensors: list[Tensor]) -> Tensor:
-    start, *models = tensors
+def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
+    start, *models = (tensor.where(usable, 0) for tensor in tensors)
     k = len(models)
     directions = torch.stack([nn.functional.normalize((model - start).flatten(), dim=0) for model in models])
     gram = directions @ directions.T
     cosine = ((gram.sum() - gram.trace()) / (k * (k - 1))).clamp(min=0)
-    return start.lerp(torch.stack(models).mean(0), k * cosine / (1 + (k - 1) * cosine))
+    stock = start.lerp(torch.stack(models).mean(0), k * cosine / (1 + (k - 1) * cosine))
+    return stock.where(usable, tensors[-1])
 
 
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
@@ -135,15 +135,12 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
         raise TypeError(f"models must be a list or another iterable of models, got {type(models).__name__}")
     listed = {f"models[{k}]": model for k, model in enumerate(models)}
     if len(listed) < at_least:
-        raise ValueError(f"models must hold at least {at_least} of them, got {len(listed)}; is it a used generator?")
+        raise ValueError(f"models must be at least {at_least}, got {len(listed)}; is it a used generator?")
     return listed
 
 
 @torch.no_grad()
-def _combine(
-    models: Mapping[str, Weights], combination: Combination, *, fallback: Callable[[str], int] = lambda name: -1
-) -> StateDict:
-    """Combines the entries of each name, or takes that of the model ``fallback(name)``."""
+def _combine(models: Mapping[str, Weights], combination: Combination) -> StateDict:
     given = {model: _checked(model, weights) for model, weights in models.items()}
     states = {m: {name: state[key] for name, key in unwrapped(state, m).items()} for m, state in given.items()}
     first, *others = states
@@ -163,10 +160,8 @@ def _combine(
         device, dtype = entries[0].device, entries[0].dtype
         if dtype.is_floating_point or dtype.is_complex:
             values = [entry.to(device, torch.promote_types(dtype, torch.float32)) for entry in entries]
-            result = values[fallback(name)]
-            if name not in copied:
-                finite = torch.stack([value.isfinite() for value in values]).all(0)
-                result = combination(name, [value.where(finite, 0) for value in values]).where(finite, result)
+            usable = torch.stack([value.isfinite() for value in values]).all(0) & (name not in copied)
+            result = combination(name, values, usable)
         else:
             result = entries[-1].to(device)
             few = result.ndim < 2 and (dtype.itemsize > 1 or result.numel() < 2)
@@ -198,5 +193,5 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
 def _refuse_quantised(entry: str, kind: str) -> None:
     raise TypeError(
         f"{entry} must not be quantised, because integers cannot be averaged apart from their scales, got {kind}; "
-        "combine the models before they are quantised, or dequantise them"
+        "combine the models before, or dequantise them"
     )

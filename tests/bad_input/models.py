@@ -165,7 +165,7 @@ TABLE: Table = [
         [
             Wrong({"exponent": 0.0}, ValueError, "exponent must be > 0, got 0.0"),
             Wrong({"scale": -1.0}, ValueError, "scale must be > 0, got -1.0"),
-            Wrong({"start": 0.9, "end": 0.5}, ValueError, "start <= end must hold, got 0.9, 0.5; swap them"),
+            Wrong({"start": 0.9, "end": 0.5}, ValueError, "start must be <= end, got 0.9 and 0.5; swap them"),
         ],
     ),
     (
@@ -221,7 +221,7 @@ TABLE: Table = [
                 {"fine_tuned": weights(w=torch.ones(2, 3).to(torch.float8_e4m3fn))},
                 TypeError,
                 "fine_tuned['w'] must not be quantised, because integers cannot be averaged apart from their scales, "
-                "got Tensor of torch.float8_e4m3fn; combine the models before they are quantised, or dequantise them",
+                "got Tensor of torch.float8_e4m3fn; combine the models before, or dequantise them",
             ),
             Wrong(
                 {"fine_tuned": weights(w=torch.ones(2, 3).to_sparse())},
@@ -237,15 +237,15 @@ TABLE: Table = [
                 {"zero_shot": {"w": torch.ones(2, dtype=torch.int8)}, "fine_tuned": {"w": torch.zeros(2).char()}},
                 TypeError,
                 "zero_shot['w'] must not be quantised, because integers cannot be averaged apart from their scales, "
-                "got torch.int8 values that differ between the models; combine the models before they are quantised, "
-                "or dequantise them",
+                "got torch.int8 values that differ between the models; combine the models before, or "
+                "dequantise them",
             ),
         ],
     ),
     (
         [Target("average", average, lambda: {"models": [weights(), weights()]})],
         [
-            Wrong({"models": []}, ValueError, "models must hold at least 1 of them, got 0; is it a used generator?"),
+            Wrong({"models": []}, ValueError, "models must be at least 1, got 0; is it a used generator?"),
             Wrong({"models": [A, 3]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got int"),
             Wrong(
                 {"weights": 0.5},
@@ -258,7 +258,7 @@ TABLE: Table = [
                 Wrong(
                     {"weights": given},
                     ValueError,
-                    "weights must be numbers >= 0, one for each of the 2 models, and not all 0, got "
+                    "weights must be 2 numbers >= 0, one for each model, not all 0, got "
                     f"{[float(share) for share in given]}",
                 )
                 for given in ([1], [1, 2, 3], [], [2, -1], [0, 0])
@@ -278,7 +278,7 @@ TABLE: Table = [
     ),
     (
         [Target("model_stock", model_stock, lambda: {"pretrained": weights(), "models": [weights(), weights()]})],
-        [Wrong({"models": [A]}, ValueError, "models must hold at least 2 of them, got 1; is it a used generator?")],
+        [Wrong({"models": [A]}, ValueError, "models must be at least 2, got 1; is it a used generator?")],
     ),
     (
         [Target("zero_shot_classifier", zero_shot_classifier, named_texts)],

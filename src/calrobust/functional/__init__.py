@@ -10,17 +10,18 @@ from calrobust.functional.calibration import (
     top_label,
 )
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
-from calrobust.functional.pairs import PairOptions
-from calrobust.functional.regularisers import feature_distillation_loss, orthogonality_loss
-from calrobust.functional.scoring import brier_score, fit_temperature, negative_log_likelihood
-from calrobust.functional.selective import risk_coverage_curve, selective_risk
-from calrobust.functional.similarity import (
+from calrobust.functional.losses import (
     carot_loss,
+    feature_distillation_loss,
     multimodal_contrastive_loss,
     multimodal_distillation_loss,
+    orthogonality_loss,
     sigmoid_contrastive_loss,
     sigmoid_distillation_loss,
 )
+from calrobust.functional.pairs import PairOptions
+from calrobust.functional.scoring import brier_score, fit_temperature, negative_log_likelihood
+from calrobust.functional.selective import risk_coverage_curve, selective_risk
 
 __all__ = [
     "Bins",

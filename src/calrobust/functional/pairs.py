@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from calrobust._checks import (
     check_choice,
     check_flag,
     check_floating,
+    check_fraction,
     check_integer,
     check_labels,
     check_number,
@@ -20,12 +21,14 @@ from calrobust._checks import (
     check_positive,
 )
 from calrobust.distributed import REDUCTIONS, REFUSED, ProcessGroup, Ranks, Reduction, agree
-from calrobust.kernels import IMPLS, MEMORY_BUDGET, Features, Impl, Labels, PairBatch, pair_statistics
+from calrobust.kernels import IMPLS, MEMORY_BUDGET, Direction, Impl, Labels, PairBatch, pair_statistics
 from calrobust.kernels.operators import obstacle_to_triton
+from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 
 Directions = Literal["both", "image_to_text", "text_to_image"]
+Modality = Literal["both", "image", "text"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
-Biases = tuple[Tensor | float, Tensor | float]  # of the student's logits and of the teacher's; no softmax sees them
+MODALITIES: tuple[str, ...] = get_args(Modality)  # in the same order
 
 
 class PairOptions(TypedDict, total=False):
@@ -41,271 +44,352 @@ class PairOptions(TypedDict, total=False):
 
     reduction: Reduction
     """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
-    in number or have labels of their own, mean and sum are over the images or texts of a direction, and ``"none"`` is
-    for one direction."""
+    in number or have labels of their own, all are over the images or texts of a direction, ``"none"`` of only one."""
     gather: bool
-    """Contrast against the images and texts of every rank (default False); see :ref:`many-processes`."""
+    """Contrast against all ranks (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
-    """``"dense"`` holds the whole pair matrix, and has derivatives of every order and mode. The others have first
-    derivatives in reverse mode: ``"tiled"`` needs O(N·D) memory; ``"triton"`` does the same in CUDA kernels; ``"auto"``
-    (default) takes Triton where it runs, and else is tiled and keeps the matrix for backward if it fits into
-    ``memory_budget``."""
+    """``"dense"`` holds the whole pair matrix, and has all derivatives. The others have first ones in reverse mode:
+    ``"tiled"`` needs O(N·D) memory; ``"triton"`` does the same in CUDA kernels; ``"auto"`` (default) is Triton where it
+    runs, and else tiled, but keeps the matrix for backward if it fits into ``memory_budget``."""
     memory_budget: int
-    """Bytes of logits that ``"auto"`` may hold for backward; 256 MiB by default. The sigmoid losses hold none."""
+    """Bytes that ``"auto"`` may keep (default 256 MiB). The sigmoid losses keep nothing."""
+
+
+DEFAULTS: PairOptions = {
+    "reduction": "mean",
+    "gather": False,
+    "group": None,
+    "impl": "auto",
+    "memory_budget": MEMORY_BUDGET,
+}
+
+
+def filled(options: PairOptions) -> PairOptions:
+    """The given options, checked, and the defaults of the others."""
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(f"options must be among {', '.join(DEFAULTS)}, got {name!r}")
+    every: PairOptions = {**DEFAULTS, **options}
+    check_choice(REDUCTIONS, reduction=every["reduction"])
+    check_flag(gather=every["gather"])
+    check_choice(IMPLS, impl=every["impl"])
+    check_integer(0, memory_budget=every["memory_budget"])
+    return every
+
+
+class Outputs(NamedTuple):
+    """What a model returns for a batch."""
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor | float
+    logit_bias: Tensor | float = 0.0  # which no softmax sees
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of a loss, checked; `PairOptions` says what they do."""
+class Term:
+    """A summand of a loss, with its arguments, checked."""
 
-    reduction: Reduction = "mean"
-    gather: bool = False
-    group: ProcessGroup | None = None
-    impl: Impl = "auto"
-    memory_budget: int = MEMORY_BUDGET
+    kind: str  # a key of `PASSES`, each of which reads some of the arguments
+    label_smoothing: float = 0.0
+    temperature: float = 1.0
+    direction: Directions = "both"
+    modality: Modality = "both"
 
     def __post_init__(self) -> None:
-        """Checks each option."""
-        check_choice(REDUCTIONS, reduction=self.reduction)
-        check_flag(gather=self.gather)
-        check_choice(IMPLS, impl=self.impl)
-        check_integer(0, memory_budget=self.memory_budget)
-
-    @classmethod
-    def of(cls, options: PairOptions) -> Options:
-        """The given options, and defaults for the others."""
-        for name in options:
-            if name not in OPTIONS:
-                raise TypeError(
-                    f"a loss on pairs must have only options it knows, got {name!r}; they are {', '.join(OPTIONS)}"
-                )
-        return cls(**options)
-
-
-OPTIONS = tuple(field.name for field in fields(Options))
-
-
-class Term(Protocol):
-    """A summand: values of images and texts, from statistics of the pair matrix."""
-
-    name: ClassVar[str]
-    needs_teacher: ClassVar[bool]
-    needs_positives: ClassVar[bool]
-
-    @staticmethod
-    def evaluate(sharing: Sequence[tuple[float, Any]], shared: Shared) -> list[Tensor]:
-        """The reduced values of all weighted terms that share this function and a temperature."""
+        check_fraction(closed=False, label_smoothing=self.label_smoothing)
+        check_positive(temperature=self.temperature)
+        check_choice(DIRECTIONS, direction=self.direction)
+        check_choice(MODALITIES, modality=self.modality)
 
     @property
-    def temperature(self) -> float:
-        """What divides the logits."""
+    def distils(self) -> bool:
+        """From a teacher; all others contrast positives with the rest."""
+        return "contrastive" not in self.kind
 
     @property
-    def direction(self) -> Directions:
-        """Whose candidates are compared: those of images, of texts or of both."""
+    def anchors(self) -> str:
+        """The direction whose values it has."""
+        if self.kind == "feature":
+            return DIRECTIONS[MODALITIES.index(self.modality)]
+        return "image_to_text" if "sigmoid" in self.kind else self.direction
+
+
+Weighted = Sequence[tuple[float, Term]]
 
 
 class Request(NamedTuple):
-    """A weighted sum of terms, and the batch of pairs whose terms are asked for."""
+    """A weighted sum of terms of a batch of pairs."""
 
-    weighted: Sequence[tuple[float, Term]]
-    student: Features
-    teacher: Features | None
-    labels: Labels | None
-    biases: Biases = (0.0, 0.0)
+    weighted: Weighted
+    student: Outputs
+    teacher: Outputs | None = None
+    labels: Labels | None = None
+    apart: bool = False  # all values are wanted; for their sum alone sigmoid terms come as one, which costs less
+
+    def models(self) -> dict[str, Outputs]:
+        """By what their names begin with."""
+        return {"": self.student} | ({"teacher_": self.teacher} if self.teacher else {})
 
 
 class Shared:
-    """What all terms of a call have in common."""
+    """What the terms of a request have in common."""
 
-    def __init__(self, request: Request, ranks: tuple[Ranks, Ranks], options: Options, *, together: bool) -> None:
-        self.request, self.ranks, self.options, self.together = request, ranks, options, together
+    def __init__(self, request: Request, ranks: tuple[Ranks, Ranks], options: PairOptions) -> None:
+        self.request, self.ranks, self.options = request, ranks, options
         self._batches: dict[bool, PairBatch] = {}
 
     def batch(self, *, swapped: bool = False) -> PairBatch:
         """The batch, with images as rows and texts as columns, or ``swapped``."""
         if swapped not in self._batches:
             _, student, teacher, labels, _ = self.request
-            self._batches[swapped] = PairBatch(student, teacher, labels, self.ranks, swapped=swapped)
+            taught = teacher and teacher[:3]
+            self._batches[swapped] = PairBatch(student[:3], taught, labels, self.ranks, swapped=swapped)
         return self._batches[swapped]
 
     def reduce(self, each: Sequence[tuple[Tensor, Tensor | int]]) -> Tensor:
         """The sum over directions, each with values and the number of anchors over all ranks."""
-        reduction = self.options.reduction
+        reduction = self.options["reduction"]
         if reduction == "none":
             return torch.stack([values for values, _ in each]).sum(0)
         sums = [values.sum() / (number if reduction == "mean" else 1) for values, number in each]
         return self.ranks[0].sum(torch.stack(sums).sum())
 
 
-class SoftmaxTerm:
-    """Terms whose ``values(direction)`` are those of the anchors of a `Direction`, and their number over all ranks."""
+def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
+    terms = [term for _, term in sharing]
+    # Text to image alone is image to text with the two exchanged.
+    swapped = all(term.direction == "text_to_image" for term in terms)
+    batch = shared.batch(swapped=swapped)
+    if any(not term.distils and term.direction != "text_to_image" for term in terms):
+        _check_positives(batch)
+    found = pair_statistics(
+        batch,
+        temperature=float(terms[0].temperature),
+        distils=any(term.distils for term in terms),
+        columns=not swapped and any(term.direction != "image_to_text" for term in terms),
+        impl=shared.options["impl"],
+        memory_budget=shared.options["memory_budget"],
+    )
+    statistics: dict[str, Any] = dict(zip(DIRECTIONS[2:0:-1] if swapped else DIRECTIONS[1:], found, strict=True))
+    values = []
+    for weight, term in sharing:
+        wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
+        value = weight * shared.reduce([_of_anchors(term, statistics[way]) for way in wanted])
+        values.append(value.to(batch.dtype))
+    return values
 
-    @staticmethod
-    def evaluate(sharing: Sequence[tuple[float, Any]], shared: Shared) -> list[Tensor]:
-        """In one pass over the pair matrix."""
-        terms = [term for _, term in sharing]
-        # Text to image alone is image to text with the two exchanged.
-        swapped = all(term.direction == "text_to_image" for term in terms)
-        batch = shared.batch(swapped=swapped)
-        if any(term.needs_positives and term.direction != "text_to_image" for term in terms):
-            _check_positives(batch)
-        found = pair_statistics(
-            batch,
-            temperature=float(terms[0].temperature),
-            distils=any(term.needs_teacher for term in terms),
-            columns=not swapped and any(term.direction != "image_to_text" for term in terms),
-            impl=shared.options.impl,
-            memory_budget=shared.options.memory_budget,
+
+def _of_anchors(term: Term, statistics: Direction) -> tuple[Tensor, Tensor | int]:
+    """The values of the anchors of a direction, and their number over all ranks."""
+    if term.distils:
+        return statistics.divergence, statistics.total
+    smoothing = float(term.label_smoothing)
+    loss = statistics.negative_log_likelihood + (1 - smoothing) * statistics.above_positives
+    loss = loss + smoothing * statistics.above_mean if smoothing else loss
+    weights, number, _ = statistics.anchors
+    return loss * weights / (2 if term.direction == "both" else 1), number
+
+
+def _sigmoid_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
+    """Their sum alone, unless they are wanted apart."""
+    batch, options, temperature = shared.batch(), shared.options, float(sharing[0][1].temperature)
+    request, device = shared.request, batch.partner.device
+    outputs = [(batch.student, request.student)]
+    if batch.teacher and request.teacher and any(term.distils for _, term in sharing):
+        outputs.append((batch.teacher, request.teacher))
+    totalled = options["reduction"] != "none" and (len(sharing) == 1 or not request.apart)
+    with torch.autocast(device.type, enabled=False):
+        sums, total = sigmoid_sums(
+            [
+                Model(x, y, scale / temperature, batch.scalar(given.logit_bias, device) / temperature)
+                for (x, y, scale), given in outputs
+            ],
+            Classes(*(batch.classes or (batch.partner, torch.arange(batch.columns.total, device=device)))),
+            [sum(weight for weight, term in sharing if term.distils == distils) for distils in (False, True)],
+            impl=options["impl"],
+            operands=batch.operands,
+            totalled=totalled,
         )
-        statistics = dict(zip(DIRECTIONS[2:0:-1] if swapped else DIRECTIONS[1:], found, strict=True))
-        values = []
-        for weight, term in sharing:
-            wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
-            value = weight * shared.reduce([term.values(statistics[way]) for way in wanted])
-            values.append(value.to(batch.dtype))
-        return values
+    found = [(1.0, total)] if totalled else [(weight, sums[term.distils]) for weight, term in sharing]
+    return [(weight * shared.reduce([(each, batch.rows.total)])).to(batch.dtype) for weight, each in found]
 
 
-def weighted_terms(request: Callable[[], Request], options: PairOptions, *, together: bool = False) -> list[Tensor]:
+def _feature_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
+    _, student, teacher, *_ = shared.request
+    values = []
+    for weight, term in sharing:
+        each = []
+        for name, x, t, ranks in zip(MODALITIES[1:], student[:2], (teacher or student)[:2], shared.ranks, strict=True):
+            if x.shape[1] != t.shape[1]:
+                raise ValueError(
+                    f"teacher_{name}_features must have the student's width, got {list(t.shape)} for {list(x.shape)}; "
+                    "project them, or distil similarities with MultimodalDistillationLoss"
+                )
+            if term.modality in ("both", name):
+                x, t = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (x, t.detach()))
+                each.append(((x - t).square().sum(1) / 2, ranks.total))
+        values.append(weight * shared.reduce(each))
+    return values
+
+
+PASSES = {
+    "contrastive": _softmax_values,
+    "distillation": _softmax_values,
+    "sigmoid_contrastive": _sigmoid_values,
+    "sigmoid_distillation": _sigmoid_values,
+    "feature": _feature_values,
+}
+
+
+def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
     """Each term times its weight, reduced over all ranks; terms of one temperature share one pass.
 
-    If only the sum is to be differentiated, ``together``, sigmoid terms are cheaper. The request is a function because
-    with ``gather`` all ranks are told of an error that it raises, or they would wait forever.
+    The request is a function because with ``gather`` all ranks are told of an error that it raises, or they would wait
+    forever.
     """
     if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(
             msg="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
             "compile the model, and leave the loss out of fullgraph=True"
         )
-        terms: list[Tensor] = torch.compiler.disable(_weighted_terms)(request, options, together)
+        terms: list[Tensor] = torch.compiler.disable(_weighted_terms)(request, options)
         return terms
-    return _weighted_terms(request, options, together)
+    return _weighted_terms(request, options)
 
 
-def _weighted_terms(request: Callable[[], Request], options: PairOptions, together: bool) -> list[Tensor]:
+def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
     gather, group = options.get("gather", False), options.get("group")
     check_flag(gather=gather)
     try:
-        checked = Options.of(options)
-        weighted, student, teacher, labels, biases = asked = request()
-        _check_batch(student, teacher)
-        _check_logit_bias(logit_bias=biases[0], teacher_logit_bias=biases[1])
-        _check_anchors([term for _, term in weighted], student, labels, checked.reduction)
-        _check_impl(checked.impl, student[0].device)
+        options = filled(options)
+        asked = request()
+        _check_outputs(asked, options)
+        _check_anchors(asked, options)
     except (TypeError, ValueError):
         if gather:
             agree([REFUSED, REFUSED], group, {}, torch.device("cpu"))
         raise
-    n, m = student[0].shape[0], student[1].shape[0]
-    ranks = Ranks([n]), Ranks([m])
+    weighted, student, *_ = asked
+    sizes = [features.shape[0] for features in student[:2]]
+    images, texts = (Ranks([size]) for size in sizes)
     if gather:
-        images, texts = agree(
-            [n, m], group, _facts(weighted, student, teacher, labels, biases, checked), student[0].device
-        )
-        ranks = images, texts
-    shared = Shared(asked, ranks, checked, together=together)
-    passes: dict[tuple[Any, float], list[int]] = {}
-    for place, (_, term) in enumerate(weighted):
-        passes.setdefault((term.evaluate, float(term.temperature)), []).append(place)
+        images, texts = agree(sizes, group, _facts(asked, options), student[0].device)
+    shared = Shared(asked, (images, texts), options)
+    passes = [(PASSES[term.kind], float(term.temperature)) for _, term in weighted]
     terms: dict[int, Tensor] = {}
-    for (evaluate, _), places in passes.items():
-        values = evaluate([(float(weighted[place][0]), weighted[place][1]) for place in places], shared)
-        terms.update(zip(places, values, strict=True))
-    return [terms[place] for place in range(len(weighted))]
+    for evaluate, t in dict.fromkeys(passes):
+        places = [place for place, other in enumerate(passes) if other == (evaluate, t)]
+        # t² keeps the gradients of a distillation as large as they are without a temperature.
+        values = evaluate([(t * t * float(weighted[place][0]), weighted[place][1]) for place in places], shared)
+        terms |= zip(places, values, strict=False)
+    for number in student[2:]:
+        if isinstance(number, Tensor) and number.requires_grad:  # DDP waits for its gradient, used or not
+            terms = {place: value + (0 * number.sum()).to(value) for place, value in terms.items()}
+    return [terms[place] for place in sorted(terms)]
 
 
-def _facts(
-    weighted: Sequence[tuple[float, Term]],
-    student: Features,
-    teacher: Features | None,
-    labels: Labels | None,
-    biases: Biases,
-    options: Options,
-) -> dict[str, object]:
+def _facts(request: Request, options: PairOptions) -> dict[str, object]:
     """What must be the same on all ranks: otherwise their collectives do not fit, or their losses differ."""
     facts: dict[str, object] = {
-        "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in weighted),
-        "reduction": options.reduction,
-        "whether labels are given": labels is not None,
-        "whether labels are a pair": isinstance(labels, tuple),
+        "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in request.weighted),
+        "reduction": options["reduction"],
+        "the type of labels": type(request.labels).__name__,
     }
-    for whose, features, bias in (("", student, biases[0]), ("the teacher's ", teacher, biases[1])):
-        facts[f"whether {whose or 'the '}features are given"] = features is not None
-        if features is None:
-            continue
-        images, texts, scale = features
-        facts[f"the width of {whose}features"] = images.shape[1]
-        facts[f"the dtype of {whose}features"] = str(images.dtype)
-        facts[f"{whose}logit_scale, if it is a number"] = None if isinstance(scale, Tensor) else float(scale)
-        facts[f"{whose}logit_bias, if it is a number"] = None if isinstance(bias, Tensor) else float(bias)
-        if features is student:
-            facts["whether image_features need a gradient"] = torch.is_grad_enabled() and images.requires_grad
-            facts["whether text_features need a gradient"] = torch.is_grad_enabled() and texts.requires_grad
+    for prefix, outputs in request.models().items():
+        for name, value in zip(Outputs._fields, outputs, strict=True):
+            fact = f"{prefix}{name} (a number, or width, dtype and requires_grad)"
+            if isinstance(value, Tensor):
+                facts[fact] = *value.shape[1:], str(value.dtype), torch.is_grad_enabled() and value.requires_grad
+            else:
+                facts[fact] = float(value)
     return facts
 
 
-def _check_batch(student: Features, teacher: Features | None) -> None:
-    """Raises unless student and teacher have features of the same images and texts, and logit scales."""
-    for prefix, features in (("", student), *([("teacher_", teacher)] if teacher else [])):
-        images, texts, scale = features
-        _check_features(**{f"{prefix}image_features": images, f"{prefix}text_features": texts})
-        _check_logit_scale(**{f"{prefix}logit_scale": scale})
-    if teacher is None:
-        return
-    for name, theirs, ours in zip(("image_features", "text_features"), teacher[:2], student[:2], strict=True):
+def _check_outputs(request: Request, options: PairOptions) -> None:
+    """Raises unless student and teacher have features of the same images and texts, logit scales and biases."""
+    for prefix, (images, texts, scale, bias) in request.models().items():
+        first, second, of_scale, of_bias = (f"{prefix}{name}" for name in Outputs._fields)
+        features = {first: images, second: texts}
+        check_floating(**features)
+        for name, value in features.items():
+            if value.ndim != 2 or value.numel() == 0:
+                raise ValueError(
+                    f"{name} must have shape [N, D], at least one row and one column, got {list(value.shape)}; "
+                    "flatten or pool it to one row a pair"
+                )
+        if images.shape[1] != texts.shape[1] or images.dtype != texts.dtype:
+            came = " and ".join(f"{list(value.shape)} of {value.dtype}" for value in (images, texts))
+            raise ValueError(
+                f"{first} and {second} must have the same width D and dtype, got {came}; pass what one model gives"
+            )
+        check_one_device(**features)
+        _check_scalar(of_scale, scale, "model.logit_scale.exp()", positive=True)
+        _check_scalar(of_bias, bias, "model.logit_bias")
+    _, student, teacher, *_ = request
+    for name, theirs, ours in zip(Outputs._fields, (teacher or student)[:2], student[:2], strict=False):
         if theirs.shape[0] != ours.shape[0]:
             raise ValueError(
                 f"teacher_{name} and {name} must have as many rows, got {list(theirs.shape)} and {list(ours.shape)}; "
                 "run the teacher on the same batch"
             )
-    check_one_device(teacher_image_features=teacher[0], image_features=student[0])
-
-
-def _check_impl(impl: Impl, device: torch.device) -> None:
-    if impl == "triton" and (obstacle := obstacle_to_triton(device)):
+        check_one_device(**{f"teacher_{name}": theirs, name: ours})
+    if options["impl"] == "triton" and (obstacle := obstacle_to_triton(student[0].device)):
         raise ValueError(
-            "impl='triton' must find triton and features on a CUDA device of compute capability 8.0 or more, "
-            f"got {obstacle}; provide that, or pass impl='auto', which takes what there is"
+            "impl='triton' needs triton and features on a CUDA device of compute capability 8.0 or more, "
+            f"got {obstacle}; impl='auto' takes what there is"
         )
 
 
-def _check_anchors(terms: list[Term], student: Features, labels: Labels | None, reduction: Reduction) -> None:
+def _check_scalar(name: str, value: Any, source: str, *, positive: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        (check_positive if positive else check_number)(**{name: value})
+        return
+    check_floating(**{name: value})
+    if value.numel() != 1 and (value.ndim != 1 or not value.numel() or bool((value != value[0]).any())):
+        raise ValueError(
+            f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
+            f"{list(value.shape)}; pass {source}"
+        )
+    # Elsewhere, a look at the value would wait for the device.
+    if positive and value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
+        raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass {source}")
+
+
+def _check_anchors(request: Request, options: PairOptions) -> None:
     """Raises for labels that do not fit, and where images and texts that are no pairs are treated as pairs."""
-    images, texts, _ = student
+    weighted, (images, texts, *_), _, labels, _ = request
     n, m, device = images.shape[0], texts.shape[0], images.device
-    if isinstance(labels, tuple):
-        if len(labels) != 2:
-            raise ValueError(f"labels must be one tensor or a pair, of images and of texts, got {len(labels)} of them")
+    numbers = f"{n} images and {m} texts"
+    if isinstance(labels, tuple) and len(labels) == 2:
         for k, length in enumerate((n, m)):
-            named: dict[str, Any] = {f"labels[{k}]": labels[k]}
-            check_labels(length, device, **named)
-    elif labels is not None and n != m:
-        raise ValueError(
-            f"labels must be a pair where images and texts differ in number, got one tensor for {n} images and {m} "
-            "texts; pass labels=(image_labels, text_labels)"
-        )
+            one: dict[str, Any] = {f"labels[{k}]": labels[k]}
+            check_labels(length, device, **one)
     elif labels is not None:
+        if isinstance(labels, tuple) or n != m:
+            came = f"a tuple of {len(labels)}" if isinstance(labels, tuple) else "one tensor"
+            raise ValueError(
+                f"labels must be one tensor for pairs, or (image_labels, text_labels), got {came} for {numbers}"
+            )
         check_labels(n, device, labels=labels)
-    elif n > m and any(term.needs_positives for term in terms):
+    elif n > m and not all(term.distils for _, term in weighted):
         raise ValueError(
-            f"text_features must hold a text for each image, got {m} texts for {n} images; "
+            f"text_features must hold a text for each image, got {numbers}; "
             "pass labels=(image_labels, text_labels) to say which text belongs to which image"
         )
-    directions = {term.direction for term in terms}
-    one = len(directions) == 1 and "both" not in directions
-    if reduction == "none" and not one and (n != m or isinstance(labels, tuple)):
+    directions = {term.anchors for _, term in weighted}
+    several = len(directions) > 1 or "both" in directions
+    if options["reduction"] == "none" and several and (n != m or isinstance(labels, tuple)):
         raise ValueError(
             f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(directions))} with "
-            f"{n} images and {m} texts that are no pairs; pass direction='image_to_text' or 'text_to_image', "
-            "and modality='image' or 'text' to a distillation of features"
+            f"{numbers} that are no pairs; pass one direction, and one modality to a distillation of features"
         )
 
 
 def _check_positives(batch: PairBatch) -> None:
-    """Raises on all ranks for an image without a text, where values may be looked at; elsewhere its loss is NaN."""
+    """Raises for an image without a text where values may be looked at; elsewhere its loss is NaN."""
     number, total = batch.of_rows.number, batch.rows.total
     if not isinstance(number, Tensor) or number.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -313,59 +397,4 @@ def _check_positives(batch: PairBatch) -> None:
         raise ValueError(
             f"labels must give each image a text of the same label, got none for {total - int(number)} of {total} "
             "images; add their texts, or pass direction='text_to_image'"
-        )
-
-
-def _check_features(**features: Any) -> None:
-    """Raises unless the arguments are floating ``[N, D]`` and ``[M, D]``, not empty, alike in dtype and device."""
-    check_floating(**features)
-    (first, a), (second, b) = features.items()
-    for name, value in features.items():
-        if value.ndim != 2:
-            raise ValueError(
-                f"{name} must have shape [N, D], got {list(value.shape)}; flatten or pool it to one row a pair"
-            )
-        if value.numel() == 0:
-            raise ValueError(f"{name} must hold at least one row and one dimension, got {list(value.shape)}")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"{first} and {second} must have the same width D, got {list(a.shape)} and {list(b.shape)}; "
-            "pass what one model gives for both"
-        )
-    if a.dtype != b.dtype:
-        raise ValueError(
-            f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; cast one with .to()"
-        )
-    check_one_device(**features)
-
-
-def _check_logit_scale(**scales: Any) -> None:
-    """Raises unless the argument is a positive number, or a floating tensor of one positive value."""
-    for name, value in scales.items():
-        if not isinstance(value, Tensor):
-            check_positive(**{name: value})
-            continue
-        _check_scalar(value, name, "model.logit_scale.exp()")
-        # Elsewhere, a look at the value would wait for the device.
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
-            raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")
-
-
-def _check_logit_bias(**biases: Any) -> None:
-    """Raises unless the argument is a finite number, or a floating tensor of one value."""
-    for name, value in biases.items():
-        if isinstance(value, Tensor):
-            _check_scalar(value, name, "model.logit_bias")
-        else:
-            check_number(**{name: value})
-
-
-def _check_scalar(value: Tensor, name: str, source: str) -> None:
-    check_floating(**{name: value})
-    if value.numel() == 0:
-        raise ValueError(f"{name} must be a scalar, got shape {list(value.shape)}; pass {source}")
-    if value.numel() > 1 and (value.ndim > 1 or not bool((value == value[0]).all())):
-        raise ValueError(
-            f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
-            f"{list(value.shape)}; pass {source}"
         )

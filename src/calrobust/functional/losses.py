@@ -1,0 +1,306 @@
+"""The losses as functions: on softmaxes and on sigmoids of pairs, on features, and on weights."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from calrobust._checks import check_flag, check_floating, check_number
+from calrobust.functional.pairs import Directions, Modality, Outputs, PairOptions, Request, Term, weighted_terms
+from calrobust.kernels import Labels
+
+
+def multimodal_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Labels | None = None,
+    label_smoothing: float = 0.0,
+    direction: Directions = "both",
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Cross-entropy of each image against all texts and of each text against all images (MCL).
+
+    .. math:: \ell_i = \log \sum_j e^{s_{ij}} - (1 - \varepsilon)\, \bar s_i - \tfrac{\varepsilon}{M} \sum_j s_{ij}
+
+    Here :math:`s_{ij}` is ``logit_scale`` times the dot product of image :math:`i` and text :math:`j`, and
+    :math:`\bar s_i` its mean over the positives of image :math:`i`. From text to image the two are exchanged, and the
+    two directions are averaged.
+
+    Args:
+        image_features: shape ``[N, D]``, floating, unit norm; used as given, never normalised.
+        text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and further
+            texts are only candidates of the images.
+        logit_scale: a number or a tensor of one element, > 0, already exponentiated.
+        labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
+            ``(target, torch.arange(C))`` for a class bank. Each image needs a positive (off the CPU and in compiled
+            code its loss is NaN without), unless ``direction`` is ``"text_to_image"``, where a text without is left
+            out. Costs O(N·D + M·D), no mask.
+        label_smoothing: :math:`\varepsilon` in [0, 1): each of the M candidates gets :math:`\varepsilon / M` of the
+            target, as in torch.
+        direction: ``"image_to_text"`` or ``"text_to_image"`` gives the value of one, at its cost.
+        **options: see :class:`~calrobust.functional.PairOptions`.
+
+    Returns:
+        A scalar ≥ 0 in nats, float32, or float64 if any features are. For ``reduction="none"`` the value of each pair
+        or image ``[N]``, or of each text ``[M]``, which is 0 for a text without a positive.
+
+    Raises:
+        ValueError: the features differ in width, dtype or device, are empty or not 2-D; ``labels`` do not fit, or M < N
+            without; an image has no positive; a number or option is out of range; ``reduction="none"`` is of both
+            directions of what are no pairs; ``impl="triton"`` finds no CUDA device.
+        TypeError: the features are not floating point, ``labels`` not ``int64``, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import multimodal_contrastive_loss
+        >>> multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0)  # log(1 + 1/e)
+        tensor(0.3133)
+        >>> target, bank = torch.tensor([1, 1]), torch.eye(2)  # plain cross-entropy: log(1 + 1/e) and log(1 + e)
+        >>> labels = target, torch.arange(2)
+        >>> multimodal_contrastive_loss(torch.eye(2), bank, 1.0, labels=labels, direction="image_to_text")
+        tensor(0.8133)
+
+    Reference: Radford et al., 2021, :arxiv:`2103.00020`, Figure 3; with label smoothing Oh et al., 2024,
+    :arxiv:`2311.01723`.
+    """
+    student = Outputs(image_features, text_features, logit_scale)
+
+    def request() -> Request:
+        term = Term("contrastive", label_smoothing=label_smoothing, direction=direction)
+        return Request([(1, term)], student, labels=labels)
+
+    return weighted_terms(request, options)[0]
+
+
+def multimodal_distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    temperature: float = 1.0,
+    direction: Directions = "both",
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Divergence of the student's image-to-text and text-to-image softmaxes from those of a teacher (MKD).
+
+    .. math:: \ell_i = \tau^2 \left( \mathrm{KL}(\tilde p_i \,\|\, p_i) + \mathrm{KL}(\tilde q_i \,\|\, q_i) \right)
+
+    Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
+    images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by ``temperature``
+    :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper; open_clip's ``DistillClipLoss``
+    averages them, and its value (not its gradient) also holds the teacher's entropy.
+
+    Other arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but
+    images and texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get
+    no gradient; its logit scale is its own. The value is exactly 0 where teacher and student are equal.
+
+    Raises:
+        ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import multimodal_distillation_loss
+        >>> image = text = torch.eye(2)
+        >>> multimodal_distillation_loss(image, text, 1.0, image, text, 1.0)
+        tensor(0.)
+        >>> multimodal_distillation_loss(image, text, 0.001, image, text, 100.0)  # 2 log 2: certain against uniform
+        tensor(1.3853)
+
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the self-distillation term of its objective.
+    """
+    student = Outputs(image_features, text_features, logit_scale)
+    teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale)
+
+    def request() -> Request:
+        term = Term("distillation", temperature=temperature, direction=direction)
+        return Request([(1, term)], student, teacher)
+
+    return weighted_terms(request, options)[0]
+
+
+def carot_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    label_smoothing: float,
+    distillation_weight: float,
+    labels: Labels | None = None,
+    direction: Directions = "both",
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""MCL with label smoothing plus ``distillation_weight`` times MKD, in one pass over the pair matrix.
+
+    .. math:: \mathcal{L} = \mathcal{L}_\mathrm{MCL}(\varepsilon) + \lambda\, \mathcal{L}_\mathrm{MKD}
+
+    Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss` and
+    :func:`~calrobust.functional.multimodal_distillation_loss`, and ``distillation_weight`` is :math:`\lambda`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import carot_loss
+        >>> image = text = torch.eye(2)
+        >>> carot_loss(image, text, 1.0, image, text, 1.0, label_smoothing=0.0, distillation_weight=1.5)
+        tensor(0.3133)
+
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, without :func:`~calrobust.functional.orthogonality_loss`.
+    """
+    student = Outputs(image_features, text_features, logit_scale)
+    teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale)
+
+    def request() -> Request:
+        check_number(distillation_weight=distillation_weight)
+        contrastive = Term("contrastive", label_smoothing=label_smoothing, direction=direction)
+        distillation = Term("distillation", direction=direction)
+        return Request([(1, contrastive), (distillation_weight, distillation)], student, teacher, labels)
+
+    contrastive, distillation = weighted_terms(request, options)
+    return contrastive + distillation
+
+
+def sigmoid_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    labels: Labels | None = None,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Binary cross-entropy of every image with every text, summed over the texts: SigLIP's loss.
+
+    .. math:: \ell_i = \sum_j \log \left( 1 + e^{-m_{ij} z_{ij}} \right)
+
+    Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, a finite number or a tensor of one
+    element, and :math:`m_{ij}` is 1 for positives and -1 for all others. Arguments, results and errors are those of
+    :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive, and mean, sum and
+    ``"none"`` are over the N images.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import sigmoid_contrastive_loss
+        >>> sigmoid_contrastive_loss(torch.eye(2), torch.eye(2), 1.0, 0.0)  # log(1 + 1/e) + log(2)
+        tensor(1.0064)
+
+    Reference: Zhai et al., 2023, :arxiv:`2303.15343`, Algorithm 1.
+    """
+    student = Outputs(image_features, text_features, logit_scale, logit_bias)
+    return weighted_terms(lambda: Request([(1, Term("sigmoid_contrastive"))], student, labels=labels), options)[0]
+
+
+def sigmoid_distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    teacher_logit_bias: Tensor | float,
+    *,
+    temperature: float = 1.0,
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Divergence of a sigmoid model's probabilities from a teacher's, of every image with every text.
+
+    .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
+
+    Here :math:`\tilde z_{ij}` is the teacher's, and KL is that of two answers, yes and no. Arguments, results and
+    errors are those of :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature``
+    :math:`\tau` those of :func:`~calrobust.functional.multimodal_distillation_loss`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import sigmoid_distillation_loss
+        >>> image = text = torch.eye(2)
+        >>> sigmoid_distillation_loss(image, text, 1e-6, 0.0, image, text, 100.0, -50.0)  # 2 log 2: certain against 1/2
+        tensor(1.3863)
+    """
+    student = Outputs(image_features, text_features, logit_scale, logit_bias)
+    teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale, teacher_logit_bias)
+    return weighted_terms(
+        lambda: Request([(1, Term("sigmoid_distillation", temperature=temperature))], student, teacher), options
+    )[0]
+
+
+def feature_distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    modality: Modality = "both",
+    **options: Unpack[PairOptions],
+) -> Tensor:
+    r"""Half the squared distance of the student's features from a teacher's, to which it anchors them.
+
+    .. math:: \ell_i = \tfrac{1}{2} \lVert x_i - \tilde x_i \rVert^2
+
+    For unit norm this is :math:`1 - x_i^\top \tilde x_i`, but a small value keeps its digits. The means over images and
+    over texts are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a
+    gradient. A mean is D/2 times torch's ``mse_loss``. Costs O(N·D + M·D), with no pass over pairs.
+
+    Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_distillation_loss`, but features
+    may have any norm, and the teacher's must have the student's width D. The logit scales are not used.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import feature_distillation_loss
+        >>> image = text = torch.eye(2)
+        >>> feature_distillation_loss(image, text, 1.0, image.flip(0), text, 1.0)  # images at right angles: 1 - 0
+        tensor(1.)
+    """
+    student = Outputs(image_features, text_features, logit_scale)
+    teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale)
+    return weighted_terms(lambda: Request([(1, Term("feature", modality=modality))], student, teacher), options)[0]
+
+
+def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> Tensor:
+    r"""Distance of a projection's columns from an orthonormal system (OC).
+
+    .. math:: \lVert W^\top W - I \rVert_F^2
+
+    Args:
+        weight: shape ``[in, out]``, floating: a projection applied as ``x @ W``, as open_clip's ``visual.proj`` is; or
+            an ``nn.Linear``, whose weight ``[out, in]`` is transposed here. A ``DTensor`` (FSDP2) is gathered, which
+            every rank must do.
+        squared: False gives the norm itself, whose gradient at an orthonormal ``W`` is zero.
+
+    Returns:
+        A scalar ≥ 0; float32, or float64 for a float64 weight. Zero needs orthonormal columns, hence in ≥ out.
+
+    Raises:
+        TypeError: ``weight`` is neither a floating-point tensor nor an ``nn.Linear``.
+        ValueError: ``weight`` is not 2-D.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import orthogonality_loss
+        >>> orthogonality_loss(2 * torch.eye(3))  # three diagonal entries of 4 - 1
+        tensor(27.)
+
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the orthogonality constraint of its contrastive loss.
+    """
+    matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
+    if hasattr(matrix, "full_tensor"):  # sharded by FSDP2 or tensor parallelism
+        matrix = matrix.full_tensor()
+    check_floating(weight=matrix)
+    check_flag(squared=squared)
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise ValueError(
+            f"weight must have shape [in, out], got {list(matrix.shape)}; pass the projection, e.g. model.visual.proj"
+        )
+    with torch.autocast(matrix.device.type, enabled=False):
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        difference = matrix.T @ matrix - torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        return difference.square().sum() if squared else torch.linalg.vector_norm(difference)

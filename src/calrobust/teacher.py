@@ -131,7 +131,8 @@ class EMATeacher(nn.Module):
                 if wrong := unfrozen or [pair.name for pair in pairs if pair.name in self._shared]:
                     raise ValueError(
                         f"student's {wrong[0]} must stay the frozen tensor that share_frozen=True shares, got "
-                        f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student"
+                        f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student, "
+                        "or with share_frozen=False"
                     )
                 if self.step == 0:
                     _share_first_rank(pairs, student)

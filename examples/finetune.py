@@ -27,10 +27,11 @@ from atomic import write_atomically
 from finetune import RunError
 from finetune.models import Classifier, Clip, load_clip
 from finetune.pictures import ID_DOMAIN, VALIDATION, Batch, Domain, Pictures, batches, read_data
-from finetune.training import METHODS, Training
+from finetune.training import METHODS, RECIPES, Training
 from torch import Tensor, nn
 
 import calrobust
+from calrobust.functional import calibration_error
 
 Scored = tuple[Tensor, Tensor]  # logits and target
 
@@ -49,15 +50,22 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world_size
         classifier = training.classifier()
         score = partial(score_domain, options, clip, classifier, unreadable, rank, world_size)
         if training.row.interpolates:
-            alpha = interpolate(classifier, training.zero_shot, partial(score, data.domains[VALIDATION]))
+            alpha = interpolate(
+                classifier, training.zero_shot, partial(score, data.domains[VALIDATION]), training.by.alpha
+            )
             print(f"{training.row.name}: alpha is {alpha}") if rank == 0 else None
         scored = {name: score(domain) for name, domain in data.domains.items()}
         if rank == 0:  # the former as open_clip's --pretrained takes it; for Transformers, load_state_dict
             weights = {"state_dict": clip.network.state_dict(), "head": classifier.head.data, "classes": data.names}
+            weights |= {} if classifier.bias is None else {"bias": classifier.bias.data}
             for name, content in (("weights.pt", weights), ("logits.pt", scored)):
                 write_atomically(options.out / method / name, partial(torch.save, content))
     if rank == 0:
         print(f"\n{report_on(options.out, scored)}\n")
+        if bins := RECIPES[options.recipe].batch_bins:
+            for name, sets in scored.items():
+                ece = ece_of_batches(*sets, options.batch_size, bins)
+                print(f"{training.row.name} on {name}: mean ECE of batches, {bins} bins: {100 * ece:.1f}")
         print(f"Written to {options.out}. Pictures that could not be read: {len(unreadable)}.")
 
 
@@ -93,8 +101,10 @@ def score_domain(
     return torch.cat(logits), torch.cat(target)
 
 
-def interpolate(classifier: Classifier, zero_shot: dict[str, Tensor], score: Callable[[], Scored]) -> float:
-    """WiSE-FT: gives the classifier the alpha of highest accuracy, of equal ones the nearest to zero-shot."""
+def interpolate(
+    classifier: Classifier, zero_shot: dict[str, Tensor], score: Callable[[], Scored], alpha: float | None
+) -> float:
+    """WiSE-FT: gives the classifier this alpha, or that of highest accuracy, of equal ones the nearest to zero-shot."""
     fine_tuned = {name: value.clone() for name, value in classifier.state_dict().items()}
 
     def accuracy(alpha: float) -> float:
@@ -102,9 +112,16 @@ def interpolate(classifier: Classifier, zero_shot: dict[str, Tensor], score: Cal
         logits, target = score()
         return (logits.argmax(1) == target).float().mean().item()
 
-    alpha = max((step / 10 for step in range(11)), key=accuracy)
+    alpha = max((step / 10 for step in range(11)), key=accuracy) if alpha is None else alpha
     classifier.load_state_dict(calrobust.interpolate(zero_shot, fine_tuned, alpha))
     return alpha
+
+
+def ece_of_batches(logits: Tensor, target: Tensor, size: int, n_bins: int) -> float:
+    """The mean over batches of their calibration errors, as the paper's scripts report it."""
+    parts = zip(logits.split(size), target.split(size), strict=True)
+    ece = sum(len(part[1]) * calibration_error(*part, n_bins=n_bins) for part in parts)
+    return float(ece) / len(target)
 
 
 def report_on(out: Path, scored: dict[str, Scored]) -> calrobust.ShiftReport:
@@ -158,10 +175,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--recompute", action="store_true", help="less memory, a third more time, the same gradients")
     add("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(default: 1000)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of autocast (default: bf16)")
+    add("--recipe", choices=RECIPES, default="ours", help="released: as the paper's scripts do where ours differ")
+    add("--precision", choices=("bf16", "fp32"), help="of autocast (default: bf16, or fp16 by --recipe released)")
     add("--workers", type=int, default=4, help="processes that read pictures, for each device (default: 4)")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    options.precision = options.precision or RECIPES[options.recipe].precision
     for option in ("ood", "map"):
         given = [text.partition("=") for text in getattr(options, option)]
         named = {name: Path(path) for name, _, path in given if path and name not in ("", ID_DOMAIN, VALIDATION)}

@@ -17,6 +17,11 @@ from torchvision.transforms import Compose, RandomResizedCrop
 import calrobust
 from finetune import RunError
 
+PROJECTIONS = {  # into the space of features
+    "visual": ("visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual_projection"),
+    "text": ("text_projection", "text.text_projection", "text.proj"),
+}
+
 
 class Clip(NamedTuple):
     """A network, its tokenizer, and its transforms of pictures for training and for tests."""
@@ -42,25 +47,26 @@ class Clip(NamedTuple):
         image_features, text_features, scale = clip_features(network(pixel_values=images, **tokens), network)[:3]
         return image_features, text_features, scale
 
-    def projection(self) -> Tensor | nn.Linear:
-        """The visual projection, which orthogonality is asked of."""
-        for path in ("visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual_projection"):
+    def projection(self, tower: str = "visual") -> Tensor:
+        """The matrix ``[in, out]`` that leads from a tower to the features."""
+        for path in PROJECTIONS[tower]:
             found = self.network
             for name in path.split("."):
                 found = getattr(found, name, None)
             if isinstance(found, (Tensor, nn.Linear)):
-                return found
-        raise RunError("this model has no linear visual projection that carot-neurips could act on; choose carot")
+                return found if isinstance(found, Tensor) else found.weight.T
+        raise RunError(f"this model has no linear {tower} projection that carot-neurips could act on; choose carot")
 
 
 class Classifier(nn.Module):
     """The image tower and a linear head on its unit-norm features: the form in which every row is judged."""
 
-    def __init__(self, clip: Clip, names: list[str], templates: list[Any]) -> None:
+    def __init__(self, clip: Clip, names: list[str], templates: list[Any], *, bias: bool = False) -> None:
         super().__init__()
         self.network = clip.network
         weight = calrobust.zero_shot_classifier(clip.network, clip.tokenizer, names, templates)
         self.head = nn.Parameter(clip.network.logit_scale.detach().exp().float() * weight)
+        self.bias = nn.Parameter(torch.zeros(len(names), device=self.head.device)) if bias else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[N, C]``, in float32."""
@@ -70,7 +76,7 @@ class Classifier(nn.Module):
         else:
             features = network.get_image_features(pixel_values=images).pooler_output
         with torch.autocast(images.device.type, enabled=False):
-            return F.normalize(features.float(), dim=-1) @ self.head.T
+            return F.linear(F.normalize(features.float(), dim=-1), self.head, self.bias)
 
 
 def load_clip(options: argparse.Namespace, device: torch.device) -> Clip:

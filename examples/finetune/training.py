@@ -32,7 +32,7 @@ Log = list[dict[str, float]]
 
 
 class Row(NamedTuple):
-    """One row of the paper's table. Common to all: AdamW, weight decay 0.1, a warm-up over the first 2 % of steps."""
+    """One row of the paper's table. Common to all: AdamW, weight decay 0.1, a warm-up and then a cosine."""
 
     name: str
     learning_rate: float = 0.0
@@ -57,6 +57,47 @@ METHODS = {
 }
 
 
+class Recipe(NamedTuple):
+    """What is chosen beside a row; ``docs/paper_and_code.md`` compares ours with that of the authors' scripts."""
+
+    precision: str = "bf16"
+    smoothing: float | None = None  # of rows with a teacher; None is the row's
+    positives: bool = True  # pairs of one class are positives of each other
+    squared: bool = True  # the norm of the orthogonality term
+    cross_norm: float = 0.0  # weight of the norm of the product of both projections, beside orthogonality
+    decays_all: bool = False  # logit scale, biases and norms as well
+    max_log_scale: float = MAX_LOG_SCALE
+    warm_up: int = 0  # steps; 0 is the first 2 %
+    teacher_every: int = (
+        0  # steps, from the first on; 0 is fifty times in the run, from the end of the first interval on
+    )
+    clip_norm: float = 0.0  # of the gradients of rows that train a head
+    head_bias: bool = False
+    alpha: float | None = None  # WiSE-FT's; None is that of highest accuracy
+    batch_bins: int = 0  # a further ECE: the mean over batches, with this number of bins
+
+
+RECIPES = {
+    "ours": Recipe(),
+    "released": Recipe(
+        precision="fp16",
+        smoothing=0.0,
+        positives=False,
+        squared=False,
+        cross_norm=0.05,
+        decays_all=True,
+        max_log_scale=math.inf,
+        warm_up=500,
+        teacher_every=500,
+        clip_norm=1.0,
+        head_bias=True,
+        alpha=0.5,
+        batch_bins=10,
+    ),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 class Training:
     """A network in training: the CLIP where the row contrasts, and else a classifier."""
 
@@ -65,7 +106,10 @@ class Training:
     ) -> None:
         self.options, self.clip, self.data, self.rank, self.world_size = options, clip, data, rank, world_size
         chosen = {name: getattr(options, name) for name in ("learning_rate", "label_smoothing", "distillation_weight")}
-        self.row = METHODS[method]._replace(**{name: value for name, value in chosen.items() if value is not None})
+        self.by, row = RECIPES[options.recipe], METHODS[method]
+        if self.by.smoothing is not None and row.distillation_weight:
+            row = row._replace(label_smoothing=self.by.smoothing)
+        self.row = row._replace(**{name: value for name, value in chosen.items() if value is not None})
         self.templates = list(getattr(open_clip, f"{options.template}_IMAGENET_TEMPLATES", [options.template]))
         self.steps = options.epochs * (len(data.train) // options.batch_size) if METHODS[method].learning_rate else 0
         self.folder = options.out / method
@@ -84,24 +128,31 @@ class Training:
             _freeze_unused(clip.network, *features)
             self._set_loss()
         else:
-            self.network = Classifier(clip, data.names, self.templates)
+            self.network = Classifier(clip, data.names, self.templates, bias=self.by.head_bias)
             _freeze_unused(self.network, self.network(blank))
         self.zero_shot = {name: value.clone() for name, value in self.network.state_dict().items()}
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        decays = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.1}
-        stays = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}  # logit scale, biases, norms
+        few = 0 if self.by.decays_all else 2
+        decays = {"params": [p for p in trained if p.ndim >= few], "weight_decay": 0.1}
+        stays = {"params": [p for p in trained if p.ndim < few], "weight_decay": 0.0}  # logit scale, biases, norms
         self.optimizer = torch.optim.AdamW([decays, stays], lr=self.row.learning_rate, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
 
     def _set_loss(self) -> None:
-        """Of both towers. As in the paper, the teacher moves fifty times and its decay grows in the first fifth."""
+        """Of both towers. As in the paper, the decay of the teacher grows in the first fifth."""
         row, gather = self.row, self.world_size > 1
         smoothing = row.label_smoothing
         self.criterion: Any = calrobust.MultimodalContrastiveLoss(label_smoothing=smoothing, gather=gather)
         if row.distillation_weight:
             self.criterion += row.distillation_weight * calrobust.MultimodalDistillationLoss(gather=gather)
-            every = max(1, self.steps // 50)
-            decay = calrobust.schedules.linear_warmup(0.05, 0.9, updates=max(1, self.steps // every // 5))
-            self.teacher = calrobust.EMATeacher(self.network, decay, update_every=every)
+            if self.by.teacher_every:  # by the number of the step, the first of which is one that acts
+                warm_up = calrobust.schedules.linear_warmup(0.05, 0.9, updates=max(1, round(self.steps / 5)))
+                decay: Any = calrobust.schedules.every(self.by.teacher_every, warm_up)
+                self.teacher = calrobust.EMATeacher(self.network, decay)
+            else:
+                every = max(1, self.steps // 50)
+                decay = calrobust.schedules.linear_warmup(0.05, 0.9, updates=max(1, self.steps // every // 5))
+                self.teacher = calrobust.EMATeacher(self.network, decay, update_every=every)
         if row.orthogonality:
             self.clip.projection()  # says now if there is none
 
@@ -121,10 +172,15 @@ class Training:
         if self.teacher is not None:
             with torch.no_grad():
                 features += self.clip.features(self.teacher, images, tokens)
-        terms: dict[str, Tensor] = self.criterion.terms(*features, labels=target)  # a class is no negative of itself
+        labels = target if self.by.positives else None  # else a class is a negative of itself
+        terms: dict[str, Tensor] = self.criterion.terms(*features, labels=labels)
         if row.orthogonality:
             with torch.autocast(images.device.type, enabled=False):
-                terms["orthogonality"] = row.orthogonality * orthogonality_loss(self.clip.projection())
+                visual = self.clip.projection()
+                terms["orthogonality"] = row.orthogonality * orthogonality_loss(visual, squared=self.by.squared)
+                if self.by.cross_norm:
+                    product = visual @ self.clip.projection("text").T
+                    terms["cross_norm"] = self.by.cross_norm * torch.linalg.norm(product)
         return terms
 
     def run(self, unreadable: set[str]) -> None:
@@ -149,7 +205,7 @@ class Training:
     def step(self, network: nn.Module, batch: Batch, step: int) -> dict[str, float]:
         """One step of the optimiser and what it logs; a function of the step's number, the weights and the batch."""
         torch.manual_seed(hash((self.options.seed, step, self.rank)) % 2**63)  # dropout's, if there is any
-        warm_up = max(1, self.steps // 50)
+        warm_up = self.by.warm_up or max(1, self.steps // 50)
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 1 - warm_up) / max(1, self.steps - warm_up)))
         rate = self.row.learning_rate * (step / warm_up if step <= warm_up else cosine)
         for group in self.optimizer.param_groups:
@@ -159,15 +215,20 @@ class Training:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # keeps its pre-trained statistics, since averaged weights must fit them
         images, target, template = (tensor.to(self.device, non_blocking=True) for tensor in batch[:3])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+        precision = self.options.precision
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32"):
             terms = self.terms(network, images, target, template)
         loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        if self.by.clip_norm and not self.row.contrast:  # the scripts do not unscale, so they clip what is scaled
+            nn.utils.clip_grad_norm_(network.parameters(), self.by.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         scale: Tensor = self.clip.network.logit_scale
-        with torch.no_grad():
-            scale.clamp_(0.0, MAX_LOG_SCALE)
+        if self.by.max_log_scale < math.inf:
+            with torch.no_grad():
+                scale.clamp_(0.0, self.by.max_log_scale)
         if self.teacher is not None:
             self.teacher.update(self.network)
         values = {name: value.item() for name, value in {**terms, "loss": loss, "logit_scale": scale.exp()}.items()}
@@ -179,6 +240,7 @@ class Training:
         write_atomically(self.folder / "log.csv", ("\n".join(lines) + "\n").encode())  # first, for the last step's sake
         teacher = None if self.teacher is None else self.teacher.state_dict()
         states = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "teacher": teacher}
+        states["scaler"] = self.scaler.state_dict()
         content = {"recipe": self.recipe, "step": step, "log": log, **states}
         write_atomically(self.folder / "checkpoint.pt", partial(torch.save, content))
 
@@ -196,6 +258,7 @@ class Training:
             if not changed:
                 self.network.load_state_dict(content["network"])
                 self.optimizer.load_state_dict(content["optimizer"])
+                self.scaler.load_state_dict(content["scaler"])
                 if self.teacher is not None:
                     self.teacher.load_state_dict(content["teacher"])
                 return content["step"], content["log"]

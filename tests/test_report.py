@@ -392,6 +392,119 @@ class TestIntervals:
         assert row[f"{group}_accuracy_high"] - row[f"{group}_accuracy_low"] == pytest.approx(expected, rel=0.01)
 
 
+class TestCompare:
+    """Paired differences of two methods."""
+
+    @staticmethod
+    def report(n: int = 2000, fit: bool = True, **noise: float) -> ShiftReport:
+        """Methods whose logits are those of one model and some noise of their own."""
+        report = ShiftReport(id_domain="photo")
+        for i, (method, size) in enumerate(noise.items()):
+            generator = torch.Generator().manual_seed(i)
+            if fit:
+                report.fit_temperature(method, *validation_set())
+            for domain in DOMAINS:
+                logits, target = scored_set(domain, n)
+                report.add(method, domain, logits + size * torch.randn(logits.shape, generator=generator), target)
+        return report
+
+    def test_are_differences_of_the_figures(self) -> None:
+        """Of both groups, of every figure but T, in the order of the arguments."""
+        report = self.report(A=0.0, B=0.5)
+        a, b = report.summary()
+        for first, second, sign in (("A", "B", 1), ("B", "A", -1)):
+            found = report.compare(first, second)
+            assert (found.pop("a"), found.pop("b")) == (first, second)
+            names = [f"{group}_{name}" for group in ("id", "ood") for name in ("accuracy", "ece", "ece_ts", *SCORES)]
+            assert list(found) == [f"{name}{end}" for name in names for end in ENDS]
+            for name in names:
+                assert found[name] == pytest.approx(sign * (a[name] - b[name]), abs=1e-15)
+                low, high = (found[f"{name}_{end}"] for end in ("low", "high"))
+                assert math.isnan(low) == math.isnan(high) == ("ece" in name)
+                assert "ece" in name or low < found[name] < high
+
+    def test_intervals_are_those_of_the_mean_difference(self) -> None:
+        """1.96 standard errors of what differs for each sample, far less than of two independent samples."""
+        report = self.report(A=0.0, B=0.3)
+        (a, *_), (b, *_) = ([s["nll"] for s in report._samples[method].values()] for method in "AB")
+        found, own = report.compare("A", "B"), report.summary()[0]
+        expected = 2 * 1.96 * float((a - b).std()) / math.sqrt(2000)
+        assert found["id_nll_high"] - found["id_nll_low"] == pytest.approx(expected, rel=0.01)
+        assert expected < 0.5 * (own["id_nll_high"] - own["id_nll_low"])
+
+    def test_the_mean_over_domains_is_of_independent_ones(self) -> None:
+        """Three times the same OOD domain: the interval is shorter by the root of 3."""
+        reports = [ShiftReport(id_domain="photo") for _ in range(2)]
+        (logits, target), noise = scored_set("photo", 2000), torch.randn(2000, 4, generator=torch.Generator())
+        for report, domains in zip(reports, (("a",), ("a", "b", "c")), strict=True):
+            for domain in ("photo", *domains):
+                report.add("A", domain, logits, target)
+                report.add("B", domain, logits + noise, target)
+        one, three = (report.compare("A", "B") for report in reports)
+        for name in ("accuracy", "nll", "nll_own_t", "brier", "aurc"):
+            assert one[f"ood_{name}"] == pytest.approx(three[f"ood_{name}"])
+            widths = [found[f"ood_{name}_high"] - found[f"ood_{name}_low"] for found in (one, three)]
+            assert widths[0] == pytest.approx(math.sqrt(3) * widths[1])
+
+    @pytest.mark.parametrize("fit", [True, False])
+    def test_a_method_is_no_different_from_itself(self, fit: bool) -> None:
+        """All is 0 exactly, with its interval, also under another name; what is scaled is NaN without a temperature."""
+        report = self.report(300, fit, A=0.0, B=0.0)
+        for b in "AB":
+            found = dict(list(report.compare("A", b).items())[2:])
+            scaled = {f"{group}_{name}_ts{end}" for group in ("id", "ood") for name in ("ece", "nll") for end in ENDS}
+            assert {name for name, value in found.items() if value != 0} == (set() if fit else scaled)
+
+    def test_a_model_that_differs_in_scale_is_no_different_at_its_temperature(self) -> None:
+        """Twice the logits have twice the T; what only the given confidence tells apart is told apart."""
+        report, v = ShiftReport(id_domain="photo"), validation_set()
+        for method, scale in (("A", 1), ("B", 2)):
+            report.fit_temperature(method, scale * v.logits, v.target)
+            report.add(method, "photo", scale * scored_set("photo").logits, scored_set("photo").target)
+        found = report.compare("A", "B")
+        for name in ("nll_ts", "nll_own_t"):
+            assert [found[f"id_{name}{end}"] for end in ENDS] == pytest.approx([0, 0, 0], abs=1e-7)
+        assert found["id_nll_high"] < 0 == found["id_accuracy"]
+
+    def test_few_samples_that_differ_have_no_interval(self) -> None:
+        """Predictions that nine samples tell apart are not surely equal, nor are those of equal accuracy."""
+        logits, target = scored_set("photo")
+        for n, name, is_given in ((9, "nll", False), (40, "nll", True), (40, "accuracy", False)):
+            report, changed = ShiftReport(id_domain="photo"), logits.clone()
+            changed[torch.arange(n), target[:n]] += 1e-3
+            report.add("A", "photo", logits, target)
+            report.add("B", "photo", changed, target)
+            found = report.compare("A", "B")
+            assert math.isnan(found[f"id_{name}_low"]) != is_given, (n, name)
+            assert found["id_accuracy"] == 0 != found["id_nll"]
+
+    def test_other_targets_are_refused(self) -> None:
+        """Another order, another size, other labels, in any domain, are no pairs."""
+        report = self.report(100, A=0.0)
+        p = scored_set("clipart", 100)
+        for method, other in (
+            ("order", Predictions(p.logits.flip(0), p.target.flip(0))),
+            ("size", Predictions(p.logits[:99], p.target[:99])),
+            ("labels", Predictions(p.logits, (p.target + 1) % 4)),
+        ):
+            for domain in DOMAINS[:2]:
+                report.add(method, domain, *scored_set(domain, 100))
+            report.add(method, "clipart", *other)
+            with pytest.raises(ValueError, match=f"same order, got 100 of 'A'.*of '{method}' in 'clipart'"):
+                report.compare("A", method)
+
+    def test_batches_do_not_show(self) -> None:
+        """Different batches of the same samples are the same samples."""
+        report, (logits, target) = ShiftReport(id_domain="photo"), scored_set("photo")
+        report.add("A", "photo", logits, target)
+        for rows in (slice(7), slice(7, None)):
+            report.add("B", "photo", 2 * logits[rows], target[rows])
+        whole = ShiftReport(id_domain="photo")
+        whole.add("A", "photo", logits, target)
+        whole.add("B", "photo", 2 * logits, target)
+        assert list(map(str, report.compare("A", "B").values())) == list(map(str, whole.compare("A", "B").values()))
+
+
 def shuffled(p: Predictions) -> Predictions:
     """The same rows in another order."""
     order = torch.randperm(len(p.target), generator=torch.Generator().manual_seed(3))

@@ -11,13 +11,13 @@ import torch
 from bad_input.table import Table, Target, Wrong
 from matplotlib.figure import Figure
 from strategies import classifier
-from torch import nn
+from torch import Tensor, nn
 
 from calrobust import EMATeacher, ShiftReport
 from calrobust.functional import bin_confidences
 from calrobust.integrations import lightning, transformers
 from calrobust.plotting import reliability_diagram, reliability_grid, shift_scatter
-from calrobust.report import HEADINGS
+from calrobust.report.tables import HEADINGS
 
 LOGITS, TARGET = classifier(30, 3, 0)
 OTHER, OTHER_TARGET = classifier(30, 3, 1)
@@ -57,6 +57,19 @@ def on(name: str, **given: Any) -> Target:
     )
 
 
+def two_methods(logits: Tensor = OTHER, target: Tensor = OTHER_TARGET) -> ShiftReport:
+    """A second method, with the same data as the first or with others in the second domain."""
+    report = filled()
+    report.add("ZS", "photo", OTHER, TARGET)
+    report.add("ZS", "sketch", logits, target)
+    return report
+
+
+COMPARE = Target(
+    "ShiftReport.compare",
+    lambda report, **arguments: report.compare(**arguments),
+    lambda: {"report": two_methods(), "a": "FT", "b": "ZS"},
+)
 ADD = on("add", method="CaRot", domain="photo", logits=LOGITS, target=TARGET)
 FIT = on("fit_temperature", method="CaRot", logits=LOGITS, target=TARGET)
 READS = [on(name) for name in ("summary", "to_markdown", "to_latex", "to_dict", "to_pandas")]
@@ -152,6 +165,20 @@ TABLE: Table = [
                 ValueError,
                 "the temperature of 'FT' must be fitted on data that the report does not score, got 30 of 30 samples "
                 "with the same logits and label in domain 'sketch'; fit it on a validation split",
+            ),
+        ],
+    ),
+    (
+        [COMPARE],
+        [
+            Wrong({"b": "zs"}, ValueError, "b must be one of 'FT', 'ZS', got 'zs'"),
+            Wrong({"a": None}, ValueError),
+            Wrong({"report": ShiftReport(id_domain="photo")}, ValueError, NO_DATA),
+            Wrong(
+                {"report": two_methods(OTHER[:29], OTHER_TARGET[:29])},
+                ValueError,
+                "a and b must have the same targets in the same order, got 30 of 'FT' and others, 29, of 'ZS' in "
+                "'sketch'; add both from one data loader without shuffling",
             ),
         ],
     ),

@@ -20,48 +20,15 @@ from calrobust.report.samples import (
     Samples,
     check_held_out,
     columns_of,
+    differences,
     fingerprints_of,
     mean_figures,
     on_cpu,
 )
+from calrobust.report.tables import DEFAULT, HEADINGS, caption, cells, latex, markdown
 
 if TYPE_CHECKING:
     import pandas as pd
-
-HEADINGS = {"temperature": "T"} | {  # column of the summary -> of the printed tables
-    f"{group.lower()}_{figure}": f"{group} {heading}"
-    for group in ("ID", "OOD")
-    for figure, heading in {
-        "accuracy": "accuracy",
-        "ece": "ECE",
-        "ece_ts": "ECE + TS",
-        "nll": "NLL",
-        "nll_ts": "NLL + TS",
-        "nll_own_t": "NLL at own T",
-        "brier": "Brier score",
-        "aurc": "AURC",
-    }.items()
-}
-DEFAULT = "id_accuracy", "ood_accuracy", "id_ece", "ood_ece", "temperature", "id_ece_ts", "ood_ece_ts"
-MISSING = "\N{EN DASH}"
-BRACKETS = (
-    " In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
-    "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as "
-    "the mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect "
-    "calibration."
-)
-NOTES = {  # of columns whose name holds the word
-    "nll": "NLL: negative log-likelihood in nats.",
-    "own": "At own T: each data set at the T that is best for it, a diagnosis that no method may claim as its result.",
-    "brier": "Brier score: over all classes, in [0, 2].",
-    "aurc": "AURC: area under the risk-coverage curve, in per cent.",
-}
-MARKDOWN = str.maketrans({"|": r"\|"})
-LATEX = str.maketrans(
-    {mark: "\\" + mark for mark in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}"}
-)
 
 
 class ShiftReport:
@@ -200,16 +167,58 @@ class ShiftReport:
             temperature, OOD domain, interval or logits.
         """
         self._check_complete()
-        groups = {"id": [self.id_domain], "ood": self.domains[1:]}
         return [
             {"method": method, "temperature": self._temperature(method)}
             | {
                 f"{group}_{name}": value
-                for group, domains in groups.items()
+                for group, domains in self._groups().items()
                 for name, value in self._figures(method, domains).items()
             }
             for method in self.methods
         ]
+
+    def compare(self, a: str, b: str) -> dict[str, Any]:
+        """The figures of one method minus those of another, from the same samples.
+
+        Intervals are those of the mean of what differs for each sample, which tells methods apart that agree on most
+        samples. A difference of ECEs has none, because noise adds to each ECE, by an amount that is not known.
+
+        Args:
+            a: a method.
+            b: another one, with the same targets in the same order in each domain.
+
+        Returns:
+            ``a`` and ``b``, and the differences of the figures of :meth:`summary` but ``temperature`` as ``id_…`` and
+            ``ood_…``, with ``…_low`` and ``…_high``. NaN where :meth:`summary` has NaN, or fewer than 100 samples make
+            the difference. All are 0 for two methods of equal predictions.
+
+        Raises:
+            ValueError: a name is no method's, targets differ, or the report is incomplete.
+
+        Example:
+            >>> import torch
+            >>> from calrobust import ShiftReport
+            >>> report = ShiftReport(id_domain="photo")
+            >>> for method, logit in ("FT", 1.0), ("CaRot", 3.0):
+            ...     report.add(method, "photo", torch.tensor([[0.0, logit]]), torch.tensor([1]))
+            >>> round(report.compare("CaRot", "FT")["id_nll"], 4)  # log(1 + exp(-3)) - log(1 + exp(-1))
+            -0.2647
+        """
+        self._check_complete()
+        check_choice(tuple(self.methods), a=a, b=b)
+        for domain in self.domains:
+            first, second = (self._samples[method][domain]["target"] for method in (a, b))
+            if not torch.equal(first, second):
+                raise ValueError(
+                    f"a and b must have the same targets in the same order, got {len(first):,} of {a!r} and others, "
+                    f"{len(second):,}, of {b!r} in {domain!r}; add both from one data loader without shuffling"
+                )
+        row: dict[str, Any] = {"a": a, "b": b}
+        for group, domains in self._groups().items():
+            pairs = [(self._scaled(a, domain), self._scaled(b, domain)) for domain in domains]
+            found = differences(pairs, self._figures(a, domains), self._figures(b, domains))
+            row |= {f"{group}_{name}": value for name, value in found.items()}
+        return row
 
     def per_domain(self) -> list[dict[str, Any]]:
         """One row for each method and domain. Methods may have different domains.
@@ -237,21 +246,11 @@ class ShiftReport:
         Raises:
             TypeError, ValueError: ``columns`` is not a list or names no column, or the report is incomplete.
         """
-        table = self._cells(columns, intervals, MARKDOWN)
-        widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
-        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines = [
-            "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-            for row in (table[0], rule, *table[1:])
-        ]
-        return "\n".join([*lines, "", self._caption(columns, intervals)])
+        return markdown(cells(self.summary, columns, intervals), self._caption(columns, intervals))
 
     def to_latex(self, *, columns: Sequence[str] = DEFAULT, intervals: bool = True) -> str:
         r"""The same in LaTeX, for ``\usepackage{booktabs}``."""
-        head, *body = (" & ".join(row) + r" \\" for row in self._cells(columns, intervals, LATEX))
-        begin, end = rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\end{tabular}"
-        caption = "% " + self._caption(columns, intervals)
-        return "\n".join([caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
+        return latex(cells(self.summary, columns, intervals), self._caption(columns, intervals))
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes :meth:`summary`, or :meth:`per_domain`, at once or not at all (``OSError``); NaN is an empty field."""
@@ -301,6 +300,9 @@ class ShiftReport:
     def _temperature(self, method: str) -> float:
         return self._fits[method].temperature if method in self._fits else math.nan
 
+    def _groups(self) -> dict[str, list[str]]:
+        return {"id": [self.id_domain], "ood": self.domains[1:]}
+
     def _figures(self, method: str, domains: list[str]) -> dict[str, float]:
         return mean_figures([self._scaled(method, domain) for domain in domains], self.n_bins)
 
@@ -311,23 +313,7 @@ class ShiftReport:
         return samples
 
     def _caption(self, columns: Iterable[str], intervals: bool) -> str:
-        domains = self.domains[1:]
-        ood = f"plain mean over {', '.join(domains)}" if domains else "no data"
-        figures = f"Accuracy and ECE ({self.n_bins} bins) in per cent; ID: {self.id_domain}; OOD: {ood}; "
-        scaling = "+ TS: logits divided by T, which was fitted on held-out data."
-        notes = [note for word, note in NOTES.items() if any(word in column for column in columns)]
-        notes += ["Other figures have their 95 % interval in brackets."] * bool(notes and intervals)
-        return " ".join((figures + scaling + BRACKETS * intervals).split() + notes)
-
-    def _cells(self, columns: Sequence[str], intervals: bool, escapes: dict[int, str]) -> list[list[str]]:
-        if not isinstance(columns, (list, tuple)):
-            raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
-        for i, column in enumerate(columns):
-            check_choice(tuple(HEADINGS), **{f"columns[{i}]": column})
-        table = [["Method", *map(HEADINGS.__getitem__, columns)]]
-        for row in self.summary():
-            table.append([" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)])
-        return [table[0], *([cell.translate(escapes) for cell in cells] for cells in table[1:])]
+        return caption(columns, intervals, self.id_domain, self.domains[1:], self.n_bins)
 
     def _check_has_data(self) -> None:
         if not self._samples:
@@ -364,23 +350,3 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value in (math.inf, -math.inf) else value for name, value in _without_nan(row).items()}
-
-
-def _cell(row: dict[str, Any], column: str, intervals: bool) -> str:
-    value = row[column]
-    if math.isnan(value):
-        return MISSING
-    if column == "temperature":
-        return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}"
-    factor, digits = (1, 3) if "nll" in column or "brier" in column else (100, 2 if "aurc" in column else 1)
-    shown = f"{factor * value:.{digits}f}"
-    if not intervals:
-        return shown
-    endings = "_low", "_high", "_debiased", "_floor"
-    low, high, debiased, floor = (f"{factor * row.get(column + end, math.nan):.{digits}f}" for end in endings)
-    if "ece" not in column:
-        return shown if low == "nan" else f"{shown} ({low}{MISSING}{high})"
-    if low != "nan":
-        return f"{shown} ({low}{MISSING}{high}; {floor})"
-    p = row[column + "_p"]
-    return f"{shown} ({debiased}; {floor}; " + (f"p = {p:.3f})" if p >= 0.001 else "p < 0.001)")

@@ -83,10 +83,12 @@ class Samples:
 
     def has(self, score: str) -> bool:
         """Whether :meth:`scores` can be given."""
-        return score == "aurc" or score in self.columns or (score == "nll_own_t" and self.keep_logits)
+        return score in ("accuracy", "aurc", *self.columns) or (score == "nll_own_t" and self.keep_logits)
 
     def scores(self, name: str) -> Tensor:
         """``[N]`` numbers whose mean is a score."""
+        if name == "accuracy":
+            return self["correct"]
         if name == "aurc":
             return risk_contributions(self["confidences"], self["correct"])
         if name not in self.columns:  # nll_own_t
@@ -177,3 +179,31 @@ def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
             if is_enough:
                 found |= zip((f"{name}_low", f"{name}_high"), ends, strict=True)
     return found
+
+
+def differences(pairs: Sequence[tuple[Samples, Samples]], a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """``a`` - ``b`` of each figure, with ends: those of pairs of data sets with the same samples."""
+    found: dict[str, float] = {}
+    same = all(first.columns.keys() == second.columns.keys() for first, second in pairs) and all(
+        torch.equal(first[name], second[name]) for first, second in pairs for name in first.columns
+    )
+    for name in ("accuracy", "ece", "ece_ts", *SCORES):
+        difference = a[name] - b[name]
+        ends = [difference if same else math.nan] * 2
+        if not same and "ece" not in name and all(samples.has(name) for pair in pairs for samples in pair):
+            parts = torch.stack([_difference(*pair, name) for pair in pairs], -1)
+            ends = mean_of_intervals(parts)[1:].tolist()
+        found |= zip((f"{name}{end}" for end in ENDS), (difference, *ends), strict=True)
+    return found
+
+
+def _difference(a: Samples, b: Samples, name: str) -> Tensor:
+    """The difference and the ends of its interval, which are NaN if it is that of a few samples."""
+    difference = a.scores(name).double() - b.scores(name).double()
+    squares = (difference - difference.mean()).square()
+    ends = score_interval(difference, LEVEL)
+    # The number of samples that differ, if they differ by as much; ranks and hits may agree where predictions do not.
+    n_differ = float(squares.sum() ** 2 / squares.square().sum())
+    if n_differ < FEWEST or (math.isnan(n_differ) and name in ("accuracy", "aurc")):
+        ends[1:] = math.nan
+    return ends

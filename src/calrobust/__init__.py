@@ -50,13 +50,11 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: torchmetrics alone takes longer to import than the rest of the package.
     if name in {"metrics", "plotting"}:
         return importlib.import_module(f"calrobust.{name}")
-    homes = (
-        () if name.startswith("_") else ("metrics",) if name[0].isupper() else ("functional", "plotting", "schedules")
-    )
-    for home in homes:
-        if name in importlib.import_module(f"calrobust.{home}").__all__:
-            raise AttributeError(f"module 'calrobust' has no attribute {name!r}; did you mean calrobust.{home}.{name}?")
-    raise AttributeError(f"module 'calrobust' has no attribute {name!r}")
+    hint = ""
+    for home in ("metrics",) if name[0].isupper() else ("functional", "plotting", "schedules"):
+        if name[0] != "_" and name in importlib.import_module(f"calrobust.{home}").__all__:
+            hint = f"; did you mean calrobust.{home}.{name}?"
+    raise AttributeError(f"module 'calrobust' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

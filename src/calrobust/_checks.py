@@ -108,7 +108,7 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
-    """Raises unless ``preds`` are floating ``[N, C, ...]``, C ≥ 2, and ``target`` int64 ``[N, ...]``."""
+    """``preds`` must be floating ``[N, C, ...]``, C ≥ 2, and ``target`` int64 ``[N, ...]``."""
     check_floating(**preds)
     for name, value in preds.items():
         if value.ndim < 2:
@@ -174,9 +174,6 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     larger chance is allowed.
     """
     n_classes = rows.shape[1]
-    low, high = rows[0].aminmax()
-    if low < 0 or high > 1 + 1e-6:
-        return False
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False
     # Numbers of low precision sum to exactly 1 more often.

@@ -1,4 +1,4 @@
-"""Losses as modules: they hold the keyword arguments of their functions, and those on pairs compose like numbers."""
+"""The losses as modules; those on pairs compose like numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PairLoss(nn.Module, ABC):
 
     Call them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if no term distils.
     Models return image features, text features, the logit scale, and maybe a logit bias, else taken to be 0, which no
-    softmax sees. Keyword arguments become attributes, which may change while training.
+    softmax sees. Keyword arguments are attributes, which may change while training.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -70,8 +70,8 @@ class PairLoss(nn.Module, ABC):
     def terms(self, *outputs: Tensor | float | None, labels: Labels | None = None, **named: Any) -> dict[str, Tensor]:
         """The weighted terms by name, for logging, from the arguments of ``forward``, which gives their sum.
 
-        Names are ``contrastive``, ``distillation``, ``feature``, ``sigmoid_contrastive`` and ``sigmoid_distillation``,
-        and ``distillation_2`` for a second one.
+        Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive``, ``sigmoid_distillation`` and ``feature``,
+        and ``feature_2`` for a second one.
         """
         values = weighted_terms(
             lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), self.options()
@@ -97,13 +97,13 @@ class PairLoss(nn.Module, ABC):
                 f"{self!r} takes image_features, text_features, logit_scale and maybe logit_bias of the student, then "
                 f"of the teacher, and labels=, got {wrong[0]}; {way}"
             )
-        found = {name: value for name, value in (found | named).items() if value is not None}
+        found = {name: value for name, value in {**found, **named}.items() if value is not None}
         bias = found.pop("logit_bias", 0.0)
         terms = [(weight, loss.term()) for weight, loss in self.weighted()]
         distil = [term.distils for _, term in terms]
         teacher = None
         if any(distil):
-            if not {*_OTHERS[1:4]} <= {*found}:
+            if not {*_OTHERS[1:4]} <= found.keys():
                 raise TypeError(f"{self!r} needs {', '.join(_OTHERS[1:4])}; {way}")
             teacher = Outputs(*(found[name] for name in _OTHERS[1:] if name in found))
         elif found:
@@ -125,7 +125,7 @@ class PairLoss(nn.Module, ABC):
 
 
 class _TermLoss(PairLoss):
-    """A loss of one term. Its arguments are attributes, which are read and checked at every call."""
+    """A loss of one term, which reads and checks its attributes at every call."""
 
     _kind: str
 
@@ -137,15 +137,12 @@ class _TermLoss(PairLoss):
         self.term()
 
     def term(self) -> Term:
-        """The term with today's arguments, checked."""
         return Term(self._kind, **{name: getattr(self, name) for name in self._arguments})
 
     def options(self) -> PairOptions:
-        """Today's options, in which all terms of a sum agree."""
         return cast(PairOptions, {name: getattr(self, name) for name in DEFAULTS})
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
-        """The loss itself, once."""
         return [(1.0, self)]
 
     def extra_repr(self) -> str:
@@ -302,27 +299,26 @@ class LossSum(PairLoss):
             check_number(weight=weight)
             if loss.options() != self.losses[0].options():
                 raise ValueError(
-                    f"losses that add must agree in all options but their own, got {self.losses[0]!r} and {loss!r}; "
-                    "pass the same keyword arguments to both"
+                    f"losses that add must agree in their shared options, got {self.losses[0]!r} and {loss!r}; "
+                    "pass the same to both"
                 )
         return list(zip(self.weights, self.losses, strict=True))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        holders = [f"losses[{k}]" for k, loss in enumerate(vars(self).get("losses", ())) if hasattr(loss, name)]
-        if holders and not hasattr(self, name):
-            raise AttributeError(f"{name} belongs to a term of the sum; set criterion.{holders[0]}.{name}")
+        for k, loss in enumerate(vars(self).get("losses", ())):
+            if hasattr(loss, name) and not hasattr(self, name):
+                raise AttributeError(f"{name} belongs to a term of the sum; set criterion.losses[{k}].{name}")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        shown = ("" if weight == 1 else f"{weight:g} * " for weight in self.weights)
-        return " + ".join(f"{weight}{loss!r}" for weight, loss in zip(shown, self.losses, strict=True))
+        terms = zip(self.weights, self.losses, strict=True)
+        return " + ".join(repr(loss) if weight == 1 else f"{weight:g} * {loss!r}" for weight, loss in terms)
 
 
 class CaRotLoss(LossSum):
     """MCL with label smoothing plus a weight times MKD: CaRot's objective on pairs.
 
-    The sum ``MultimodalContrastiveLoss(label_smoothing=...) + distillation_weight * MultimodalDistillationLoss()``;
-    module form of :func:`~calrobust.functional.carot_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.carot_loss`, which has shapes and errors.
 
     Example:
         >>> import torch

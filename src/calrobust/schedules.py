@@ -1,7 +1,7 @@
 """Schedules for :class:`~calrobust.EMATeacher`: from the index of an update to its decay.
 
-They raise ``ValueError`` for an argument out of range and ``TypeError`` for one of another type. Any function from
-``n = 0, 1, ...`` to a float in ``[0, 1]`` serves too.
+Arguments out of range raise ``ValueError``, those of another type ``TypeError``. Any function from ``n = 0, 1, ...`` to
+a float in ``[0, 1]`` serves too.
 """
 
 from collections.abc import Callable
@@ -132,8 +132,8 @@ class beta(_Schedule):
 
     Here :math:`T` is ``updates``, from 1 to ten million, model 0 the pre-trained one, and model :math:`n + 1` the
     student at update ``n``. From :math:`T` on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained
-    model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. A compiled update is compiled for each
-    decay.
+    model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update: each decay
+    would be compiled.
 
     Example:
         >>> from calrobust import schedules

@@ -66,7 +66,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
-    knows its buffers, all floating entries are averaged. See also :doc:`/guides/weights`.
+    knows its buffers, all floating entries are averaged.
 
     Raises:
         ValueError: there is no model, names or shapes differ, or ``weights`` are wrong.
@@ -132,7 +132,7 @@ def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
 
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
     if not isinstance(models, Iterable) or isinstance(models, (str, Mapping, nn.Module)):
-        raise TypeError(f"models must be a list or another iterable of models, got {type(models).__name__}")
+        raise TypeError(f"models must be an iterable of models, got {type(models).__name__}")
     listed = {f"models[{k}]": model for k, model in enumerate(models)}
     if len(listed) < at_least:
         raise ValueError(f"models must be at least {at_least}, got {len(listed)}; is it a used generator?")

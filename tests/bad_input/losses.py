@@ -129,7 +129,7 @@ TABLE: Table = [
                 {"text_features": ROWS[:3]},
                 ValueError,
                 "text_features must hold a text for each image, got 4 images and 3 texts; "
-                "pass labels=(image_labels, text_labels) to say which text belongs to which image",
+                "pass labels=(image_labels, text_labels)",
             ),
             Wrong(
                 {"text_features": MORE, "reduction": "none"},
@@ -182,7 +182,7 @@ TABLE: Table = [
                 {"logit_scale": torch.tensor([1.0, 2.0])},
                 ValueError,
                 "logit_scale must be a scalar, or a vector of equal entries as DataParallel gives it, got shape [2]; "
-                "pass model.logit_scale.exp()",
+                "pass the model's own",
             ),
             Wrong(
                 {"logit_scale": torch.tensor(-2.0)},
@@ -213,7 +213,7 @@ TABLE: Table = [
                 {"logit_bias": torch.arange(2.0)},
                 ValueError,
                 "logit_bias must be a scalar, or a vector of equal entries as DataParallel gives it, got shape [2]; "
-                "pass model.logit_bias",
+                "pass the model's own",
             ),
             *several("logit_bias", ValueError, torch.zeros(0), torch.zeros(2, 2), math.inf),
             *several("logit_bias", TypeError, torch.tensor(1), True),
@@ -233,7 +233,7 @@ TABLE: Table = [
                 {name: MORE[:4, :2] for name in ("teacher_image_features", "teacher_text_features")},
                 ValueError,
                 "teacher_image_features must have the student's width, got [4, 2] for [4, 3]; project them, or distil "
-                "similarities with MultimodalDistillationLoss",
+                "similarities",
             ),
             *several("teacher_text_features", ValueError, MORE, MORE[:3]),
         ],
@@ -452,9 +452,8 @@ TABLE: Table = [
             Wrong(
                 {"other": MultimodalDistillationLoss(reduction="sum")},
                 ValueError,
-                "losses that add must agree in all options but their own, got MultimodalContrastiveLoss()"
-                " and MultimodalDistillationLoss(reduction='sum'); pass the same keyword arguments to "
-                "both",
+                "losses that add must agree in their shared options, got MultimodalContrastiveLoss() and "
+                "MultimodalDistillationLoss(reduction='sum'); pass the same to both",
             ),
         ],
     ),

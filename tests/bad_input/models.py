@@ -271,8 +271,8 @@ TABLE: Table = [
             Target("model_stock", model_stock, lambda: {"pretrained": weights(), "models": [weights(), weights()]}),
         ],
         [
-            Wrong({"models": A}, TypeError, "models must be a list or another iterable of models, got dict"),
-            Wrong({"models": None}, TypeError, "models must be a list or another iterable of models, got NoneType"),
+            Wrong({"models": A}, TypeError, "models must be an iterable of models, got dict"),
+            Wrong({"models": None}, TypeError, "models must be an iterable of models, got NoneType"),
             Wrong({"models": [A, Odd()]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got Odd"),
         ],
     ),

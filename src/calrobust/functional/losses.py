@@ -1,4 +1,4 @@
-"""The losses as functions: on softmaxes and on sigmoids of pairs, on features, and on weights."""
+"""The losses as functions: on pairs, on features, and on weights."""
 
 from typing import Unpack
 
@@ -34,17 +34,16 @@ def multimodal_contrastive_loss(
             texts are only candidates of the images.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
-            ``(target, torch.arange(C))`` for a class bank. Each image needs a positive (off the CPU and in compiled
-            code its loss is NaN without), unless ``direction`` is ``"text_to_image"``, where a text without is left
-            out. Costs O(N·D + M·D), no mask.
+            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive (off the CPU
+            and in compiled code its loss is NaN without); from text to image a text without is left out.
         label_smoothing: :math:`\varepsilon` in [0, 1): each of the M candidates gets :math:`\varepsilon / M` of the
             target, as in torch.
         direction: ``"image_to_text"`` or ``"text_to_image"`` gives the value of one, at its cost.
         **options: see :class:`~calrobust.functional.PairOptions`.
 
     Returns:
-        A scalar ≥ 0 in nats, float32, or float64 if any features are. For ``reduction="none"`` the value of each pair
-        or image ``[N]``, or of each text ``[M]``, which is 0 for a text without a positive.
+        A scalar ≥ 0 in nats, float32, or float64 if any features are. For ``reduction="none"`` a value of each pair or
+        image ``[N]``, or of each text ``[M]``, 0 without a positive.
 
     Raises:
         ValueError: the features differ in width, dtype or device, are empty or not 2-D; ``labels`` do not fit, or M < N
@@ -57,10 +56,6 @@ def multimodal_contrastive_loss(
         >>> from calrobust.functional import multimodal_contrastive_loss
         >>> multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0)  # log(1 + 1/e)
         tensor(0.3133)
-        >>> target, bank = torch.tensor([1, 1]), torch.eye(2)  # plain cross-entropy: log(1 + 1/e) and log(1 + e)
-        >>> labels = target, torch.arange(2)
-        >>> multimodal_contrastive_loss(torch.eye(2), bank, 1.0, labels=labels, direction="image_to_text")
-        tensor(0.8133)
 
     Reference: Radford et al., 2021, :arxiv:`2103.00020`, Figure 3; with label smoothing Oh et al., 2024,
     :arxiv:`2311.01723`.
@@ -95,9 +90,9 @@ def multimodal_distillation_loss(
     :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper; open_clip's ``DistillClipLoss``
     averages them, and its value (not its gradient) also holds the teacher's entropy.
 
-    Other arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but
-    images and texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get
-    no gradient; its logit scale is its own. The value is exactly 0 where teacher and student are equal.
+    Other arguments and results are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but images and
+    texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get no
+    gradient. The value is exactly 0 where teacher and student are equal.
 
     Raises:
         ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
@@ -111,7 +106,7 @@ def multimodal_distillation_loss(
         >>> multimodal_distillation_loss(image, text, 0.001, image, text, 100.0)  # 2 log 2: certain against uniform
         tensor(1.3853)
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the self-distillation term of its objective.
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`.
     """
     student = Outputs(image_features, text_features, logit_scale)
     teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale)
@@ -137,12 +132,10 @@ def carot_loss(
     direction: Directions = "both",
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    r"""MCL with label smoothing plus ``distillation_weight`` times MKD, in one pass over the pair matrix.
-
-    .. math:: \mathcal{L} = \mathcal{L}_\mathrm{MCL}(\varepsilon) + \lambda\, \mathcal{L}_\mathrm{MKD}
+    """MCL with label smoothing plus ``distillation_weight`` times MKD, in one pass over the pair matrix.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss` and
-    :func:`~calrobust.functional.multimodal_distillation_loss`, and ``distillation_weight`` is :math:`\lambda`.
+    :func:`~calrobust.functional.multimodal_distillation_loss`.
 
     Example:
         >>> import torch
@@ -248,7 +241,7 @@ def feature_distillation_loss(
 
     For unit norm this is :math:`1 - x_i^\top \tilde x_i`, but a small value keeps its digits. The means over images and
     over texts are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a
-    gradient. A mean is D/2 times torch's ``mse_loss``. Costs O(N·D + M·D), with no pass over pairs.
+    gradient. A mean is D/2 times torch's ``mse_loss``. There is no pass over pairs.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_distillation_loss`, but features
     may have any norm, and the teacher's must have the student's width D. The logit scales are not used.
@@ -271,8 +264,8 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     .. math:: \lVert W^\top W - I \rVert_F^2
 
     Args:
-        weight: shape ``[in, out]``, floating: a projection applied as ``x @ W``, as open_clip's ``visual.proj`` is; or
-            an ``nn.Linear``, whose weight ``[out, in]`` is transposed here. A ``DTensor`` (FSDP2) is gathered, which
+        weight: shape ``[in, out]``, floating: a projection applied as ``x @ W``, such as open_clip's ``visual.proj``;
+            or an ``nn.Linear``, whose weight ``[out, in]`` is transposed. A ``DTensor`` (FSDP2) is gathered, which
             every rank must do.
         squared: False gives the norm itself, whose gradient at an orthonormal ``W`` is zero.
 
@@ -292,7 +285,7 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     Reference: Oh et al., 2024, :arxiv:`2311.01723`, the orthogonality constraint of its contrastive loss.
     """
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
-    if hasattr(matrix, "full_tensor"):  # sharded by FSDP2 or tensor parallelism
+    if hasattr(matrix, "full_tensor"):  # a DTensor
         matrix = matrix.full_tensor()
     check_floating(weight=matrix)
     check_flag(squared=squared)

@@ -28,7 +28,7 @@ from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 Directions = Literal["both", "image_to_text", "text_to_image"]
 Modality = Literal["both", "image", "text"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
-MODALITIES: tuple[str, ...] = get_args(Modality)  # in the same order
+MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
 class PairOptions(TypedDict, total=False):
@@ -44,15 +44,15 @@ class PairOptions(TypedDict, total=False):
 
     reduction: Reduction
     """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
-    in number or have labels of their own, all are over the images or texts of a direction, ``"none"`` of only one."""
+    in number or have labels of their own, they are over those of a direction, ``"none"`` of only one."""
     gather: bool
     """Contrast against all ranks (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
     """``"dense"`` holds the whole pair matrix, and has all derivatives. The others have first ones in reverse mode:
-    ``"tiled"`` needs O(N·D) memory; ``"triton"`` does the same in CUDA kernels; ``"auto"`` (default) is Triton where it
-    runs, and else tiled, but keeps the matrix for backward if it fits into ``memory_budget``."""
+    ``"tiled"`` in O(N·D) memory; ``"triton"`` likewise in CUDA kernels; ``"auto"`` (default) by Triton where it runs,
+    and else tiled, but keeping the matrix for backward if it fits into ``memory_budget``."""
     memory_budget: int
     """Bytes that ``"auto"`` may keep (default 256 MiB). The sigmoid losses keep nothing."""
 
@@ -92,7 +92,7 @@ class Outputs(NamedTuple):
 class Term:
     """A summand of a loss, with its arguments, checked."""
 
-    kind: str  # a key of `PASSES`, each of which reads some of the arguments
+    kind: str  # a key of `PASSES`
     label_smoothing: float = 0.0
     temperature: float = 1.0
     direction: Directions = "both"
@@ -111,10 +111,10 @@ class Term:
 
     @property
     def anchors(self) -> str:
-        """The direction whose values it has."""
-        if self.kind == "feature":
-            return DIRECTIONS[MODALITIES.index(self.modality)]
-        return "image_to_text" if "sigmoid" in self.kind else self.direction
+        """Whose values it has, as a modality."""
+        if "sigmoid" in self.kind:
+            return "image"
+        return self.modality if self.kind == "feature" else self.direction.partition("_")[0]
 
 
 Weighted = Sequence[tuple[float, Term]]
@@ -127,15 +127,19 @@ class Request(NamedTuple):
     student: Outputs
     teacher: Outputs | None = None
     labels: Labels | None = None
-    apart: bool = False  # all values are wanted; for their sum alone sigmoid terms come as one, which costs less
+    apart: bool = False  # each value is wanted, not only their sum, which costs less for sigmoids
 
-    def models(self) -> dict[str, Outputs]:
-        """By what their names begin with."""
-        return {"": self.student} | ({"teacher_": self.teacher} if self.teacher else {})
+    def models(self) -> list[dict[str, Any]]:
+        """Their outputs by name."""
+        return [
+            {f"{prefix}{name}": value for name, value in zip(Outputs._fields, outputs, strict=True)}
+            for prefix, outputs in (("", self.student), ("teacher_", self.teacher))
+            if outputs
+        ]
 
 
 class Shared:
-    """What the terms of a request have in common."""
+    """What all terms read."""
 
     def __init__(self, request: Request, ranks: tuple[Ranks, Ranks], options: PairOptions) -> None:
         self.request, self.ranks, self.options = request, ranks, options
@@ -226,7 +230,7 @@ def _feature_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
             if x.shape[1] != t.shape[1]:
                 raise ValueError(
                     f"teacher_{name}_features must have the student's width, got {list(t.shape)} for {list(x.shape)}; "
-                    "project them, or distil similarities with MultimodalDistillationLoss"
+                    "project them, or distil similarities"
                 )
             if term.modality in ("both", name):
                 x, t = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (x, t.detach()))
@@ -247,12 +251,11 @@ PASSES = {
 def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
     """Each term times its weight, reduced over all ranks; terms of one temperature share one pass.
 
-    The request is a function because with ``gather`` all ranks are told of an error that it raises, or they would wait
-    forever.
+    The request is a function because with ``gather`` all ranks are told of its errors, or they would wait forever.
     """
     if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(
-            msg="with gather=True the ranks tell each other the sizes of their batches, which no graph can hold; "
+            msg="with gather=True the ranks exchange the sizes of their batches, which no graph can hold; "
             "compile the model, and leave the loss out of fullgraph=True"
         )
         terms: list[Tensor] = torch.compiler.disable(_weighted_terms)(request, options)
@@ -278,13 +281,14 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
     if gather:
         images, texts = agree(sizes, group, _facts(asked, options), student[0].device)
     shared = Shared(asked, (images, texts), options)
-    passes = [(PASSES[term.kind], float(term.temperature)) for _, term in weighted]
+    passes: dict[tuple[Any, float], list[int]] = {}
+    for place, (_, term) in enumerate(weighted):
+        passes.setdefault((PASSES[term.kind], float(term.temperature)), []).append(place)
     terms: dict[int, Tensor] = {}
-    for evaluate, t in dict.fromkeys(passes):
-        places = [place for place, other in enumerate(passes) if other == (evaluate, t)]
-        # t² keeps the gradients of a distillation as large as they are without a temperature.
+    for (evaluate, t), places in passes.items():
+        # t² keeps gradients as large as without a temperature.
         values = evaluate([(t * t * float(weighted[place][0]), weighted[place][1]) for place in places], shared)
-        terms |= zip(places, values, strict=False)
+        terms.update(zip(places, values, strict=False))
     for number in student[2:]:
         if isinstance(number, Tensor) and number.requires_grad:  # DDP waits for its gradient, used or not
             terms = {place: value + (0 * number.sum()).to(value) for place, value in terms.items()}
@@ -292,15 +296,15 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
 
 
 def _facts(request: Request, options: PairOptions) -> dict[str, object]:
-    """What must be the same on all ranks: otherwise their collectives do not fit, or their losses differ."""
+    """What must be the same on all ranks, or collectives do not fit, or losses differ."""
     facts: dict[str, object] = {
         "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in request.weighted),
         "reduction": options["reduction"],
         "the type of labels": type(request.labels).__name__,
     }
-    for prefix, outputs in request.models().items():
-        for name, value in zip(Outputs._fields, outputs, strict=True):
-            fact = f"{prefix}{name} (a number, or width, dtype and requires_grad)"
+    for outputs in request.models():
+        for name, value in outputs.items():
+            fact = f"{name} (a number, or width, dtype and requires_grad)"
             if isinstance(value, Tensor):
                 facts[fact] = *value.shape[1:], str(value.dtype), torch.is_grad_enabled() and value.requires_grad
             else:
@@ -309,9 +313,8 @@ def _facts(request: Request, options: PairOptions) -> dict[str, object]:
 
 
 def _check_outputs(request: Request, options: PairOptions) -> None:
-    """Raises unless student and teacher have features of the same images and texts, logit scales and biases."""
-    for prefix, (images, texts, scale, bias) in request.models().items():
-        first, second, of_scale, of_bias = (f"{prefix}{name}" for name in Outputs._fields)
+    for outputs in request.models():
+        (first, images), (second, texts), scale, bias = outputs.items()
         features = {first: images, second: texts}
         check_floating(**features)
         for name, value in features.items():
@@ -326,8 +329,8 @@ def _check_outputs(request: Request, options: PairOptions) -> None:
                 f"{first} and {second} must have the same width D and dtype, got {came}; pass what one model gives"
             )
         check_one_device(**features)
-        _check_scalar(of_scale, scale, "model.logit_scale.exp()", positive=True)
-        _check_scalar(of_bias, bias, "model.logit_bias")
+        _check_scalar(*scale, positive=True)
+        _check_scalar(*bias, positive=False)
     _, student, teacher, *_ = request
     for name, theirs, ours in zip(Outputs._fields, (teacher or student)[:2], student[:2], strict=False):
         if theirs.shape[0] != ours.shape[0]:
@@ -343,7 +346,7 @@ def _check_outputs(request: Request, options: PairOptions) -> None:
         )
 
 
-def _check_scalar(name: str, value: Any, source: str, *, positive: bool = False) -> None:
+def _check_scalar(name: str, value: Any, *, positive: bool) -> None:
     if not isinstance(value, Tensor):
         (check_positive if positive else check_number)(**{name: value})
         return
@@ -351,15 +354,14 @@ def _check_scalar(name: str, value: Any, source: str, *, positive: bool = False)
     if value.numel() != 1 and (value.ndim != 1 or not value.numel() or bool((value != value[0]).any())):
         raise ValueError(
             f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
-            f"{list(value.shape)}; pass {source}"
+            f"{list(value.shape)}; pass the model's own"
         )
     # Elsewhere, a look at the value would wait for the device.
     if positive and value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
-        raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass {source}")
+        raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")
 
 
 def _check_anchors(request: Request, options: PairOptions) -> None:
-    """Raises for labels that do not fit, and where images and texts that are no pairs are treated as pairs."""
     weighted, (images, texts, *_), _, labels, _ = request
     n, m, device = images.shape[0], texts.shape[0], images.device
     numbers = f"{n} images and {m} texts"
@@ -376,23 +378,21 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
         check_labels(n, device, labels=labels)
     elif n > m and not all(term.distils for _, term in weighted):
         raise ValueError(
-            f"text_features must hold a text for each image, got {numbers}; "
-            "pass labels=(image_labels, text_labels) to say which text belongs to which image"
+            f"text_features must hold a text for each image, got {numbers}; pass labels=(image_labels, text_labels)"
         )
-    directions = {term.anchors for _, term in weighted}
-    several = len(directions) > 1 or "both" in directions
+    anchors = {term.anchors for _, term in weighted}
+    several = len(anchors) > 1 or "both" in anchors
     if options["reduction"] == "none" and several and (n != m or isinstance(labels, tuple)):
         raise ValueError(
-            f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(directions))} with "
+            f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(anchors))} with "
             f"{numbers} that are no pairs; pass one direction, and one modality to a distillation of features"
         )
 
 
 def _check_positives(batch: PairBatch) -> None:
-    """Raises for an image without a text where values may be looked at; elsewhere its loss is NaN."""
     number, total = batch.of_rows.number, batch.rows.total
     if not isinstance(number, Tensor) or number.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+        return  # values may not be looked at, and the loss will be NaN
     if int(number) < total:
         raise ValueError(
             f"labels must give each image a text of the same label, got none for {total - int(number)} of {total} "

@@ -1,8 +1,7 @@
-"""The seam: all that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
+"""All that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
 
-``docs/derivations.md`` defines the words of the files here. The statistics of rows are always found, those of columns
-if they are asked for. The gradient in S is formed in `tiled.backward`, and by a kernel in `triton.softmax`;
-`tiled.FeatureGradients` takes it on to the factors.
+``docs/derivations.md`` defines the words. The gradient in S is formed in `tiled.backward` and by a kernel of
+`triton.softmax`; `tiled.FeatureGradients` takes it on to the factors.
 """
 
 import math
@@ -27,18 +26,18 @@ Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 class Anchors(NamedTuple):
     """Which rows or columns of this rank have positives."""
 
-    weights: Tensor  # [length]: 1 with positives; without, 0 for a text, and NaN for an image, which must have one
+    weights: Tensor  # [length]: 1 with positives; without, 0 for a text and NaN for an image, which must have one
     number: Tensor | int  # of anchors with positives, over all ranks
     positives: Tensor  # [length]: how many, at least 1
 
 
 class Direction(NamedTuple):
-    """Statistics of each anchor against all its candidates, of shape ``[length]`` and in the dtype of `dense.wide`."""
+    """Statistics of each anchor, of shape ``[length]`` and in the dtype of `dense.wide`."""
 
     negative_log_likelihood: Tensor  # −log of the softmax at the own entries; 0 without any
     above_positives: Tensor  # lse of the own entries (without any: of all entries) − mean logit of the positives
     above_mean: Tensor  # the same − mean logit
-    divergence: Tensor  # from the teacher's softmax to the student's, in nats; empty without a teacher
+    divergence: Tensor  # as in `Part`
     anchors: Anchors
     total: int  # number of anchors over all ranks, with and without positives
 
@@ -46,8 +45,8 @@ class Direction(NamedTuple):
 class PairBatch:
     """Images and texts of this rank and of all ranks, seen by a student and maybe by a teacher.
 
-    Rows of the pair matrix are images, or texts if the batch is ``swapped``. Rows stay on their rank, and columns are
-    gathered. The partner of image i is text i of its rank, or with labels for both sides the first of the same label.
+    Rows are images, or texts if ``swapped``. They stay on their rank, and columns are gathered. The partner of image i
+    is text i of its rank, or with labels for both sides the first text of the same label.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class PairBatch:
                 with torch.no_grad():
                     self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher)))
         n, m = images.shape[0], texts.shape[0]
-        self.pairs = n if n <= m else 0  # of this rank, one after the other; a bank of few texts has none
+        self.pairs = n if n <= m else 0  # of this rank, in order; a bank of few texts has none
         self.in_order = not isinstance(labels, tuple)
         self.classes: tuple[Tensor, Tensor] | None = None  # of rows and of columns, if there are labels
         rows, columns = (torch.arange(k, device=images.device) for k in ((m, n) if swapped else (n, m)))
@@ -102,12 +101,8 @@ class PairBatch:
         m, start = self.columns.total, self.columns.here.start
         if self.in_order:
             place = start, m - start - self.pairs
-            return Part(
-                *(
-                    F.pad(v[: self.pairs], place, value=fill) if v.shape[0] else v
-                    for v, fill in zip(own, ABSENT, strict=True)
-                )
-            )
+            padded = (F.pad(v[: self.pairs], place, value=fill) for v, fill in zip(own, ABSENT, strict=True))
+            return Part(*padded) if own.teacher_lse.shape[0] else Part.without_teacher(next(padded))
         return _by_partner(own, self.partner, m)
 
     def _factors(self, features: Features) -> Factors:
@@ -121,14 +116,14 @@ class PairBatch:
         """A number, or a tensor of equal entries, as a tensor of shape ``[]``."""
         if isinstance(value, Tensor):
             return _tracked(value).mean().to(device, self.dtype)
-        # What the dtype cannot hold becomes infinite, and the loss NaN; torch would raise an error of its own.
+        # What the dtype cannot hold becomes infinite, and the loss NaN, where torch would raise.
         number = float(value)
         if abs(number) > torch.finfo(self.dtype).max:
             number = math.copysign(math.inf, number)
         return torch.full((), number, dtype=self.dtype, device=device)
 
     def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:
-        """Rows and columns of equal labels are positives. Shapes depend on no value: no device is waited for."""
+        """Rows and columns of equal labels are positives. No shape depends on a value, so no device is waited for."""
         of_rows, of_columns = self.rows.gather(of_rows, torch.int64), self.columns.gather(of_columns, torch.int64)
         row_classes, of_row, order = _occurrences(of_columns, of_rows)
         column_classes, _, _ = _occurrences(of_columns, of_columns)
@@ -152,8 +147,8 @@ def pair_statistics(
 ) -> tuple[Direction, Direction | None]:
     """The statistics of ``S = scale / temperature · x yᵀ`` of this rank's rows, and of its columns if asked for.
 
-    What is linear in ``S`` is a product of feature sums, costs O(N·D + M·D), and is differentiated by autograd. What is
-    not comes from `dense`, `tiled` or `triton`. Statistics of columns are vectors, which merge over the ranks' strips.
+    Autograd differentiates what is linear in ``S``: products of feature sums, in O(N·D + M·D). The rest comes from
+    `dense`, `tiled` or `triton`.
     """
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
@@ -162,7 +157,7 @@ def pair_statistics(
         teacher = Factors(teacher_x, teacher_y, teacher_scale / temperature)
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        # Linear parts first: their small gradients then come after the tiles of backward, not beside them.
+        # Linear parts come first, so that their gradients come after the tiles of backward, not beside them.
         own = Part.without_teacher(batch.own(student).to(precise))
         if teacher is not None:
             own = Part(own.lse, torch.zeros_like(own.lse), batch.own(teacher).to(precise))
@@ -225,7 +220,7 @@ def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
 
 
 def _over_ranks(several: list[Part], ranks: Ranks) -> list[Part]:
-    """Of this rank's columns over the rows of all ranks, from those of all columns over the rows of its strip."""
+    """Of this rank's columns over all rows, from those of all columns over the strip of each rank."""
     if len(ranks.sizes) == 1:
         return several
     lse, divergence, teacher_lse = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))
@@ -245,16 +240,16 @@ def _total(parts: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _tracked(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in inference mode, which autograd may not keep for backward."""
+    """The tensor, or a copy if it was made in inference mode: autograd may not keep such tensors."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # is_inference() cannot be traced
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The class of each wanted label and how often it is among ``labels``, and their order by class.
+    """The class of each wanted label, how often it is among ``labels``, and their order by class.
 
-    The class is the place of its first label in that order; that of a label that is not there is ``len(labels)``.
+    A class is the place of its first label in that order, or ``len(labels)`` if there is none.
     """
     ordered, order = labels.sort(stable=True)
     wanted = wanted.contiguous()
@@ -264,6 +259,6 @@ def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor, absent: int) -> Tensor:
-    """For each of the ``wanted`` classes ``[K]`` the sum ``[K, D]`` of its features, zero if there are none."""
+    """The sum of features ``[K, D]`` of each of the ``wanted`` classes ``[K]``."""
     sums = features.new_zeros(absent + 1, features.shape[1])
     return sums.index_add(0, classes, features).index_select(0, wanted)  # its backward is cheaper than that of indexing

@@ -1,7 +1,6 @@
-"""The softmax statistics of a pair matrix by their definition, and how those of disjoint sets of candidates merge.
+"""The softmax statistics of a pair matrix by their definition, the oracle of every other form, and how they merge.
 
-The definition is the oracle of every other form. ``docs/derivations.md`` has the rules of merging, and why a divergence
-is a sum of terms of which none is negative.
+``docs/derivations.md`` has the rules of merging, and why a divergence is a sum of terms of which none is negative.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Factors(NamedTuple):
 
 
 def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor, *, columns: bool = True) -> Strip:
-    """Of rows and maybe columns, without the own entry of row i in column ``partner[i]``; a partner of -1 is none."""
+    """Of rows and maybe columns. Row i has its own entry in column ``partner[i]``, or none for -1."""
     s = _logits(student, partner)
     t = None if teacher is None else _logits(teacher, partner)
     return Strip(along(1, s, t), along(0, s, t) if columns else Part.without_teacher(s.new_empty(0)))
@@ -75,7 +74,7 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:
-    """The summands ``p̃ δ + p − p̃`` of a divergence: none is negative beyond rounding, whatever the two are."""
+    """The summands ``p̃ δ + p − p̃`` of a divergence, none negative beyond rounding."""
     gap = log_target - log_probability
     target, probability = log_target.exp(), log_probability.exp()
     near = target * (torch.expm1(-gap.clamp(min=-1)) + gap)

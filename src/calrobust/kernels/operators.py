@@ -1,7 +1,7 @@
-"""The forms that hold no pair matrix, as torch operators under an autograd function.
+"""Torch operators around the forms that hold no pair matrix, and their autograd function.
 
-A form of the softmax statistics is a module with two functions, ``forward`` and ``backward``: `tiled`, which is the one
-to read, or `triton.softmax`. `sigmoid` and `triton.sigmoid` have one function, ``sweep``.
+A form of the softmax statistics is a module with functions ``forward`` and ``backward``: `tiled`, the one to read, or
+`triton.softmax`. One of the sigmoid sums has a function ``sweep``.
 """
 
 import warnings
@@ -35,11 +35,10 @@ def softmax_statistics(
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
 ) -> Strip:
-    """What `dense.softmax_statistics` gives, from a form that holds no pair matrix.
+    """What `dense.softmax_statistics` gives, without a pair matrix.
 
-    ``"auto"`` is Triton where it runs and proves itself, except for float64. Elsewhere it is tiled, and keeps the
-    logits for backward if they fit into ``memory_budget`` bytes. ``operands`` is the dtype in which the features came:
-    nothing is lost if they are multiplied in it.
+    ``"auto"`` is Triton where `kernels` has it, except for float64. Elsewhere it is tiled, and keeps the logits for
+    backward if they fit into ``memory_budget`` bytes. Features that came as ``operands`` may be multiplied as such.
     """
     x, y, _ = student
     factors = [*student, *(teacher or ())]
@@ -73,12 +72,9 @@ def may_take_triton(impl: str, x: Tensor) -> bool:
 
 
 def kernels(form: str, impl: str, x: Tensor, operands: torch.dtype, *, teacher: bool) -> Any:
-    """Triton's module of a form, ``"softmax"`` or ``"sigmoid"``; None if the form is tiled.
+    """Triton's module of a form, ``"softmax"`` or ``"sigmoid"``, or None if the form is tiled.
 
-    On first use its kernels are compared with the tiled form. Warns once if they cannot be used.
-
-    Raises:
-        RuntimeError: they cannot, and ``impl`` insists on them.
+    On first use the two are compared. If they differ, it warns once, or raises if ``impl`` insists on Triton.
     """
     if not may_take_triton(impl, x):
         return None
@@ -102,6 +98,7 @@ def _warn(message: str) -> None:
 
 def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
     """What is wrong with the kernels of a form on a device, and empty if they agree with the tiled form."""
+    FAULTS[device, operands, form, teacher] = ""  # so that they are taken here
     dtype = torch.promote_types(operands, torch.float32)
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -109,46 +106,40 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
         features = normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1)
         return features.to(operands).to(device, dtype)
 
-    scale = torch.tensor(20.0, dtype=dtype, device=device)
-    models = [Factors(drawn(ROWS), drawn(COLUMNS), scale) for _ in range(1 + teacher)]
-    results, ours = (_softmax, tiled) if form == "softmax" else (_sigmoid, import_module("calrobust.kernels.sigmoid"))
+    numbers = torch.tensor([20.0, -5.0], dtype=dtype, device=device)
+    scale_and_bias = numbers.unbind()[: 1 + (form == "sigmoid")]
+    factors = [t for _ in range(1 + teacher) for t in (drawn(ROWS), drawn(COLUMNS), *scale_and_bias)]
+    results = _softmax if form == "softmax" else _sigmoid
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
-            theirs = import_module(f"calrobust.kernels.triton.{form}")
-            pairs = zip(results(theirs, models, operands), results(ours, models, operands), strict=True)
+            pairs = zip(results(factors, "triton", operands), results(factors, "tiled", operands), strict=True)
             worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs if b.numel()]).max())
         except Exception as error:  # of a compiler, a driver, a launch: whatever it is, the tiled form still works
             return f"{type(error).__name__}: {error}"
     return "" if worst <= TOLERANCE else f"they differ from the tiled form by {worst:.1g} of its results"
 
 
-def _softmax(form: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
-    partner = torch.arange(ROWS, device=models[0].x.device)
-    rows, columns = form.forward(models, partner, operands, columns=True)
-    weights = models[0].x.new_full((COLUMNS,), 1 / ROWS)
-    softmaxes = [
-        Softmaxes(of_rows, of_columns, sign * weights[:ROWS], sign * weights, weights[:0])
-        for of_rows, of_columns, sign in zip(rows[::2], columns[::2], (1, -0.5), strict=True)
-    ]
-    gradients = form.backward(models, softmaxes[: len(models)], partner, operands, [True] * 3)
-    return [*rows, *(vector[:ROWS] for vector in columns), *gradients]
+def _softmax(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Tensor]:
+    tensors = [*factors, torch.arange(ROWS, device=factors[0].device)]
+    found = _forward(tensors, impl, operands, True, False)
+    upstream = [torch.full_like(vector, 1 / ROWS) for vector in found[:4]]
+    return [*found, *_backward([*upstream, *found, *tensors], [True] * 3, impl, operands)]
 
 
-def _sigmoid(form: Any, models: list[Factors], operands: torch.dtype) -> list[Tensor]:
-    from calrobust.kernels.sigmoid import Classes, Model
+def _sigmoid(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Tensor]:
+    from calrobust.kernels.sigmoid import _sums
 
-    x, y, scale = models[0]
-    classes = Classes(*(torch.arange(len(features), device=x.device) for features in (x, y)))
-    biased = [Model(*model, scale.new_full((), -5.0)) for model in models]
-    sums, gradients = form.sweep(biased, classes, x.new_ones(len(models), ROWS), operands, [True] * 4)
-    return [*sums, *gradients]
+    x, y, *_ = factors
+    classes = [torch.arange(len(features), device=x.device) for features in (x, y)]
+    found: list[Tensor] = _sums([*factors, x.new_ones(len(factors) // 4, ROWS), *classes], impl, operands, [True] * 4)
+    return found
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
 def _forward(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
     """Lse, divergence and teacher's lse, each of rows and of columns, then the kept logits of both; empty if absent.
 
-    ``tensors`` are x, y and scale of the student, then of the teacher if there is one, and the partners.
+    ``tensors`` are the factors of a student and maybe of a teacher, and the partners.
     """
     *factors, partner = tensors
     form = kernels("softmax", impl, factors[0], operands, teacher=len(factors) == 6)
@@ -173,10 +164,7 @@ def _results(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: b
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
 def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype) -> list[Tensor]:
-    """The gradients of the student's x, y and scale.
-
-    ``tensors`` are the upstream gradients a, b, c, d, named as in `tiled`, then results and tensors of `_forward`.
-    """
+    """The gradients of the student's factors from a, b, c, d of the derivations, results and tensors of `_forward`."""
     a, b, c, d, row_lse, column_lse, _, _, *teacher_lses, logits, teacher_logits = tensors[:12]
     *factors, partner = tensors[12:]
     has_teacher = len(factors) == 6
@@ -219,10 +207,10 @@ def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list
 def differentiable(
     forward: Callable[..., Any], backward: Callable[..., Any], number: int, options: Any, *tensors: Tensor
 ) -> Any:
-    """The results of an operator ``forward``, the first ``number`` of them with a gradient.
+    """The results of an operator, the first ``number`` of them with a gradient.
 
-    ``backward`` gives the gradients of the first tensors from ``options``, from which gradients are needed, and then
-    from the upstream gradients, the results and the tensors.
+    ``backward`` gives the gradients of the first tensors. It is called with the options, whether each gradient is
+    needed, the upstream gradients, the results and the tensors.
     """
     if not torch.compiler.is_compiling():
         return _Eager.apply(forward, backward, number, options, *tensors)
@@ -237,7 +225,7 @@ def is_differentiated(tensors: Sequence[Tensor]) -> bool:
 
 
 def refuse(ctx: Any, *_: Any) -> Any:
-    """Raises in place of a derivative that there is not."""
+    """Raises in place of a missing derivative."""
     raise RuntimeError(
         "the losses that hold no pair matrix have first derivatives in reverse mode only, without vmap; "
         'for second derivatives, forward mode or vmap pass impl="dense"'
@@ -245,10 +233,7 @@ def refuse(ctx: Any, *_: Any) -> Any:
 
 
 class _Compiled(torch.autograd.Function):
-    """An operator with its derivative, as torch.compile and torch.export trace it.
-
-    Autograd sees tensors that are arguments, but not those inside of a list. So lists are passed entry by entry.
-    """
+    """Autograd sees tensors that are arguments, but not those inside of a list."""
 
     @staticmethod
     def forward(forward: Callable[..., Any], _: Any, __: int, options: Any, *tensors: Tensor) -> Any:
@@ -272,7 +257,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _Eager(_Compiled):
-    """The same with a refusal of other derivatives, which the compiler does not accept in a function."""
+    """It refuses other derivatives, which the compiler does not accept of a function."""
 
     jvp = vmap = staticmethod(refuse)
 
@@ -282,7 +267,7 @@ def _call(function: Callable[..., Any], *inputs: Any) -> tuple[Tensor, ...]:
 
 
 class _Once(torch.autograd.Function):
-    """A function of tensors that refuses to be differentiated."""
+    """It refuses to be differentiated."""
 
     forward = staticmethod(_call)
     backward = jvp = vmap = staticmethod(refuse)

@@ -1,8 +1,7 @@
-r"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows, with gradient from the same sweep.
+"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows; ``docs/derivations.md`` has the formulas.
 
 The gradient in Z needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with
-a teacher, if the weights of the rows are known before; otherwise the backward pass sweeps again.
-``docs/derivations.md`` has the formulas.
+a teacher, if the weights of the sums are known before; otherwise the backward pass sweeps again.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from calrobust.kernels import tiled
-from calrobust.kernels.dense import Factors, divergence_terms, wide
+from calrobust.kernels.dense import divergence_terms, wide
 from calrobust.kernels.operators import differentiable, kernels, like
 from calrobust.kernels.tiled import FeatureGradients, are_narrow
 
@@ -52,9 +51,9 @@ def sigmoid_sums(
     operands: torch.dtype | None = None,
     totalled: bool = True,
 ) -> tuple[Sums, Tensor]:
-    """The sums for the student and maybe for a teacher, and their weighted total over all rows.
+    """The sums for a student and maybe a teacher, and their weighted total over all rows, all with a gradient.
 
-    All have a gradient. If the total is what is differentiated, it is cheaper ``totalled``, by the forward pass.
+    If ``totalled``, the forward pass makes the gradient of the total, which is cheaper if only that is differentiated.
     """
     x, *_ = models[0]
     if impl == "dense":
@@ -70,7 +69,7 @@ def sigmoid_sums(
 
 
 def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
-    """The sums by their definition: the oracle of every other form."""
+    """The sums by their definition, the oracle of every other form."""
     z, *teacher = (scale * x @ y.T + bias for x, y, scale, bias in models)
     precise = wide(z.device)
     positive = classes.rows[:, None] == classes.columns
@@ -85,14 +84,14 @@ def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
 def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
-    """The sums, and the gradients of the student's x, y, scale and bias: ``needs`` says which, the others are empty.
+    """The sums, and the gradients of the student's x, y, scale and bias; those that ``needs`` excludes are empty.
 
     ``weights`` are those of the sums in what is differentiated, ``[1, N]``, or with a teacher ``[2, N]``.
     """
     x, y, *_ = models[0]
     rows, columns = (each.to(x.dtype) for each in classes)  # comparing them takes a sixth of comparing integers
     nobody = torch.full_like(classes.rows, -1)
-    matrices = [tiled.Matrix(Factors(*model[:3]), nobody, operands) for model in models]
+    matrices = [tiled.Matrix(model, nobody, operands) for model in models]
     biases = torch.stack([model.bias for model in models])[:, None, None]
     tiles = tiled.tiles_of(x, y)
     buffer = x.new_empty(len(models), tiles[0].stop, len(y))
@@ -100,30 +99,30 @@ def sweep(
     height = min(tiles[0].stop, max(1, band_bytes // (len(y) * x.element_size())))
     scratch = x.new_empty(3 + 2 * len(models), len(models), height, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
-    gradients = FeatureGradients(Factors(*models[0][:3]), list(weights), needs[:3], dtype)
+    gradients = FeatureGradients(models[0], weights, needs, dtype)
     found, of_bias = [], []
     for tile in tiles:
         logits = buffer[:, : tile.stop - tile.start]
         for matrix, out in zip(matrices, logits, strict=True):
             matrix.logits(tile, out)
-        for start in range(tile.start, tile.stop, height):
-            here = slice(start, min(start + height, tile.stop))
-            band = logits[:, start - tile.start : here.stop - tile.start].add_(biases)
-            of_band = weights[:, here, None] if any(needs) else None
-            found.append(_of_band(band, Classes(rows[here], columns), of_band, scratch[:, :, : here.stop - start]))
+        for place in tiled.slices(logits.shape[1], height):
+            band = logits[:, place].add_(biases)
+            of_band = weights[:, tile][:, place, None] if any(needs) else None
+            of = Classes(rows[tile][place], columns)
+            found.append(_of_band(band, of, of_band, scratch[:, :, : place.stop - place.start]))
             of_bias.append(band[0].sum())
         if any(needs):
-            gradients.add(tile, logits[0] if dtype == x.dtype else (gradients.gain * logits[0]).to(dtype))
+            gradients.add(tile, logits[0])
     bias = torch.stack(of_bias).sum() if needs[3] else x.new_empty(0)
     return Sums(*map(torch.cat, zip(*found, strict=True))), [*gradients.results(), bias]
 
 
 def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: Tensor) -> Sums:
     """The sums of some rows of Z and of the teacher's matrix; with weights, turns Z into the gradient in it."""
-    softplus, one, two, *more = scratch
+    softplus, one, two, *_ = scratch
+    chances = scratch[3:5]  # of yes and of no
     z, *teacher = logits
     precise = wide(z.device)
-    chances = scratch[3:5]  # of yes and of no
     torch.sigmoid(logits, out=chances[0])
     torch.neg(logits, out=chances[1]).sigmoid_()
     # log(1 + exp(−|z|)) is −log(1 − q), where q is the smaller chance and the larger one, r, is 1 − q rounded. The sum
@@ -133,7 +132,7 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)
     divergence = z.new_empty(0, dtype=precise)
     if teacher:
-        ratio, excess = more[2:]  # the logarithm of the student's chances over the teacher's, and their difference
+        ratio, excess = scratch[5:]  # the logarithm of the student's chances over the teacher's; their difference
         torch.clamp(logits, max=0, out=one)
         torch.clamp(logits, min=0, out=two)
         torch.sub(one[0], one[1], out=ratio[0])
@@ -153,10 +152,7 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
 
 @torch.library.custom_op("calrobust::sigmoid_sums", mutates_args=())
 def _sums(tensors: list[Tensor], impl: str, operands: torch.dtype, needs: list[bool]) -> list[Tensor]:
-    """The weighted total, both sums, and the gradients of the total that are needed.
-
-    ``tensors`` are the factors of the student, then of the teacher if there is one, the weights and the classes.
-    """
+    """The weighted total, both sums, and the gradients of the total, from models, weights and classes."""
     *factors, weights, rows, columns = tensors
     models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
     with torch.autocast(weights.device.type, enabled=False):  # a loss may be differentiated inside of it

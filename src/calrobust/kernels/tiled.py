@@ -1,23 +1,12 @@
-r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact with gradient.
+"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact with gradient.
 
-Only one *tile* exists at a time: some rows of S against all columns. A step takes 4 units: forward 1 for S; backward 1
-for S again, 1 for the gradient of x and 1 for that of y. A teacher adds 2, for T. Kept logits save those of backward
-for S and T, and a frozen tower saves that of its gradient. ``docs/derivations.md`` has the formulas of the statistics.
-
-**Gradient.** Let ``a, b, c, d`` be the upstream gradients of row lse, column lse, row divergence, column divergence,
-and p, q, p̃, q̃ the row and column softmaxes of S and T. Then
-
-.. math:: \partial L / \partial s_{ij} = (a_i + c_i) p_{ij} + (b_j + d_j) q_{ij} - c_i \tilde p_{ij} - d_j \tilde q_{ij}
-
-where ``q_ij = p_ij exp(row_lse_i − column_lse_j)``, so that the gradient is p times an outer product.
-
-**Products.** For features of low precision the gradient in S is rounded to float16, after its *gain*: a power of two
-that takes it to the upper end of float16's range. For float32 features, the Triton form splits each number into two of
-float16: three products of these halves are as exact as one of float32.
+A step takes 4 units: forward 1 for S; backward 1 for S again, 1 for the gradient of x and 1 for that of y. A teacher
+adds 2, for T. Kept logits save those of backward for S and T, and a frozen tower saves that of its gradient.
+``docs/derivations.md`` has the formulas of the statistics and of the gradient in S.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,17 +36,19 @@ class Softmaxes(NamedTuple):
 class Matrix:
     """One matrix ``scale · x yᵀ`` without own entries, a tile at a time."""
 
-    def __init__(self, factors: Factors, partner: Tensor, operands: torch.dtype) -> None:
-        x, y, self.scale = factors
+    def __init__(self, factors: Sequence[Tensor], partner: Tensor, operands: torch.dtype) -> None:
+        x, y, self.scale, *_ = factors
         dtype = operands if are_narrow(x, operands) else x.dtype
         self.x, self.y, self.partner = x.to(dtype), y.to(dtype), partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
         """Over all tiles, one unit."""
-        if self.x.dtype == out.dtype:
-            torch.mm(self.scale * self.x[tile], self.y.T, out=out)
+        x = self.x[tile]
+        if x.dtype == out.dtype:
+            torch.mm(self.scale * x, self.y.T, out=out)
         else:
-            torch.mul(self.scale, product(self.x[tile], self.y.T, out.dtype), out=out)
+            _multiply([x], [self.y.T], out, add=False)
+            out *= self.scale
         column = self.partner[tile, None].clamp(min=0)
         own = out.gather(1, column).masked_fill_(self.partner[tile, None] >= 0, EXCLUDED)
         return out.scatter_(1, column, own)
@@ -107,8 +98,7 @@ def backward(
     tiles = tiles_of(x, y)
     buffers = x.new_empty(1 + len(models), tiles[0].stop, len(y))
     dtype = torch.float16 if are_narrow(x, operands) else x.dtype
-    rounded = x.new_empty(0 if dtype == x.dtype else tiles[0].stop, len(y), dtype=dtype)
-    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4] if len(w)], needs, dtype)
+    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
     for tile in tiles:
         scratch, *outs = buffers[:, : tile.stop - tile.start]
         gradient, *others = (
@@ -117,8 +107,6 @@ def backward(
         )
         for other in others:
             gradient += other
-        if len(rounded):
-            gradient = torch.mul(gradient, gradients.gain, out=rounded[: len(gradient)])
         gradients.add(tile, gradient)
     return gradients.results()
 
@@ -134,18 +122,17 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
     sums, *_ = all_sums = s.new_zeros(4, s.shape[1] if by_band else 0)
     pivot = teacher_pivot = lse.new_zeros(())  # then the mean lse of the first band
     buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
-    for start in range(0, s.shape[0], height):
-        band = slice(start, min(start + height, s.shape[0]))
+    for band in slices(len(s), height):
         p, scratch, *spare = buffers[:, : band.stop - band.start]
         lse[band] = _softmax(s[band], p)
-        pivot = lse[band].mean() if start == 0 else pivot
+        pivot = pivot if band.start else lse[band].mean()
         if by_band:
             sums.addmv_(p.T, (lse[band] - pivot).exp().to(s.dtype))
         if t is None:
             continue
         teacher_p, ratio, excess = spare
         teacher_lse[band] = _softmax(t[band], teacher_p)
-        teacher_pivot = teacher_lse[band].mean() if start == 0 else teacher_pivot
+        teacher_pivot = teacher_pivot if band.start else teacher_lse[band].mean()
         shift = teacher_lse[band] - lse[band]
         torch.sub(s[band], t[band], out=ratio).add_(shift.to(s.dtype)[:, None])
         terms = divergence_terms_in_place(ratio, p, teacher_p, excess, scratch)
@@ -193,11 +180,8 @@ def divergence_terms_in_place(
 ) -> Tensor:
     """`dense.divergence_terms` from both probabilities and ``ratio``, the logarithm of their quotient.
 
-    Leaves ``probability − target`` in ``excess``, and uses ``ratio`` and ``probability`` as scratch.
-
-    ``p − p̃ − p̃ log(p / p̃)`` cancels where the two are close. There its series in the ratio stands in, cut off after a
-    term that leaves it below the true value wherever it is inexact. So the larger of the two is right, once what
-    rounding may add to the difference is taken off. In float32 torch's expm1 takes longer than all of this.
+    Leaves ``probability − target`` in ``excess``, and uses ``ratio`` and ``probability`` as scratch. The difference
+    cancels where its series does not, and the larger of the two is right: see ``docs/derivations.md``.
     """
     margin = 8 * torch.finfo(ratio.dtype).eps
     torch.sub(probability, target, out=excess)
@@ -215,15 +199,19 @@ def divergence_terms_in_place(
     return larger
 
 
-def _tile_rows(x: Tensor, y: Tensor) -> int:
-    tile_bytes = TILE_BYTES if x.device.type == "cpu" else DEVICE_TILE_BYTES
-    return min(x.shape[0], max(TILE_ROWS, tile_bytes // (y.shape[0] * y.element_size())))
+def slices(length: int, height: int) -> list[slice]:
+    """Of rows, ``height`` at a time."""
+    return [slice(start, min(start + height, length)) for start in range(0, length, height)]
 
 
 def tiles_of(x: Tensor, y: Tensor) -> list[slice]:
     """The rows of each tile."""
-    rows = _tile_rows(x, y)
-    return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
+    return slices(len(x), _tile_rows(x, y))
+
+
+def _tile_rows(x: Tensor, y: Tensor) -> int:
+    tile_bytes = TILE_BYTES if is_looked_at(x) else DEVICE_TILE_BYTES
+    return min(len(x), max(TILE_ROWS, tile_bytes // (len(y) * y.element_size())))
 
 
 def is_looked_at(tensor: Tensor) -> bool:
@@ -244,46 +232,41 @@ def are_narrow(x: Tensor, operands: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(x.device) >= CAPABILITY
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` of low precision, summed and returned in ``dtype``."""
-    # The CPU, which interprets the Triton kernels, has no product of low precision with a float32 result.
-    return torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" else torch.mm(a.to(dtype), b.to(dtype))
-
-
 class FeatureGradients:
     """Sums up the gradients of x, y and scale from tiles of the gradient in S: one matrix product each for x and y."""
 
     def __init__(
-        self, factors: Factors, weights: list[Tensor], needs: list[bool], dtype: torch.dtype, parts: int = 1
+        self,
+        factors: Sequence[Tensor],
+        weights: Iterable[Tensor],
+        needs: list[bool],
+        dtype: torch.dtype,
+        parts: int = 1,
     ) -> None:
-        """``needs`` says which gradients are wanted, and ``dtype`` in which tiles are multiplied, in ``parts`` of it.
-
-        Each entry of the gradient in S is a sum of softmaxes times ``weights``, which bound it.
-        """
-        self.x, self.y, self.scale = factors
+        """Tiles are multiplied in ``parts`` of ``dtype``. The ``weights`` of softmaxes bound the gradient in S."""
+        self.x, self.y, self.scale, *_ = factors
         self.needs = needs
         self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
         self.is_rounded = dtype != self.x.dtype
         self.gain, self.operands = torch.ones_like(self.scale), [[self.x], [self.y]]
         if self.is_rounded:
-            bound = torch.stack([weight.abs().amax() for weight in weights]).sum()
+            bound = torch.stack([weight.abs().amax() for weight in weights if len(weight)]).sum()
             self.gain, *self.gains = (_gain(top) for top in (bound, self.x.abs().amax(), self.y.abs().amax()))
             self.operands = [
                 _split(gain * t, dtype, parts) for gain, t in zip(self.gains, (self.x, self.y), strict=True)
             ]
         wanted = self.takes_rows, needs[1]
         self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
-        self.of_scale = torch.zeros_like(self.scale)
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
-        """Adds the rows ``tile`` of the gradient in S, times ``gain`` and in parts of the dtype of the products."""
+        """Adds the rows ``tile`` of the gradient in S; or, times ``gain``, the parts of them that are multiplied."""
         (x, y), (of_x, of_y) = self.operands, self.totals
+        if gradient[0].dtype != x[0].dtype:
+            gradient = (torch.mul(gradient[0], self.gain, out=torch.empty_like(gradient[0], dtype=x[0].dtype)),)
         if self.needs[1]:
             _multiply([part.T for part in gradient], [part[tile] for part in x], of_y, add=True)
         if self.takes_rows:
             _multiply(gradient, y, of_x[tile], add=False)
-            if self.needs[2]:
-                self.of_scale += torch.linalg.vecdot(of_x[tile], self.x[tile]).sum()
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients after the last tile; one that is not needed is empty."""
@@ -291,11 +274,11 @@ class FeatureGradients:
         if self.is_rounded:
             of_x.div_(self.gain).div_(self.gains[1])
             of_y.div_(self.gain).div_(self.gains[0])
-            self.of_scale.div_(self.gain).div_(self.gains[1])
-        if self.needs[2] and not self.takes_rows:
-            self.of_scale = torch.linalg.vecdot(of_y, self.y).sum()
+        of_scale = self.scale.new_empty(0)
+        if self.needs[2]:
+            of_scale = torch.linalg.vecdot(*((of_x, self.x) if self.takes_rows else (of_y, self.y))).sum()
         of_x = of_x.mul_(self.scale) if self.needs[0] else of_x.new_empty(0)
-        return of_x, of_y.mul_(self.scale), self.of_scale if self.needs[2] else self.of_scale.new_empty(0)
+        return of_x, of_y.mul_(self.scale), of_scale
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:

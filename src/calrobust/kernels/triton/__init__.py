@@ -1,7 +1,7 @@
 """The forms for CUDA devices, as Triton kernels: what `softmax` and `sigmoid` share."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calrobust.kernels.dense import Factors
+from calrobust.kernels.tiled import slices
 
 TILE_BYTES = 160 * 2**20  # of the gradient in S
 KERNELS = ("forward", "backward", "sigmoid")
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None  # registers of a thread at most
 
 
-# By kernel, bytes of an operand and number of models. They fit into the 99 KiB of shared memory that every card has.
+# By kernel, bytes of an operand and number of models. They fit into 99 KiB of shared memory, which every card has.
 BLOCKS = {
     ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
     ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
@@ -39,7 +39,7 @@ BLOCKS = {
     **{(kernel, 8, models): Blocks(32, 32, 16, 8, 2) for kernel in KERNELS for models in (1, 2)},
 }
 
-LOG2E = tl.constexpr(math.log2(math.e))  # for devices have an exponential to base 2
+LOG2E = tl.constexpr(math.log2(math.e))  # devices have an exponential to base 2
 LN2 = tl.constexpr(math.log(2))
 NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
 INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
@@ -100,14 +100,14 @@ INTERPRETED = not isinstance(logits, triton.JITFunction)  # with TRITON_INTERPRE
 class Launcher:
     """The matrices as kernels read them, and kernels at the blocks that fit them."""
 
-    def __init__(self, kernel: str, models: list[Factors], operands: torch.dtype) -> None:
-        x, y, _ = models[0]
+    def __init__(self, kernel: str, models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> None:
+        x, y, *_ = models[0]
         self.shape, self.device = (len(x), len(y)), x.device
         # The gradient in S is multiplied in so many parts of a dtype.
         self.split = (x.dtype, 1) if x.dtype == torch.float64 else (torch.float16, operands.itemsize // 2)
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
-        self.matrices = [(x.to(operands).contiguous(), y.to(operands).contiguous(), scale) for x, y, scale in models]
+        self.matrices = [(*(t.to(operands).contiguous() for t in (x, y)), scale) for x, y, scale, *_ in models]
         widths = [x.shape[1] for x, *_ in models]
         blocks = BLOCKS[kernel, operands.itemsize, len(models)]
         self.blocks = blocks._replace(DEPTH=min(blocks.DEPTH, max(16, triton.next_power_of_2(max(widths)))))
@@ -116,21 +116,20 @@ class Launcher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
     ) -> None:
-        """On a tile of the student's matrix and of the teacher's, or twice the student's."""
+        """On a tile of the student's matrix and of the teacher's, or of the student's again."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
         with torch.cuda.device_of(self.matrices[0][0]):
             kernel[grid](matrices[0], matrices[-1], *arguments, **options, **(blocks or self.blocks)._asdict())
 
-    def tiles(self, n: int, row_bytes: int, limit: int) -> list[slice]:
-        """Slices of n rows, of as many blocks as fit into ``limit`` bytes, and of one at least."""
-        rows = self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS))
-        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    def tiles(self, row_bytes: int, limit: int) -> list[slice]:
+        """Of as many blocks of rows as fit into ``limit`` bytes, and of one at least."""
+        return slices(self.shape[0], self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS)))
 
     def gradients(self) -> Iterator[tuple[slice, Tensor]]:
         """Tiles, each with memory ``[parts, rows, M]`` for the gradient in S."""
-        (n, m), (dtype, parts) = self.shape, self.split
-        tiles = self.tiles(n, m * parts * dtype.itemsize, TILE_BYTES)
+        m, (dtype, parts) = self.shape[1], self.split
+        tiles = self.tiles(m * parts * dtype.itemsize, TILE_BYTES)
         memory = torch.empty(parts * tiles[0].stop * m, dtype=dtype, device=self.device)
         for tile in tiles:
             rows = tile.stop - tile.start

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calrobust.kernels.dense import Factors, wide
+from calrobust.kernels.dense import wide
 from calrobust.kernels.sigmoid import Classes, Model, Sums
 from calrobust.kernels.tiled import FeatureGradients
 from calrobust.kernels.triton import LOG2E, Launcher, comparison, logits, store_parts
@@ -92,10 +92,9 @@ def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
     """The sums and gradients, as `kernels.sigmoid.sweep` gives them."""
-    factors = [Factors(*model[:3]) for model in models]
     x = models[0].x
-    launch = Launcher("sigmoid", factors, operands)
-    gradients = FeatureGradients(factors[0], list(weights), needs[:3], *launch.split)
+    launch = Launcher("sigmoid", models, operands)
+    gradients = FeatureGradients(models[0], weights, needs, *launch.split)
     found = []
     for tile, gradient in launch.gradients():
         grid = launch.grid(gradient)

@@ -1,10 +1,9 @@
-r"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
+"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
 
-For each entry a program forms ``p = exp(s − a)`` and ``p̃ = exp(t − ã)`` at *references* a and ã, the largest logits of
-the row so far, and their `comparison`. Rows and columns are sums of comparisons; ``docs/derivations.md`` has the
-formulas. The sums of a block's columns go to memory, and a second kernel merges them. Where one has lost terms or would
-cancel, it forms the sums of that block again, at the columns' own references. No product is fused into ``s − t``: a
-teacher equal to the student gives exactly zero.
+Rows and columns are sums of `comparison` at *references*, the largest logits of the row so far: see
+``docs/derivations.md``. The sums of a block's columns go to memory, and a second kernel merges them. Where one has lost
+terms or would cancel, it forms the sums of that block again, at the columns' own references. No product is fused into
+``s − t``: a teacher equal to the student gives exactly zero.
 """
 
 import torch
@@ -21,7 +20,6 @@ SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
 PROGRAMS = 4  # for each multiprocessor, at least, if there are blocks enough
 SPANS = 16  # of columns, at least: programs of one block of rows run together, and share it in the cache
 COLUMN_SPAN = 32  # blocks of rows, of which one program merges the columns
-
 
 EXCLUDED = tl.constexpr(dense.EXCLUDED)
 FLOOR = tl.constexpr(-(2.0**123))  # the least reference, beside which excluded entries are nothing
@@ -273,15 +271,15 @@ def _backward_kernel(
 def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> Strip:
     """The statistics, as `tiled.forward` gives them."""
     x, y, _ = models[0]
-    n, m = len(x), len(y)
+    m = len(y)
     launch = Launcher("forward", models, operands)
-    # Few columns of a program: to take sums again needs many registers, and with too few all of it slows down.
+    # Few columns of a program, because taking sums again needs many registers.
     narrow = launch.blocks._replace(COLUMNS=min(64, launch.blocks.COLUMNS), num_warps=4)
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
     of_a_row = triton.cdiv(sums * m * x.element_size(), launch.blocks.ROWS) if columns else 1  # bytes
-    for tile in launch.tiles(n, of_a_row, SUMS_BYTES):
+    for tile in launch.tiles(of_a_row, SUMS_BYTES):
         length = tile.stop - tile.start
         height = triton.cdiv(length, launch.blocks.ROWS)
         span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks
@@ -324,8 +322,7 @@ def backward(
     """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
     launch = Launcher("backward", models, operands)
     columns = len(softmaxes[0].column_weights) > 0
-    weights = [w for each in softmaxes for w in each[2:4] if len(w)]
-    gradients = FeatureGradients(models[0], weights, needs, *launch.split)
+    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, *launch.split)
     for tile, gradient in launch.gradients():
         arguments = [
             (each.row_lse[tile], each.column_lse, each.row_weights[tile], each.column_weights) for each in softmaxes

@@ -64,7 +64,7 @@ def agree(
 ) -> tuple[Ranks, ...]:
     """Tells all ranks how many rows of each batch are here, and returns the ranks of each batch.
 
-    If a rank tells `REFUSED`, or ``facts`` differ, all ranks raise ``ValueError``, so that none waits.
+    All ranks raise ``ValueError`` if ``facts`` differ or a rank tells `REFUSED`, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)

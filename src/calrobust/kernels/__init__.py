@@ -4,7 +4,6 @@
 `triton.softmax`; `tiled.FeatureGradients` takes it on to the factors.
 """
 
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -76,14 +75,14 @@ class PairBatch:
         self.classes: tuple[Tensor, Tensor] | None = None  # of rows and of columns, if there are labels
         rows, columns = (torch.arange(k, device=images.device) for k in ((m, n) if swapped else (n, m)))
         self.partner = torch.where(rows < self.pairs, rows + self.columns.here.start, -1)
-        self.of_rows = self._anchors((rows < self.pairs).long(), ranks[0].total, are_images=not swapped)
-        self.of_columns = self._anchors((columns < self.pairs).long(), ranks[0].total, are_images=swapped)
+        self.of_rows = _anchors((rows < self.pairs).long(), ranks[0].total, are_images=not swapped)
+        self.of_columns = _anchors((columns < self.pairs).long(), ranks[0].total, are_images=swapped)
         if labels is not None:
-            of_images, of_texts = labels if isinstance(labels, tuple) else (labels, labels)
-            self._label(*((of_texts, of_images) if swapped else (of_images, of_texts)))
+            both = labels if isinstance(labels, tuple) else (labels, labels)
+            self._label(*(both[::-1] if swapped else both))
 
     def own(self, factors: Factors) -> Tensor:
-        """``[n]``: the logit of each row and its partner, `EXCLUDED` if there is none."""
+        """``[n]``: the logit of each row and its partner, or `EXCLUDED`."""
         x, y, scale = factors
         if self.in_order:
             start = self.columns.here.start
@@ -97,7 +96,7 @@ class PairBatch:
         return F.pad(own, (0, self.partner.shape[0] - own.shape[0])).masked_fill(self.partner < 0, EXCLUDED)
 
     def own_of_columns(self, own: Part) -> Part:
-        """``[M]`` each: of the own entries of each column, which are those of the rows whose partner it is."""
+        """``[M]`` each: of the own entries of each column."""
         m, start = self.columns.total, self.columns.here.start
         if self.in_order:
             place = start, m - start - self.pairs
@@ -107,20 +106,15 @@ class PairBatch:
 
     def _factors(self, features: Features) -> Factors:
         images, texts, scale = features
-        x, y = (texts, images) if self.swapped else (images, texts)
-        return Factors(
-            _tracked(x).to(self.dtype), self.columns.gather(_tracked(y), self.dtype), self.scalar(scale, images.device)
-        )
+        x, y = map(_tracked, (texts, images) if self.swapped else (images, texts))
+        return Factors(x.to(self.dtype), self.columns.gather(y, self.dtype), self.scalar(scale, x.device))
 
     def scalar(self, value: Tensor | float, device: torch.device) -> Tensor:
         """A number, or a tensor of equal entries, as a tensor of shape ``[]``."""
         if isinstance(value, Tensor):
             return _tracked(value).mean().to(device, self.dtype)
-        # What the dtype cannot hold becomes infinite, and the loss NaN, where torch would raise.
-        number = float(value)
-        if abs(number) > torch.finfo(self.dtype).max:
-            number = math.copysign(math.inf, number)
-        return torch.full((), number, dtype=self.dtype, device=device)
+        # In a product what the dtype cannot hold becomes infinite, and the loss NaN; torch.full would raise.
+        return torch.ones((), dtype=self.dtype, device=device) * float(value)
 
     def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:
         """Rows and columns of equal labels are positives. No shape depends on a value, so no device is waited for."""
@@ -130,16 +124,16 @@ class PairBatch:
         _, of_column, _ = _occurrences(of_rows, of_columns)
         rows, columns = self.rows.here, self.columns.here
         self.classes = row_classes[rows], column_classes
-        self.of_rows = self._anchors(of_row[rows], (of_row > 0).sum(), are_images=not self.swapped)
-        self.of_columns = self._anchors(of_column[columns], (of_column > 0).sum(), are_images=self.swapped)
+        self.of_rows = _anchors(of_row[rows], (of_row > 0).sum(), are_images=not self.swapped)
+        self.of_columns = _anchors(of_column[columns], (of_column > 0).sum(), are_images=self.swapped)
         if not self.in_order:
             first = order.index_select(0, row_classes[rows].clamp(max=order.shape[0] - 1))
             self.partner = torch.where(of_row[rows] > 0, first, -1)
 
-    def _anchors(self, positives: Tensor, number: Tensor | int, *, are_images: bool) -> Anchors:
-        weights = torch.ones_like(positives, dtype=wide(positives.device))
-        weights = weights.masked_fill(positives == 0, math.nan if are_images else 0)
-        return Anchors(weights, number, positives.clamp(min=1))
+
+def _anchors(positives: Tensor, number: Tensor | int, *, are_images: bool) -> Anchors:
+    weights = torch.ones_like(positives, dtype=wide(positives.device))
+    return Anchors(weights.masked_fill(positives == 0, torch.nan if are_images else 0), number, positives.clamp(min=1))
 
 
 def pair_statistics(
@@ -174,14 +168,14 @@ def pair_statistics(
         else:
             options: Any = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
             strip = operators.softmax_statistics(student, teacher, batch.partner, columns=columns, **options)
-        totals = batch.rows.total, batch.columns.total
-        rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), totals[1], batch.of_rows, totals[0])
+        n, m = batch.rows.total, batch.columns.total
+        rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), m, batch.of_rows, n)
         if not columns:
             return rows, None
         parts = [batch.own_of_columns(own), strip.columns.to(precise)]
         sums = batch.columns.scatter_sum(torch.stack(column_sums, 1)).T
         own, other = _over_ranks(parts, batch.columns)
-        return rows, _direction(own, other, sums, totals[0], batch.of_columns, totals[1])
+        return rows, _direction(own, other, sums, n, batch.of_columns, m)
 
 
 def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:
@@ -200,7 +194,7 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
 
 
 def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
-    """``[m]`` each: of the own entries of each column; several rows may have one partner."""
+    """``[m]`` each: of the rows that have each column as partner."""
     slot = partner.remainder(m + 1)  # the last one is for rows without a partner
 
     def sums(values: Tensor) -> Tensor:
@@ -209,7 +203,7 @@ def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
     def lse(values: Tensor) -> Tensor:
         top = values.new_full((m + 1,), EXCLUDED).scatter_reduce(0, slot, values.detach(), "amax")
         total = sums((values - top.index_select(0, slot)).exp())
-        return top + total.masked_fill(total == 0, 1).log()  # `EXCLUDED` where there is no entry
+        return top + total.masked_fill(total == 0, 1).log()  # `EXCLUDED` for no row
 
     total = lse(own.lse)
     if own.teacher_lse.shape[0] == 0:

@@ -125,8 +125,8 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
     precise = wide(z.device)
     torch.sigmoid(logits, out=chances[0])
     torch.neg(logits, out=chances[1]).sigmoid_()
-    # log(1 + exp(−|z|)) is −log(1 − q), where q is the smaller chance and the larger one, r, is 1 − q rounded. The sum
-    # q + (r − 1) − log(r) has all its digits, and torch's log1p takes ten times as long as its log.
+    # log(1 + exp(−|z|)) is −log(1 − q) for the smaller chance q, and the larger one, r, is 1 − q rounded. So
+    # q + (r − 1) − log(r) has all its digits. torch's log1p takes ten times as long as its log.
     r = torch.maximum(*chances, out=one)
     torch.log(r, out=two)
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)

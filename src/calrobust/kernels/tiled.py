@@ -19,7 +19,7 @@ CAPABILITY = (8, 0)  # the least compute capability of a CUDA device that multip
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
 TILE_ROWS = 256  # at least: below, the matrix products slow down
-BAND_BYTES = 2**18  # of a band, the rows of a tile that are read several times: fits into the second cache
+BAND_BYTES = 2**18  # of a band of rows, which is read several times: fits into the second cache
 FAR = 6.0  # nats by which rows or columns may shift before sums over columns cancel too much
 
 
@@ -55,8 +55,8 @@ class Matrix:
 
     def weighted_softmaxes(self, softmaxes: Softmaxes, tile: slice, scratch: Tensor, out: Tensor) -> Tensor:
         """The row and column softmaxes, times their weights and added up."""
-        row_lse, row_weights = softmaxes.row_lse[tile], softmaxes.row_weights[tile, None]
-        _, column_lse, _, column_weights, kept = softmaxes
+        row_lse, column_lse, row_weights, column_weights, kept = softmaxes
+        row_lse, row_weights = row_lse[tile], row_weights[tile, None]
         s = kept[tile] if len(kept) else self.logits(tile, out)
         p = torch.softmax(s, 1, out=scratch)
         if not len(column_lse):
@@ -71,7 +71,7 @@ class Matrix:
 def forward(
     models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
 ) -> Strip:
-    """The statistics of the student and of a teacher if there is one; their logits stay in ``kept`` if it has rows."""
+    """The statistics of a student and maybe a teacher; their logits stay in ``kept`` if it has rows."""
     x, y, _ = models[0]
     matrices = [Matrix(factors, partner, operands) for factors in models]
     tiles = tiles_of(x, y)
@@ -92,7 +92,7 @@ def forward(
 def backward(
     models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the student's x, y and scale; ``needs`` says which. One that is not needed is empty."""
+    """The gradients of the student's x, y and scale; those that ``needs`` excludes are empty."""
     x, y, _ = models[0]
     matrices = [Matrix(factors, partner, operands) for factors in models]
     tiles = tiles_of(x, y)
@@ -112,7 +112,7 @@ def backward(
 
 
 def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
-    """Of the rows of a tile, and maybe of its columns over these rows; a band of rows at a time, in the cache."""
+    """Of the rows of a tile, and maybe of its columns over these rows."""
     precise = wide(s.device)
     on_cpu = is_looked_at(s)
     by_band = columns and on_cpu  # elsewhere columns are taken from the logits
@@ -164,7 +164,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
     if len(where):
         exact = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)
         for vector, values in zip(found, exact, strict=True):
-            vector[where[: len(values)]] = values  # none of a teacher's without a teacher
+            vector[where[: len(values)]] = values  # of a teacher only if there is one
     return Strip(rows, found)
 
 
@@ -259,7 +259,7 @@ class FeatureGradients:
         self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
-        """Adds the rows ``tile`` of the gradient in S; or, times ``gain``, the parts of them that are multiplied."""
+        """Adds rows of the gradient in S: as they are, or times ``gain`` in the parts that are multiplied."""
         (x, y), (of_x, of_y) = self.operands, self.totals
         if gradient[0].dtype != x[0].dtype:
             gradient = (torch.mul(gradient[0], self.gain, out=torch.empty_like(gradient[0], dtype=x[0].dtype)),)
@@ -269,7 +269,7 @@ class FeatureGradients:
             _multiply(gradient, y, of_x[tile], add=False)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients after the last tile; one that is not needed is empty."""
+        """The gradients, after the last tile."""
         of_x, of_y = self.totals
         if self.is_rounded:
             of_x.div_(self.gain).div_(self.gains[1])
@@ -282,14 +282,12 @@ class FeatureGradients:
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
-    """Writes the product of two sums of parts into ``out``, or adds it; without what is beneath the last part."""
+    """Writes the product of two sums of parts into ``out`` or adds it, without what is beneath the last part."""
     for a, b in ((a, b) for i, a in enumerate(left) for b in right[: len(right) - i]):
-        if a.dtype == out.dtype:
-            torch.addmm(out, a, b, beta=int(add), out=out)
-        elif a.device.type == "cuda":
-            torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
-        else:
+        if a.dtype == out.dtype or a.device.type != "cuda":
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
+        else:
+            torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
         add = True
 
 

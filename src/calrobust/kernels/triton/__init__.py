@@ -86,7 +86,7 @@ def comparison(p, target, r, TEACHER: tl.constexpr):
 
 @triton.jit
 def store_parts(numbers, to, stride, inside, PARTS: tl.constexpr):
-    """Each number as the sum of ``PARTS`` numbers of lower precision, as `tiled.FeatureGradients` multiplies them."""
+    """Each number as the sum of ``PARTS`` of lower precision, for `tiled.FeatureGradients`."""
     for _ in tl.static_range(PARTS):
         part = numbers.to(to.dtype.element_ty)
         tl.store(to, part, mask=inside)
@@ -98,7 +98,7 @@ INTERPRETED = not isinstance(logits, triton.JITFunction)  # with TRITON_INTERPRE
 
 
 class Launcher:
-    """The matrices as kernels read them, and kernels at the blocks that fit them."""
+    """The matrices as kernels read them, and the blocks that fit."""
 
     def __init__(self, kernel: str, models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> None:
         x, y, *_ = models[0]

@@ -106,8 +106,7 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
         features = normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1)
         return features.to(operands).to(device, dtype)
 
-    numbers = torch.tensor([20.0, -5.0], dtype=dtype, device=device)
-    scale_and_bias = numbers.unbind()[: 1 + (form == "sigmoid")]
+    scale_and_bias = torch.tensor([20.0, -5.0], dtype=dtype, device=device)
     factors = [t for _ in range(1 + teacher) for t in (drawn(ROWS), drawn(COLUMNS), *scale_and_bias)]
     results = _softmax if form == "softmax" else _sigmoid
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -120,7 +119,7 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
 
 
 def _softmax(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Tensor]:
-    tensors = [*factors, torch.arange(ROWS, device=factors[0].device)]
+    tensors = [*factors[:3], *factors[4:7], torch.arange(ROWS, device=factors[0].device)]
     found = _forward(tensors, impl, operands, True, False)
     upstream = [torch.full_like(vector, 1 / ROWS) for vector in found[:4]]
     return [*found, *_backward([*upstream, *found, *tensors], [True] * 3, impl, operands)]

@@ -101,10 +101,8 @@ class Launcher:
     """The matrices as kernels read them, and the blocks that fit."""
 
     def __init__(self, kernel: str, models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> None:
-        x, y, *_ = models[0]
-        self.shape, self.device = (len(x), len(y)), x.device
-        # The gradient in S is multiplied in so many parts of a dtype.
-        self.split = (x.dtype, 1) if x.dtype == torch.float64 else (torch.float16, operands.itemsize // 2)
+        # Of the gradient in S: the dtype in which it is multiplied, and in how many parts.
+        self.split = (torch.float16, operands.itemsize // 2) if operands.itemsize < 8 else (operands, 1)
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
         self.matrices = [(*(t.to(operands).contiguous() for t in (x, y)), scale) for x, y, scale, *_ in models]
@@ -124,16 +122,15 @@ class Launcher:
 
     def tiles(self, row_bytes: int, limit: int) -> list[slice]:
         """Of as many blocks of rows as fit into ``limit`` bytes, and of one at least."""
-        return slices(self.shape[0], self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS)))
+        rows = self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS))
+        return slices(len(self.matrices[0][0]), rows)
 
     def gradients(self) -> Iterator[tuple[slice, Tensor]]:
         """Tiles, each with memory ``[parts, rows, M]`` for the gradient in S."""
-        m, (dtype, parts) = self.shape[1], self.split
-        tiles = self.tiles(m * parts * dtype.itemsize, TILE_BYTES)
-        memory = torch.empty(parts * tiles[0].stop * m, dtype=dtype, device=self.device)
-        for tile in tiles:
-            rows = tile.stop - tile.start
-            yield tile, memory[: parts * rows * m].view(parts, rows, m)
+        y, (dtype, parts) = self.matrices[0][1], self.split
+        tiles = self.tiles(len(y) * parts * dtype.itemsize, TILE_BYTES)
+        memory = y.new_empty(parts, tiles[0].stop, len(y), dtype=dtype)
+        return ((tile, memory[:, : tile.stop - tile.start]) for tile in tiles)
 
     def grid(self, tile: Tensor) -> tuple[int, int]:
         """A program for each block of a tile ``[..., rows, columns]``."""

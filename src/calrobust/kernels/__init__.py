@@ -57,7 +57,7 @@ class PairBatch:
         *,
         swapped: bool = False,
     ) -> None:
-        """Casts to the dtype of the softmaxes, at least float32, and gathers; ``ranks`` of images and of texts."""
+        """Casts to float32 or float64 and gathers; ``ranks`` are those of images and of texts."""
         images, texts, _ = student
         self.operands = torch.promote_types(images.dtype, (teacher or student)[0].dtype)
         self.dtype = torch.promote_types(self.operands, torch.float32)
@@ -85,11 +85,10 @@ class PairBatch:
         """``[n]``: the logit of each row and its partner, or `EXCLUDED`."""
         x, y, scale = factors
         if self.in_order:
-            start = self.columns.here.start
+            partners, start = y, self.columns.here.start
             # The gradient of a slice is as large as the whole, so what is whole is not sliced.
-            is_whole = not torch.compiler.is_compiling() and x.shape[0] == y.shape[0] == self.pairs
-            partners = y if is_whole else y[start : start + self.pairs]
-            x = x if is_whole else x[: self.pairs]
+            if torch.compiler.is_compiling() or not x.shape[0] == y.shape[0] == self.pairs:
+                x, partners = x[: self.pairs], y[start : start + self.pairs]
         else:
             partners = y.index_select(0, self.partner.clamp(min=0))
         own = scale * torch.linalg.vecdot(x, partners)

@@ -20,7 +20,7 @@ from calrobust.kernels.dense import Factors, Part, Strip
 from calrobust.kernels.tiled import CAPABILITY, Softmaxes
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
-FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels, from all comparisons so far
+FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
 ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the problem that they are compared on
 TOLERANCE = 1e-2  # relative, in the Frobenius norm; what is broken is off by more
 
@@ -51,7 +51,7 @@ def softmax_statistics(
 
 
 def obstacle_to_triton(device: torch.device) -> str:
-    """Why the Triton kernels do not run on a device; empty if they do."""
+    """Why Triton does not run on a device; empty if it does."""
     if not _TRITON_IS_INSTALLED:
         return "no triton to import"
     if device.type != "cuda":
@@ -97,7 +97,7 @@ def _warn(message: str) -> None:
 
 
 def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
-    """What is wrong with the kernels of a form on a device, and empty if they agree with the tiled form."""
+    """How the kernels of a form differ from the tiled form; empty if they agree."""
     FAULTS[device, operands, form, teacher] = ""  # so that they are taken here
     dtype = torch.promote_types(operands, torch.float32)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -184,7 +184,7 @@ def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype
 
 
 def like(factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Memory for the gradients of factors; empty for those that are not needed."""
+    """Memory for the gradients of factors that are needed."""
     return [factor.new_empty(factor.shape if needed else 0) for factor, needed in zip(factors, needs, strict=True)]
 
 
@@ -208,8 +208,8 @@ def differentiable(
 ) -> Any:
     """The results of an operator, the first ``number`` of them with a gradient.
 
-    ``backward`` gives the gradients of the first tensors. It is called with the options, whether each gradient is
-    needed, the upstream gradients, the results and the tensors.
+    ``backward`` takes the options, which gradients are needed, the upstream gradients, the results and the tensors. It
+    gives the gradients of the first tensors.
     """
     if not torch.compiler.is_compiling():
         return _Eager.apply(forward, backward, number, options, *tensors)
@@ -219,7 +219,7 @@ def differentiable(
 
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd follows what is computed from them."""
+    """Whether autograd records what is computed from them."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

@@ -118,7 +118,7 @@ def sweep(
 
 
 def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: Tensor) -> Sums:
-    """The sums of some rows of Z and of the teacher's matrix; with weights, turns Z into the gradient in it."""
+    """The sums of some rows of Z and of the teacher's matrix; given weights, Z becomes the gradient in it."""
     softplus, one, two, *_ = scratch
     chances = scratch[3:5]  # of yes and of no
     z, *teacher = logits

@@ -233,7 +233,7 @@ def are_narrow(x: Tensor, operands: torch.dtype) -> bool:
 
 
 class FeatureGradients:
-    """Sums up the gradients of x, y and scale from tiles of the gradient in S: one matrix product each for x and y."""
+    """The gradients of x, y and scale from tiles of the gradient in S, by one matrix product each for x and y."""
 
     def __init__(
         self,

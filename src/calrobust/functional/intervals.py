@@ -167,8 +167,8 @@ def mean_of_intervals(parts: Tensor) -> Tensor:
     return torch.stack((mean, mean - distances[0], mean + distances[1]))
 
 
-def score_interval(scores: Tensor, level: float) -> Tensor:
-    """The mean of scores ``[N]``, and the ends of its interval: ``[3]``."""
+def score_interval(scores: Tensor, level: float, *, paired: bool = False) -> Tensor:
+    """The mean of scores ``[N]``, or of ``paired`` differences, and the ends of its interval: ``[3]``."""
     scores, n = scores.double(), len(scores)
     mean = scores.mean()
     centred = scores - mean
@@ -176,6 +176,15 @@ def score_interval(scores: Tensor, level: float) -> Tensor:
     skewness = (centred / (n * deviation)).pow(3).sum().nan_to_num()  # of the mean
     skewness = torch.where(skewness.abs() < 1e-6, 1e-6, skewness)
     z = torch.special.ndtri(mean.new_tensor([(1 + level) / 2, (1 - level) / 2]))
+    if paired:  # quantiles of Student's t
+        freedom = n_deciding(scores).nan_to_num(math.inf)
+        z = z + z * (z.square() + 1) / (4 * freedom) + z * (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
     cubes = 1 + skewness * (z - skewness / 6)
     steps = 3 / skewness * (cubes.sign() * cubes.abs().pow(1 / 3) - 1)
     return torch.cat((mean[None], mean - deviation * steps))
+
+
+def n_deciding(scores: Tensor) -> Tensor:
+    """How many scores would, if they alone differed from the mean and by as much, have the same kurtosis."""
+    squares = (scores.double() - scores.double().mean()).square()
+    return squares.sum().square() / squares.square().sum()

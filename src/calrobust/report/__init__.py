@@ -182,6 +182,7 @@ class ShiftReport:
 
         Intervals are those of the mean of what differs for each sample, which tells methods apart that agree on most
         samples. A difference of ECEs has none, because noise adds to each ECE, by an amount that is not known.
+        :doc:`/derivations` has the formulas.
 
         Args:
             a: a method.
@@ -189,8 +190,8 @@ class ShiftReport:
 
         Returns:
             ``a`` and ``b``, and the differences of the figures of :meth:`summary` but ``temperature`` as ``id_…`` and
-            ``ood_…``, with ``…_low`` and ``…_high``. NaN where :meth:`summary` has NaN, or fewer than 100 samples make
-            the difference. All are 0 for two methods of equal predictions.
+            ``ood_…``, with ``…_low`` and ``…_high``. NaN where :meth:`summary` has NaN; ends are NaN as well if fewer
+            than about ten samples make the difference. All are 0 for two methods of equal predictions.
 
         Raises:
             ValueError: a name is no method's, targets differ, or the report is incomplete.

@@ -14,6 +14,7 @@ from calrobust.functional.intervals import (
     mean_accuracy,
     mean_interval,
     mean_of_intervals,
+    n_deciding,
     score_interval,
 )
 from calrobust.functional.scoring import (
@@ -200,10 +201,9 @@ def differences(pairs: Sequence[tuple[Samples, Samples]], a: dict[str, float], b
 def _difference(a: Samples, b: Samples, name: str) -> Tensor:
     """The difference and the ends of its interval, which are NaN if it is that of a few samples."""
     difference = a.scores(name).double() - b.scores(name).double()
-    squares = (difference - difference.mean()).square()
-    ends = score_interval(difference, LEVEL)
-    # The number of samples that differ, if they differ by as much; ranks and hits may agree where predictions do not.
-    n_differ = float(squares.sum() ** 2 / squares.square().sum())
-    if n_differ < FEWEST or (math.isnan(n_differ) and name in ("accuracy", "aurc")):
+    ends = score_interval(difference, LEVEL, paired=True)
+    # Ranks and hits may agree where predictions do not.
+    deciding = n_deciding(a["correct"].double() - b["correct"].double() if name == "aurc" else difference)
+    if deciding < FEWEST or (deciding.isnan() and name in ("accuracy", "aurc")):
         ends[1:] = math.nan
     return ends

@@ -24,6 +24,7 @@ def every_metric(**options: Any) -> dict[str, Metric]:
         "adaptive": metrics.AdaptiveCalibrationError(**options),
         "classwise": metrics.ClasswiseCalibrationError(num_classes=5, **options),
         "brier": metrics.BrierScore(**options),
+        "aurc": metrics.SelectiveRisk(**options),
         "nll": metrics.NegativeLogLikelihood(**options),
         "summary": metrics.CalibrationSummary(**options),
     }

@@ -32,6 +32,7 @@ from calrobust.functional.calibration import (
     top_label,
 )
 from calrobust.functional.scoring import brier_score, negative_log_likelihood
+from calrobust.functional.selective import selective_risk
 from calrobust.metrics import (
     AdaptiveCalibrationError,
     BrierScore,
@@ -39,6 +40,7 @@ from calrobust.metrics import (
     CalibrationSummary,
     ClasswiseCalibrationError,
     NegativeLogLikelihood,
+    SelectiveRisk,
 )
 
 Make = Callable[..., Metric]
@@ -51,6 +53,8 @@ MAKERS: dict[str, Make] = {
     "classwise": lambda **options: ClasswiseCalibrationError(num_classes=5, **options),
     "brier": BrierScore,
     "nll": NegativeLogLikelihood,
+    "aurc": SelectiveRisk,
+    "augrc": lambda **options: SelectiveRisk(generalized=True, **options),
     "summary": CalibrationSummary,
 }
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -62,6 +66,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "classwise": classwise_calibration_error,
     "brier": brier_score,
     "nll": negative_log_likelihood,
+    "aurc": selective_risk,
+    "augrc": lambda *args, **options: selective_risk(*args, generalized=True, **options),
 }
 every_maker = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
 
@@ -114,14 +120,14 @@ def test_summary_is_its_parts() -> None:
 
 @every_maker
 def test_state_does_not_grow_with_the_samples(make: Make) -> None:
-    """Sums take at most 400 bytes for 15 bins. The adaptive metric alone keeps eight bytes a sample."""
+    """Sums take at most 400 bytes for 15 bins. What needs an order keeps eight bytes a sample."""
     metric, batch = make(), classifier(100, 5, 0)
     sizes = []
     for _ in range(3):
         metric.update(*batch)
         states = [state if isinstance(state, list) else [state] for state in metric.metric_state.values()]
         sizes.append(sum(t.numel() * t.element_size() for state in states for t in state))
-    if isinstance(metric, AdaptiveCalibrationError):
+    if isinstance(metric, (AdaptiveCalibrationError, SelectiveRisk)):
         assert sizes == [800, 1600, 2400]
     else:
         assert sizes[0] == sizes[1] == sizes[2] <= (400 if not isinstance(metric, ClasswiseCalibrationError) else 1800)
@@ -381,7 +387,14 @@ def test_collection_shares_sums_only_between_metrics_of_the_same_sums() -> None:
     groups = {frozenset(group) for group in collection.compute_groups.values()}
     assert groups == {
         frozenset(group)
-        for group in (["l1", "debiased", "max"], ["l2"], ["adaptive", "mean"], ["classwise"], ["brier"], ["nll"])
+        for group in (
+            ["l1", "debiased", "max"],
+            ["l2"],
+            ["adaptive", "aurc", "augrc", "mean"],
+            ["classwise"],
+            ["brier"],
+            ["nll"],
+        )
     }
     for name, value in collection.compute().items():
         assert_close(value, updated(makers[name](), *batches).compute())

@@ -75,6 +75,7 @@ METRICS: list[tuple[Any, dict[str, Any]]] = [
     (metrics.BrierScore, {}),
     (metrics.NegativeLogLikelihood, {}),
     (metrics.CalibrationSummary, {}),
+    (metrics.SelectiveRisk, {}),
 ]
 UPDATES = [updating(make, **options) for make, options in METRICS]
 FORWARDS = [called(make, **options) for make, options in METRICS]
@@ -291,6 +292,7 @@ TABLE: Table = [
             Wrong({"norm": 1}, ValueError),
         ],
     ),
+    (NEW[6:], [Wrong({"generalized": 1}, TypeError, "generalized must be True or False, got int 1")]),
     *guarded(
         [BINNED_ERROR, ERRORS[0], NEW[0]],
         [
@@ -336,7 +338,7 @@ TABLE: Table = [
         ],
     ),
     (
-        [BINNED_ERROR],
+        [BINNED_ERROR, Target("functional.brier_decomposition", F.brier_decomposition, lambda: {"bins": BINS})],
         [
             Wrong(
                 {"bins": torch.zeros(3, 5)},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import brier_score_loss
 from strategies import Predictions, classifier, confidences_and_correct, predictions, seeds
 from torch import Tensor
 from torch.testing import assert_close
@@ -23,6 +24,7 @@ from calrobust.functional.calibration import (
     bin_confidences,
     bin_index,
     binned_error,
+    brier_decomposition,
     calibration_error,
     classwise_calibration_error,
     classwise_error,
@@ -438,3 +440,38 @@ def test_captures_as_one_graph(error: Callable[..., Tensor]) -> None:
     logits, target = classifier(40, 5, 0)
     compiled = torch.compile(error, fullgraph=True, backend="aot_eager")
     assert_close(compiled(logits, target), error(logits, target))
+
+
+@given(confidences_and_correct(), st.integers(1, 20))
+def test_the_parts_of_a_brier_score_sum_to_it(data: tuple[Tensor, Tensor], n_bins: int) -> None:
+    """That of confidences replaced by the means of their bins, sample by sample; each part is in [0, 1/4] or [0, 1]."""
+    confidences, correct = data
+    bins = bin_confidences(confidences, correct, n_bins=n_bins)
+    index = (confidences[:, None] >= torch.arange(1, n_bins, dtype=torch.float64) * (1 / n_bins)).sum(1)
+    forecasts = (bins.confidence_sums / bins.counts)[index]
+    reliability, resolution, uncertainty = brier_decomposition(bins)
+    score = (forecasts - correct.double()).square().mean()
+    assert_close(reliability - resolution + uncertainty, score, rtol=0, atol=1e-12)
+    assert reliability >= 0
+    assert 0 <= resolution <= uncertainty + 1e-12 <= 0.25 + 2e-12
+
+
+def test_the_parts_of_a_brier_score_are_scikit_learns_score() -> None:
+    """Where all confidences of a bin are equal, the sum is the Brier score itself."""
+    generator = torch.Generator().manual_seed(0)
+    confidences = (torch.randint(0, 10, (500,), generator=generator).double() + 0.5) / 10
+    correct = torch.rand(500, generator=generator) < confidences
+    reliability, resolution, uncertainty = brier_decomposition(bin_confidences(confidences, correct, n_bins=10))
+    expected = brier_score_loss(correct.numpy(), confidences.numpy())
+    assert float(reliability - resolution + uncertainty) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_row_of_bins_has_parts_of_its_own() -> None:
+    """Bins ``[2, 3]`` give two values of each part, and no samples give NaN."""
+    rows = [
+        bin_confidences(torch.tensor([0.1, 0.9, 0.8]), torch.tensor([False, True, i > 0]), n_bins=3) for i in (0, 1)
+    ]
+    both = brier_decomposition(Bins(*map(torch.stack, zip(*rows, strict=True))))  # type: ignore[arg-type]
+    for part, expected in zip(both, zip(*map(brier_decomposition, rows), strict=True), strict=True):
+        assert_close(part, torch.stack(expected))
+    assert all(part.isnan() for part in brier_decomposition(Bins(*torch.zeros(3, 4))))

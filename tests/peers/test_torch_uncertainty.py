@@ -71,6 +71,28 @@ def test_equal_mass_errors_are_ours_where_bins_hold_equally_many(norm: Norm, see
     assert ours == pytest.approx(float(other), rel=1e-4)
 
 
+@pytest.mark.parametrize("generalized", [False, True])
+@given(seed=seeds())
+def test_selective_risk_is_theirs_without_ties_up_to_the_rule_of_integration(generalized: bool, seed: int) -> None:
+    """They take trapezoids between the coverages 1/N and 1; ours is the mean over coverages (Geifman's definition)."""
+    p = classifier(200, CLASSES, seed)
+    curve = F.risk_coverage_curve(*F.top_label(*p))
+    curve *= torch.arange(1, 201) / 200 if generalized else 1
+    trapezoids = (curve.sum() - (curve[0] + curve[-1]) / 2) / 199
+    other = value(theirs.AUGRC() if generalized else theirs.AURC(), p.logits.softmax(1), p.target)
+    assert trapezoids.item() == pytest.approx(float(other), rel=1e-4)
+    assert F.selective_risk(*p, generalized=generalized).item() == pytest.approx(float(curve.mean()), rel=1e-6)
+
+
+def test_ties_depend_on_their_order_in_theirs_and_not_in_ours() -> None:
+    """A constant model: the risk is the error rate at every coverage, whichever way the samples lie."""
+    logits, target = torch.tensor([[1.0, 0.0]]).expand(100, 2), (torch.arange(100) >= 50).long()
+    for labels in (target, target.flip(0)):
+        assert F.selective_risk(logits, labels) == 0.5
+    first, second = (float(value(theirs.AURC(), logits.softmax(1), labels)) for labels in (target, target.flip(0)))
+    assert abs(first - second) > 0.5
+
+
 @given(seed=seeds())
 def test_classwise_errors_reduce_classes_otherwise_than_ours(seed: int) -> None:
     """l1 alike; the mean of per-class roots against the root of the mean; the mean of maxima against the maximum."""

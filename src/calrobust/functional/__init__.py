@@ -2,9 +2,11 @@
 
 from calrobust.functional.calibration import (
     Bins,
+    BrierDecomposition,
     adaptive_calibration_error,
     bin_confidences,
     binned_error,
+    brier_decomposition,
     calibration_error,
     classwise_calibration_error,
     top_label,
@@ -25,11 +27,13 @@ from calrobust.functional.selective import risk_coverage_curve, selective_risk
 
 __all__ = [
     "Bins",
+    "BrierDecomposition",
     "CalibrationInterval",
     "PairOptions",
     "adaptive_calibration_error",
     "bin_confidences",
     "binned_error",
+    "brier_decomposition",
     "brier_score",
     "calibration_error",
     "calibration_interval",

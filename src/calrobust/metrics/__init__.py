@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_integer, check_n_bins
+from calrobust._checks import check_flag, check_integer, check_n_bins
 from calrobust.functional.calibration import (
     Norm,
     bin_classes,
@@ -22,7 +22,8 @@ from calrobust.functional.calibration import (
     top_labels,
 )
 from calrobust.functional.scoring import Block, log_losses, squared_errors
-from calrobust.metrics._shared import BinnedMetric, MeanMetric, PredictionMetric
+from calrobust.functional.selective import area, risk_coverage_curve
+from calrobust.metrics._shared import BinnedMetric, MeanMetric, SampledMetric
 
 __all__ = [
     "AdaptiveCalibrationError",
@@ -31,6 +32,7 @@ __all__ = [
     "CalibrationSummary",
     "ClasswiseCalibrationError",
     "NegativeLogLikelihood",
+    "SelectiveRisk",
 ]
 
 
@@ -79,7 +81,7 @@ class CalibrationError(BinnedMetric):
         return binned_error(self.bins, norm=self.norm, debiased=self.debiased)
 
 
-class AdaptiveCalibrationError(PredictionMetric):
+class AdaptiveCalibrationError(SampledMetric):
     """Calibration error over bins of equally many samples.
 
     The formula is that of :func:`~calrobust.functional.adaptive_calibration_error`. The state is eight bytes for each
@@ -93,9 +95,6 @@ class AdaptiveCalibrationError(PredictionMetric):
         >>> metric(probs, torch.tensor([0, 1, 0, 0]))  # (2 * 0.25 + 0) / 4
         tensor(0.1250, dtype=torch.float64)
     """
-
-    plot_upper_bound = 1.0
-    samples: list[Tensor]  # confidences, negative where the prediction is wrong
 
     def __init__(
         self,
@@ -111,17 +110,10 @@ class AdaptiveCalibrationError(PredictionMetric):
         check_n_bins(n_bins)
         check_norm(norm)
         self.n_bins, self.norm = n_bins, norm
-        self.add_state("samples", [], dist_reduce_fx="cat")
-
-    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        confidences, correct = top_labels(blocks)
-        return {"samples": confidences.where(correct, -confidences).double()}
 
     def compute(self) -> Tensor:
         """The error over all batches and ranks."""
-        nothing = torch.empty(0, dtype=torch.float64, device=self.device)
-        samples = torch.cat([nothing, *self._as_states(self.metric_state)["samples"]])
-        return binned_error(equal_mass_bins(samples.abs(), ~samples.signbit(), n_bins=self.n_bins), norm=self.norm)
+        return binned_error(equal_mass_bins(*self._all_samples(), n_bins=self.n_bins), norm=self.norm)
 
 
 class ClasswiseCalibrationError(BinnedMetric):
@@ -205,6 +197,30 @@ class NegativeLogLikelihood(MeanMetric):
 
     scalar_sums = ("nll_sum", "count")
     _values = staticmethod(log_losses)
+
+
+class SelectiveRisk(SampledMetric):
+    """Area under the risk-coverage curve (AURC), or AUGRC if ``generalized``.
+
+    The formulas are those of :func:`~calrobust.functional.selective_risk`. The state is eight bytes for each sample.
+    The other arguments are those of :class:`CalibrationError` that are not about bins.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.metrics import SelectiveRisk
+        >>> metric = SelectiveRisk(from_logits=False)
+        >>> metric(torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([1, 0]))  # (0 + 1 / 2) / 2
+        tensor(0.2500, dtype=torch.float64)
+    """
+
+    def __init__(self, *, generalized: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_flag(generalized=generalized)
+        self.generalized = generalized
+
+    def compute(self) -> Tensor:
+        """The area over all batches and ranks."""
+        return area(risk_coverage_curve(*self._all_samples()), self.generalized)
 
 
 class CalibrationSummary(BinnedMetric):

@@ -17,7 +17,7 @@ from calrobust._checks import (
     check_softmax_exists,
     check_tensor,
 )
-from calrobust.functional.calibration import Bins
+from calrobust.functional.calibration import Bins, top_labels
 from calrobust.functional.scoring import Block, as_rows, probability_blocks
 
 
@@ -166,6 +166,27 @@ class BinnedMetric(PredictionMetric):
     def bins(self) -> Bins:
         """The sums so far, on this rank."""
         return Bins(self.counts, self.confidence_sums, self.correct_sums)
+
+
+class SampledMetric(PredictionMetric):
+    """A metric whose state is the confidences, negative where the prediction is wrong."""
+
+    plot_upper_bound = 1.0
+    samples: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("samples", [], dist_reduce_fx="cat")
+
+    def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        confidences, correct = top_labels(blocks)
+        return {"samples": confidences.where(correct, -confidences).double()}
+
+    def _all_samples(self) -> tuple[Tensor, Tensor]:
+        """Confidences, and whether each is that of a correct prediction."""
+        nothing = torch.empty(0, dtype=torch.float64, device=self.device)
+        samples = torch.cat([nothing, *self._as_states(self.metric_state)["samples"]])
+        return samples.abs(), ~samples.signbit()
 
 
 class MeanMetric(PredictionMetric):

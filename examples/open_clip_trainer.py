@@ -5,8 +5,9 @@
 ones below: ``python examples/open_clip_trainer.py --epochs 4``, then ``--epochs 6 --resume latest``. On several GPUs:
 ``torchrun --nproc-per-node 2 examples/open_clip_trainer.py --device cuda``.
 
-open_clip makes its loss in ``create_loss`` and offers no place for a teacher that learns, but ``main`` looks up
-``train_one_epoch`` at each epoch and hands it everything: that name is what we replace, by a function that calls it.
+open_clip offers no place for a teacher that learns, but its ``main`` looks up ``train_one_epoch`` at each epoch: that
+name is what we replace, by a function that calls it. The development version 4 also makes a task of model and loss in
+``create_task``, which we replace likewise.
 """
 
 import csv
@@ -35,51 +36,72 @@ MODEL = {
 
 
 class CaRotEpochs:
-    """open_clip's epoch with our loss and, in the place of its distillation model, a teacher that follows."""
+    """open_clip's epochs with our loss and, in the place of its distillation model, a teacher that follows."""
 
     def __init__(self, criterion: cr.losses.PairLoss) -> None:
-        """Remembers open_clip's own function, which does the work."""
-        if not hasattr(trainer, "create_loss"):
-            raise RuntimeError(
-                "this trainer is open_clip 4's, which makes no loss with create_loss; "
-                "pip install 'open_clip_torch[training]>=3.3,<4'"
-            )
+        """Remembers open_clip's own functions, which do the work."""
         self.criterion, self.train_one_epoch = criterion, trainer.train_one_epoch
+        self.create_task: Any = getattr(trainer, "create_task", None)  # of version 4
         self.teacher: cr.EMATeacher | None = None
+        self.follows = False
+
+    def make_teacher(self, model: Any, args: Any) -> cr.EMATeacher:
+        """Teacher and loss; from now on open_clip runs a "dist_model" and gives the loss what it returns."""
+        if getattr(args, "horovod", False):
+            raise ValueError("--horovod has no process group to gather pairs over; start with torchrun instead")
+        if args.distill:
+            raise ValueError("--distill-model names a fixed teacher, and this one learns; leave the option out")
+        if args.accum_freq > 1:
+            raise ValueError("--accum-freq must be 1: open_clip asks no teacher when it accumulates gradients")
+        args.distill = True
+        self.loss = OpenClipLoss(self.criterion, caption_weight=args.coca_caption_loss_weight)
+        self.teacher = cr.EMATeacher(model, decay=0.9)
+        return self.teacher
+
+    def follow(self, model: Any, optimizer: Any, epoch: int, args: Any) -> None:
+        """Before the first epoch: the teacher that was kept, if there is one, and its updates."""
+        teacher = self.teacher or self.make_teacher(model, args)
+        if epoch > 0:
+            path = Path(args.checkpoint_path) / f"teacher_{epoch}.pth"
+            teacher.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+        # After each step of the optimiser: a step that a GradScaler skips calls no hook.
+        optimizer.register_step_post_hook(lambda *_: teacher.update(model))
+        self.follows = True
+
+    def keep(self, epoch: int, args: Any) -> None:
+        """Beside open_clip's checkpoint of this epoch; not as *.pt, among which --resume latest looks for the model."""
+        if is_master(args) and self.teacher is not None:
+            torch.save(self.teacher.state_dict(), Path(args.checkpoint_path) / f"teacher_{epoch + 1}.pth")
 
     def __call__(
-        self,
-        model: Any,
-        data: Any,
-        loss: Any,
-        epoch: int,
-        optimizer: Any,
-        scaler: Any,
-        scheduler: Any,
-        dist_model: Any,
-        args: Any,
-        tb_writer: Any = None,
+        self, model: Any, data: Any, loss: Any, epoch: int, optimizer: Any, *others: Any, **named: Any
     ) -> None:
-        """One epoch; the teacher is made in the first and kept beside each of open_clip's checkpoints."""
-        checkpoints = Path(args.checkpoint_path)
-        if self.teacher is None:
-            if args.horovod:
-                raise ValueError("--horovod has no process group to gather pairs over; start with torchrun instead")
-            if args.distill:
-                raise ValueError("--distill-model names a fixed teacher, and this one learns; leave the option out")
-            self.loss = OpenClipLoss(self.criterion, caption_weight=args.coca_caption_loss_weight)
-            self.teacher = teacher = cr.EMATeacher(model, decay=0.9)
-            if epoch > 0:
-                kept = torch.load(checkpoints / f"teacher_{epoch}.pth", map_location=args.device, weights_only=True)
-                teacher.load_state_dict(kept)
-            # After each step of the optimiser: a step that a GradScaler skips calls no hook.
-            optimizer.register_step_post_hook(lambda *_: teacher.update(model))
-        args.distill = True  # "run the dist_model on each batch and give the loss what it returns"
-        self.train_one_epoch(
-            model, data, self.loss, epoch, optimizer, scaler, scheduler, self.teacher, args, tb_writer=tb_writer
-        )
-        if is_master(args):  # not *.pt, among which --resume latest looks for the model
-            torch.save(self.teacher.state_dict(), checkpoints / f"teacher_{epoch + 1}.pth")
+        """An epoch of open_clip 3."""
+        scaler, scheduler, _, args, *more = others
+        if not self.follows:
+            self.follow(model, optimizer, epoch, args)
+        teacher = self.teacher
+        self.train_one_epoch(model, data, self.loss, epoch, optimizer, scaler, scheduler, teacher, args, *more, **named)
+        self.keep(epoch, args)
+
+    def task(self, args: Any, model: Any, dist_model: Any = None, **options: Any) -> Any:
+        """The task of open_clip 4 that distils. It trains no captions, and then the loss of a CoCa says so."""
+        task = self.create_task(args, model=model, dist_model=self.make_teacher(model, args), **options)
+        task.loss = self.loss
+        return task
+
+    def epoch_of_task(self, state: Any, data: Any, args: Any, **named: Any) -> None:
+        """An epoch of open_clip 4."""
+        if not self.follows:
+            self.follow(state.task.trainable_module, state.optimizer, state.epoch, args)
+        self.train_one_epoch(state, data, args, **named)
+        self.keep(state.epoch, args)
+
+    def take_place(self) -> None:
+        """Of open_clip's own functions."""
+        trainer.train_one_epoch = self
+        if self.create_task:
+            trainer.create_task, trainer.train_one_epoch = self.task, self.epoch_of_task
 
 
 def make_data(folder: Path) -> Path:
@@ -103,7 +125,7 @@ def main(options: list[str]) -> int | None:
     open_clip.add_model_config(own / "tiny-clip.json")
     contrastive = cr.MultimodalContrastiveLoss(label_smoothing=0.1, gather=True)  # over all ranks, if there are several
     criterion = contrastive + 1.5 * cr.MultimodalDistillationLoss(gather=True)
-    trainer.train_one_epoch = CaRotEpochs(criterion)
+    CaRotEpochs(criterion).take_place()
     defaults = (
         f"--model tiny-clip --train-data {data} --logs {FOLDER} --name carot --device cpu --batch-size 8 --epochs 2"
     )

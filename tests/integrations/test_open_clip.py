@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import open_clip
 import oracles
@@ -129,6 +131,13 @@ def test_stands_in_for_coca_loss(has_teacher: bool) -> None:
     assert_close(ours, expected)
     with pytest.raises(TypeError, match=r"caption_weight must be given .*caption_weight=2.0\), or 0.0"):
         OpenClipLoss(criterion)(**outputs, **teacher)
+    del outputs["labels"]  # as open_clip 4's task that distils does
+    with pytest.raises(
+        TypeError, match=r"labels must be given with logits of captions; .*caption_weight=0.0\) for a t"
+    ):
+        OpenClipLoss(criterion, caption_weight=2.0)(**outputs, **teacher)
+    untrained = OpenClipLoss(criterion, caption_weight=0.0)(**outputs, **teacher, output_dict=True)
+    assert_close(untrained["contrastive_loss"], expected["contrastive_loss"])
 
 
 def test_a_teacher_that_does_not_come_is_an_error_that_names_the_trainers_options() -> None:
@@ -150,11 +159,14 @@ def test_a_teacher_that_nobody_asked_for_is_an_error(criterion: PairLoss) -> Non
             OpenClipLoss(criterion)(*arguments, **named)
 
 
-@pytest.mark.parametrize(("installed", "warned"), [("3.3.0", False), ("4.0.0", True), ("4.2.0.dev0", True)])
-def test_open_clip_4_whose_trainer_would_never_call_it_is_named(
-    installed: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("home", "warned"), [("open_clip.factory", True), ("open_clip_trainer", False), (None, False), ("", False)]
+)
+def test_the_trainer_of_open_clip_4_that_would_never_call_it_is_named(
+    home: str | None, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Assigning ``create_loss`` does nothing there."""
-    monkeypatch.setattr("calrobust.integrations.open_clip.version", lambda _: installed)
-    with pytest.warns(UserWarning, match="does not call create_loss") if warned else nullcontext():
+    """Assigning ``create_loss`` does nothing there; version 3, a trainer with another task and own loops are quiet."""
+    main = SimpleNamespace() if home is None else SimpleNamespace(create_task=SimpleNamespace(__module__=home))
+    monkeypatch.setitem(sys.modules, "open_clip_train.main", main if home != "" else None)
+    with pytest.warns(UserWarning, match="never calls create_loss; .*task.loss") if warned else nullcontext():
         OpenClipLoss(CONTRASTIVE)

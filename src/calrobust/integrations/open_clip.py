@@ -1,8 +1,7 @@
 """open_clip: losses that its trainer can call."""
 
+import sys
 import warnings
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
@@ -21,8 +20,9 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called like open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    To use it in the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. Terms
-    include the criterion's weights. See also :doc:`/guides/open_clip`.
+    For the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. A task of
+    open_clip 4 takes it as ``CLIPTask(model, loss=loss)``. Terms include the criterion's weights. See also
+    :doc:`/guides/open_clip`.
 
     Args:
         criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
@@ -48,11 +48,10 @@ class OpenClipLoss(nn.Module):
             check_number(caption_weight=caption_weight)
         self.criterion = criterion
         self.caption_weight = caption_weight
-        with suppress(PackageNotFoundError):
-            if int(version("open_clip_torch").split(".")[0]) >= 4:
-                unused = "does not call create_loss, so a loss that is assigned there is never used"
-                fix = "install 'open_clip_torch[training]<4' for its trainer"
-                warnings.warn(f"the trainer of open_clip 4, which is installed, {unused}; {fix}", stacklevel=2)
+        create_task = getattr(sys.modules.get("open_clip_train.main"), "create_task", None)
+        if getattr(create_task, "__module__", "") == "open_clip.factory":
+            fix = "assign the loss to the task: task.loss = loss, as examples/open_clip_trainer.py does"
+            warnings.warn(f"the trainer of open_clip 4 never calls create_loss; {fix}", stacklevel=2)
 
     def forward(self, *outputs: Any, output_dict: bool = False, **named: Any) -> Tensor | dict[str, Tensor]:
         """A scalar, or with ``output_dict`` its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
@@ -79,14 +78,16 @@ class OpenClipLoss(nn.Module):
                 raise
             options = "with --distill-model and --distill-pretrained, and never with --accum-freq above 1"
             raise TypeError(f"{error}; open_clip's trainer passes a teacher's outputs {options}") from None
-        if named.get("logits") is not None and named.get("labels") is not None:
+        if (logits := named.get("logits")) is not None:
+            labels, fix = named.get("labels"), "pass OpenClipLoss(criterion, caption_weight="
             if self.caption_weight is None:
-                raise TypeError(
-                    "caption_weight must be given for a model that returns logits of captions, as CoCa does; pass "
-                    "OpenClipLoss(criterion, caption_weight=2.0), or 0.0 to leave captions untrained"
-                )
-            caption = cross_entropy(named["logits"].movedim(-1, 1), named["labels"], ignore_index=0)
-            terms = {**terms, "caption": self.caption_weight * caption}
+                rule = "caption_weight must be given for a model that returns logits of captions, as CoCa does"
+                raise TypeError(f"{rule}; {fix}2.0), or 0.0 to leave captions untrained")
+            if labels is not None:
+                caption = cross_entropy(logits.movedim(-1, 1), labels, ignore_index=0)
+                terms = {**terms, "caption": self.caption_weight * caption}
+            elif self.caption_weight:
+                raise TypeError(f"labels must be given with logits of captions; {fix}0.0) for a task that has none")
         if output_dict:
             return {f"{name}_loss": term for name, term in terms.items()}
         first, *others = terms.values()

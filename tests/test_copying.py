@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
-from types import MethodType
+from functools import lru_cache, partial
+from types import MethodType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -97,6 +98,29 @@ def closure_with_a_holder(layer: Any) -> None:
     layer.step = lambda x: held["layers"][0](x)
 
 
+def cached_method(layer: Any) -> None:
+    """Deepcopy does not copy a cache, nor the layer whose method it wraps."""
+    layer.cached = lru_cache(layer.extra_repr)
+
+
+def weak_reference(layer: Any) -> None:
+    """Deepcopy does not copy weak references."""
+    layer.itself = ref(layer)
+
+
+def closure_in_an_object(layer: Any) -> None:
+    """Deepcopy copies the object, but not the function in it."""
+    layer.settings = SimpleNamespace(step=lambda x: layer(x))
+
+
+def captured_by_an_object(layer: nn.Module) -> None:
+    """The hook is an object, which is copied, and holds a function, which is not."""
+    seen: list[Any] = []
+    hook: Any = Recorder()
+    hook.then = lambda x: seen.append(x)
+    layer.register_forward_hook(hook)
+
+
 def captured_dict(layer: nn.Module) -> None:
     """The copy would fill the same dict."""
     seen: dict[str, Tensor] = {}
@@ -132,6 +156,10 @@ def captured_global(layer: nn.Module) -> None:
         another_attribute,
         closure_in_a_list,
         closure_with_a_holder,
+        cached_method,
+        weak_reference,
+        closure_in_an_object,
+        captured_by_an_object,
         captured_dict,
         captured_list_before,
         captured_recorder,

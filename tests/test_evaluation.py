@@ -88,6 +88,18 @@ def test_a_data_loader_and_a_generator_serve() -> None:
     assert len(from_loader[0]) == 7
 
 
+def test_a_loader_may_use_its_memory_again() -> None:
+    """Batches of one buffer, through a model that returns it, do not end up as copies of the last one."""
+    buffer, labels = torch.empty(2, 3), torch.empty(2, dtype=torch.int64)
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for k in range(3):
+            yield buffer.fill_(k), labels.fill_(k)
+
+    logits, target = collect_logits(nn.Identity(), loader(), progress=False)
+    assert target.tolist() == logits[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_model_in_train_mode_is_evaluated_and_left_as_it_was(fails: bool) -> None:
     """Statistics, modes of submodules and the gradient mode come back, also after an exception (trap 30)."""

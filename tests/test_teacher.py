@@ -621,6 +621,25 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(dtype: torch.dtype, w
     assert_same(other, teacher)
 
 
+def test_the_state_of_a_low_precision_teacher_loads_into_one_of_float32() -> None:
+    """Its masters have the digits."""
+    _, teacher = moved_teacher(torch.bfloat16)
+    other = EMATeacher(Student(), schedules.uniform(), update_every=2)
+    other.load_state_dict(teacher.state_dict())
+    assert teacher.masters is not None
+    assert_close(other.module.state_dict(), teacher.masters.state_dict(), rtol=0, atol=0)
+
+
+def test_sparse_buffers_are_copied() -> None:
+    """They have no strides."""
+    student = nn.Linear(1, 1)
+    student.register_buffer("adjacency", torch.eye(2).to_sparse())
+    teacher = EMATeacher(student)
+    student.get_buffer("adjacency").mul_(3)
+    teacher.update(student)
+    assert_close(teacher.module.get_buffer("adjacency").to_dense(), 3 * torch.eye(2))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_duplicate_goes_its_own_way(duplicate: Callable[[EMATeacher], EMATeacher], dtype: torch.dtype) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
-from functools import partial
-from types import CellType, FunctionType, MethodType
+from functools import _lru_cache_wrapper, partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
 def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copies the second of each pair into the first."""
     for target, source in pairs:
-        for dim, stride in enumerate(target.stride()):
+        for dim, stride in enumerate(target.stride() if target.layout == torch.strided else ()):
             if stride == 0 and target.shape[dim] > 1:  # expanded
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
         target.copy_(source)
@@ -210,8 +211,14 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
         held = (value.__func__, value.__self__)
     elif isinstance(value, partial):
         held = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, _lru_cache_wrapper):
+        captured, held = True, (value.__wrapped__,)
+    elif isinstance(value, ref):
+        captured, held = True, (value(),)
     elif isinstance(value, (list, tuple, set, dict)):
         held = value.values() if isinstance(value, dict) else value
+    elif not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
+        held = getattr(value, "__dict__", {}).values()
     for one in held:
         yield from _captured(one, seen, captured)
 

@@ -108,7 +108,8 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
                 f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
             )
     check_predictions(target, logits=logits)
-    return logits.movedim(1, -1).flatten(0, -2), target.flatten()
+    # Copies, since loaders and models may write into the same memory again.
+    return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()
 
 
 def _kind(value: Any) -> str:

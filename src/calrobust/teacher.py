@@ -258,6 +258,10 @@ class EMATeacher(nn.Module):
                 f"{len(given) - 1} more; load one that was saved with share_frozen=True"
             )
         state_dict.update(shared)  # none is missing
+        if self.masters is None:  # those of a teacher of lower precision have the digits
+            masters = f"{prefix}masters."
+            for key in [key for key in state_dict if key.startswith(masters)]:
+                state_dict[f"{prefix}module.{key.removeprefix(masters)}"] = state_dict.pop(key)
         for counter in ("step", "updates"):
             if (value := state_dict.pop(prefix + counter, None)) is None:
                 args[2].append(prefix + counter)  # missing names

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from calrobust import functional, schedules
-from calrobust.evaluation import TemperatureScaler, collect_logits, zero_shot_classifier
+from calrobust.evaluation import PlattScaler, TemperatureScaler, collect_logits, zero_shot_classifier
 from calrobust.losses import (
     CaRotLoss,
     FeatureDistillationLoss,
@@ -28,6 +28,7 @@ __all__ = [
     "MultimodalContrastiveLoss",
     "MultimodalDistillationLoss",
     "OrthogonalityLoss",
+    "PlattScaler",
     "ShiftReport",
     "SigmoidContrastiveLoss",
     "SigmoidDistillationLoss",

@@ -1,4 +1,4 @@
-"""Logits of a model, and their temperature."""
+"""Logits of a model, and what calibrates them."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from calrobust._checks import check_float64, check_floating, check_instance, check_predictions
+from calrobust.functional.matching import fit_line
 from calrobust.functional.scoring import fit_temperature
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -211,7 +212,62 @@ def _captions(names: Any, templates: Any) -> list[str]:
     return [t.format(name) if isinstance(t, str) else t(name) for name in names for t in several]
 
 
-class TemperatureScaler(nn.Module):
+class _Scaler(nn.Module):
+    """Buffers that are fitted, and stay float64 when the module is cast."""
+
+    is_fitted: bool
+    """Whether it was fitted, or a fitted state loaded."""
+
+    def __init__(self, **values: float) -> None:
+        super().__init__()
+        self.is_fitted = False  # a buffer would make forward wait
+        for name, value in values.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
+    def _set(self, *values: Tensor) -> Self:
+        with torch.inference_mode(False):  # else it could not be used outside
+            for (name, old), new in zip(list(self.named_buffers()), values, strict=True):
+                setattr(self, name, new.clone().to(old.device))
+        self.is_fitted = True
+        return self
+
+    def _check(self, **tensors: Tensor) -> None:
+        if not self.is_fitted:
+            raise RuntimeError(
+                f"{type(self).__name__} is not fitted; call fit with validation data or load a fitted state"
+            )
+        check_floating(**tensors)
+
+    def extra_repr(self) -> str:
+        """The fitted numbers."""
+        numbers = (f"{name}={value.item():.6g}" for name, value in self.named_buffers())
+        return ", ".join(numbers) if self.is_fitted else "not fitted"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .half() is for weights.
+        before = dict(self.named_buffers())
+        check_float64(scaler=fn(torch.empty(0, device=next(iter(before.values())).device)))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, moved in list(self.named_buffers()):
+            if moved.dtype != torch.float64:
+                setattr(self, name, before[name].to(moved.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "is_fitted"] = torch.tensor(self.is_fitted)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix + "is_fitted"
+        is_fitted = state_dict.pop(name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if is_fitted is None:
+            args[2].append(name)  # missing names
+        else:
+            self.is_fitted = bool(is_fitted)
+
+
+class TemperatureScaler(_Scaler):
     r"""Divides logits by a temperature that was fitted on held-out data.
 
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
@@ -230,53 +286,66 @@ class TemperatureScaler(nn.Module):
     temperature: Tensor
     """T, a float64 scalar."""
 
-    is_fitted: bool
-    """Whether T was fitted, or loaded."""
-
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
-        self.is_fitted = False  # a buffer would make forward wait
+        super().__init__(temperature=1.0)
 
-    def fit(self, logits: Tensor, target: Tensor) -> Self:
+    def fit(
+        self, logits: Tensor, target: Tensor, *, ignore_index: int | None = None, weight: Tensor | None = None
+    ) -> Self:
         """Sets T to that of :func:`~calrobust.functional.fit_temperature`, and returns the scaler."""
-        fitted = fit_temperature(logits, target)
-        with torch.inference_mode(False):  # else it could not be used outside
-            self.temperature = fitted.clone().to(self.temperature.device)
-        self.is_fitted = True
-        return self
+        return self._set(fit_temperature(logits, target, ignore_index=ignore_index, weight=weight))
 
     def forward(self, logits: Tensor) -> Tensor:
         """Divides floating logits by T and keeps their dtype. Raises ``RuntimeError`` before :meth:`fit`."""
-        if not self.is_fitted:
-            raise RuntimeError(
-                "TemperatureScaler is not fitted; call fit(val_logits, val_target) or load a fitted state"
-            )
-        check_floating(logits=logits)
+        self._check(logits=logits)
         return logits / self.temperature
 
-    def extra_repr(self) -> str:
-        """The temperature."""
-        return f"temperature={self.temperature.item():.6g}" if self.is_fitted else "not fitted"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .half() is for weights.
-        check_float64(scaler=fn(torch.empty(0, device=self.temperature.device)))
-        temperature = self.temperature
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.temperature.dtype != temperature.dtype:
-            self.temperature = temperature.to(self.temperature.device)
-        return self
+class PlattScaler(_Scaler):
+    r"""Maps similarities of pairs to the logit of the probability that a pair matches.
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "is_fitted"] = torch.tensor(self.is_fitted)
+    .. math:: z \mapsto a z + b, \qquad a, b = \arg\min_{a > 0,\, b} \sum_i \log\bigl(1 + e^{\mp (a z_i + b)}\bigr)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = prefix + "is_fitted"
-        is_fitted = state_dict.pop(name, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if is_fitted is None:
-            args[2].append(name)  # missing names
-        else:
-            self.is_fitted = bool(is_fitted)
+    with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. It holds for the share of
+    matching pairs in the data of the fit, which should be that of use. Newton's method needs about ten passes.
+
+    Data without a minimum give a :class:`UserWarning`. If a threshold separates :math:`n_+` matching pairs from
+    :math:`n_-` others, the probabilities aimed at are :math:`(n_+ + 1) / (n_+ + 2)` and :math:`1 / (n_- + 2)`, as in
+    Platt. If all pairs match, or none, or they are not more similar than others, a = 1 / (100 s), where s is the
+    standard deviation, or 1 if s = 0, and the odds at the mean are :math:`(n_+ + 1) / (n_- + 1)`.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import PlattScaler
+        >>> similarities = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+        >>> scaler = PlattScaler().fit(similarities, torch.tensor([1, 1, 1, 0, 1, 0, 0, 0]).bool())
+        >>> scaler(torch.tensor([0.0, 0.5, 1.0])).sigmoid()  # 1 of 4 and 3 of 4 match
+        tensor([0.2500, 0.5000, 0.7500])
+
+    Reference: Platt, 1999, *Probabilistic Outputs for Support Vector Machines*, section 2.
+    """
+
+    slope: Tensor
+    """a > 0, a float64 scalar."""
+    intercept: Tensor
+    """b, a float64 scalar."""
+
+    def __init__(self) -> None:
+        super().__init__(slope=1.0, intercept=0.0)
+
+    def fit(self, similarities: Tensor, matched: Tensor) -> Self:
+        """Sets a and b, and returns the scaler.
+
+        Args:
+            similarities: any shape, such as ``[N, M]``, floating: cosines or logits of pairs.
+            matched: the same shape, bool: whether the pair matches.
+
+        Raises:
+            TypeError, ValueError: dtypes, shapes or devices are others, there is no pair, or one is not finite.
+        """
+        return self._set(*fit_line(similarities, matched))
+
+    def forward(self, similarities: Tensor) -> Tensor:
+        """The calibrated logits, in the dtype of the similarities. Raises ``RuntimeError`` before :meth:`fit`."""
+        self._check(similarities=similarities)
+        return similarities * self.slope + self.intercept

@@ -14,7 +14,7 @@ import torch
 from bad_input.table import NESTED, Table, Target, Wrong
 from strategies import classifier
 
-from calrobust import TemperatureScaler, metrics
+from calrobust import PlattScaler, TemperatureScaler, metrics
 from calrobust import functional as F
 
 LOGITS, TARGET = classifier(6, 3, 0)
@@ -96,6 +96,12 @@ FITS = [
         lambda: {"scaler": TemperatureScaler().fit(LOGITS, TARGET), **held_out()},
     ),
 ]
+MATCHED = (LOGITS > 0) ^ (torch.arange(18) % 7 == 0).view(6, 3)
+PLATT = Target(
+    "PlattScaler.fit",
+    lambda scaler, **given: scaler.fit(**given),
+    lambda: {"scaler": PlattScaler(), "similarities": LOGITS.clone(), "matched": MATCHED.clone()},
+)
 SCALE = [
     Target("TemperatureScaler.forward", TemperatureScaler().fit(LOGITS, TARGET), lambda: {"logits": LOGITS.clone()})
 ]
@@ -228,6 +234,55 @@ TABLE: Table = [
     *guarded([*FUNCTIONS, *UPDATES], no_batches("preds")),
     *guarded(FITS, [*no_batches("logits"), *without_softmax("logits")]),
     *guarded(SCALE, no_floats("logits")),
+    (
+        FITS,
+        [
+            Wrong({"weight": torch.ones(3).long()}, TypeError),
+            Wrong({"weight": [1.0, 1.0, 1.0]}, TypeError),
+            Wrong({"weight": torch.ones(2)}, ValueError),
+            Wrong(
+                {"weight": torch.tensor([1.0, -1.0, 2.0])},
+                ValueError,
+                "weight must be a finite number >= 0 for each of the 3 classes, got shape [3] and values from -1 to 2",
+            ),
+            Wrong({"weight": torch.tensor([1.0, math.nan, 2.0])}, ValueError),
+            Wrong({"weight": torch.ones(3).to("meta")}, ValueError),
+            Wrong({"ignore_index": 1.5}, TypeError),
+        ],
+    ),
+    (
+        [PLATT],
+        [
+            *no_floats("similarities"),
+            Wrong(
+                {"matched": TARGET},
+                TypeError,
+                "matched must have dtype torch.bool, got torch.int64; convert it with .bool()",
+            ),
+            Wrong({"matched": None}, TypeError),
+            Wrong(
+                {"matched": MATCHED[:, :2]},
+                ValueError,
+                "similarities and matched must have one shape and hold at least one pair, got [6, 3] and [6, 2]; pass "
+                "one flag for each pair",
+            ),
+            Wrong({"similarities": LOGITS[:0], "matched": MATCHED[:0]}, ValueError),
+            Wrong(
+                {"matched": MATCHED.to("meta")},
+                ValueError,
+                "similarities and matched must be on one device, got cpu and meta; move one with .to()",
+            ),
+            Wrong(
+                {"similarities": LOGITS / 0},
+                ValueError,
+                "similarities must be finite, got NaN or inf; drop such pairs",
+            ),
+        ],
+    ),
+    (
+        [Target("PlattScaler.forward", PlattScaler().fit(LOGITS, MATCHED), lambda: {"similarities": LOGITS.clone()})],
+        [Wrong({"similarities": LOGITS.long()}, TypeError)],
+    ),
     *guarded([*UPDATES, *FORWARDS], without_softmax("preds")),
     *guarded([*FUNCTIONS, *NEW], IGNORED),
     *guarded(

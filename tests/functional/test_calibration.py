@@ -471,7 +471,7 @@ def test_a_row_of_bins_has_parts_of_its_own() -> None:
     rows = [
         bin_confidences(torch.tensor([0.1, 0.9, 0.8]), torch.tensor([False, True, i > 0]), n_bins=3) for i in (0, 1)
     ]
-    both = brier_decomposition(Bins(*map(torch.stack, zip(*rows, strict=True))))  # type: ignore[arg-type]
+    both = brier_decomposition(Bins(*map(torch.stack, zip(*rows, strict=True))))
     for part, expected in zip(both, zip(*map(brier_decomposition, rows), strict=True), strict=True):
         assert_close(part, torch.stack(expected))
     assert all(part.isnan() for part in brier_decomposition(Bins(*torch.zeros(3, 4))))

@@ -353,3 +353,38 @@ def test_a_device_without_float64_is_refused_by_name(monkeypatch: pytest.MonkeyP
         fit_temperature(logits.to("meta"), target.to("meta"))
     with pytest.raises(ValueError, match=r"^scaler must be on a device that has float64"):
         TemperatureScaler().to("meta")
+
+
+def test_ignored_samples_are_as_good_as_absent() -> None:
+    """As in ``F.cross_entropy``, also of shape ``[N, C, ...]``."""
+    logits, target = classifier(400, 5, 0, sharpness=0.5)
+    target = target.where(torch.arange(400) % 3 > 0, -100)
+    kept = target >= 0
+    expected = fit_temperature(logits[kept], target[kept])
+    assert_close(fit_temperature(logits, target, ignore_index=-100), expected, rtol=1e-6, atol=0)
+    maps = logits.view(20, 20, 5).movedim(-1, 1), target.view(20, 20)
+    assert_close(fit_temperature(*maps, ignore_index=-100), expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="at least one sample, got none"):
+        fit_temperature(logits, torch.full_like(target, 3), ignore_index=3)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(400, torch.float64), (40_000, torch.float32)])
+def test_weights_are_cross_entropys(n: int, dtype: torch.dtype) -> None:
+    """Torch's weighted loss has no slope at the T that is found; integers are repeated samples, 0 leaves out."""
+    logits, target = classifier(n, 5, 0, sharpness=0.5, dtype=dtype)
+    logits[:, 1] += 2 * (target == 1)  # one class is easier, so that weights matter
+    weight = torch.tensor([0.0, 1.0, 3.0, 0.5, 2.0], dtype=dtype)
+    found = fit_temperature(logits, target, weight=weight)
+    beta = (1 / found).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits.double() * beta, target, weight=weight.double())
+    assert abs(float(torch.autograd.grad(loss, beta)[0])) < 1e-6
+    assert abs(float(found / fit_temperature(logits, target)) - 1) > 0.01
+    times = torch.tensor([0, 1, 3, 1, 2])
+    repeated = torch.arange(n).repeat_interleave(times[target])
+    assert_close(
+        fit_temperature(logits, target, weight=times.to(dtype)),
+        fit_temperature(logits[repeated], target[repeated]),
+        rtol=1e-6,
+        atol=0,
+    )
+    assert float(TemperatureScaler().fit(logits, target, weight=weight, ignore_index=7).temperature) == float(found)

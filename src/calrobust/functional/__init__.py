@@ -2,7 +2,6 @@
 
 from calrobust.functional.calibration import (
     Bins,
-    BrierDecomposition,
     adaptive_calibration_error,
     bin_confidences,
     binned_error,
@@ -27,7 +26,6 @@ from calrobust.functional.selective import risk_coverage_curve, selective_risk
 
 __all__ = [
     "Bins",
-    "BrierDecomposition",
     "CalibrationInterval",
     "PairOptions",
     "adaptive_calibration_error",

@@ -191,36 +191,18 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
     return (squares.sum(-1) / total).clamp(min=0).sqrt()
 
 
-class BrierDecomposition(NamedTuple):
-    """Parts of the Brier score of the top label, float64: ``reliability - resolution + uncertainty``.
-
-    Example:
-        >>> import torch
-        >>> from calrobust.functional import bin_confidences, brier_decomposition
-        >>> bins = bin_confidences(torch.full((4,), 0.5), torch.tensor([True, True, True, False]))
-        >>> brier_decomposition(bins).reliability  # (1 / 2 - 3 / 4)²
-        tensor(0.0625, dtype=torch.float64)
-    """
-
-    reliability: Tensor
-    """Mean squared gap between confidence and accuracy; lower is better."""
-    resolution: Tensor
-    """Variance of the accuracy between bins, which tells right from wrong predictions; higher is better."""
-    uncertainty: Tensor
-    """Variance of being right, which is that of the error rate alone."""
-
-
-def brier_decomposition(bins: Bins) -> BrierDecomposition:
-    r"""Murphy's parts of the Brier score of the top label, whose target is 1 where the prediction is right.
+def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Reliability, resolution and uncertainty, Murphy's parts of the Brier score of the top label.
 
     .. math::
         \underbrace{\sum_b \tfrac{n_b}{N} (c_b - a_b)^2}_{\text{reliability}} -
         \underbrace{\sum_b \tfrac{n_b}{N} (a_b - \bar a)^2}_{\text{resolution}} +
         \underbrace{\bar a (1 - \bar a)}_{\text{uncertainty}}
 
-    with symbols as in :func:`~calrobust.functional.binned_error` and the accuracy :math:`\bar a`. The sum is the score
-    after each confidence is replaced by the mean of its bin. Arguments and errors are those of
-    :func:`~calrobust.functional.binned_error`; each part has one value for each row of bins, NaN without samples.
+    with symbols as in :func:`~calrobust.functional.binned_error` and the accuracy :math:`\bar a`. The sum is the mean
+    squared distance of the confidence from 1 for right and 0 for wrong predictions, after each confidence is replaced
+    by the mean of its bin. Reliability is better when low, resolution when high. Arguments and errors are those of
+    :func:`~calrobust.functional.binned_error`; each part is float64, one value for each row of bins.
 
     Example:
         >>> import torch
@@ -238,7 +220,7 @@ def brier_decomposition(bins: Bins) -> BrierDecomposition:
     filled, accuracy = counts.where(counts > 0, 1), correct_sums.sum(-1) / total
     resolution = (correct_sums - counts * accuracy[..., None]).square() / filled
     reliability = (confidence_sums - correct_sums).square() / filled
-    return BrierDecomposition(reliability.sum(-1) / total, resolution.sum(-1) / total, accuracy * (1 - accuracy))
+    return reliability.sum(-1) / total, resolution.sum(-1) / total, accuracy * (1 - accuracy)
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from calrobust._checks import (
     check_flag,
     check_float64,
+    check_floating,
     check_ignore_index,
     check_kind,
     check_label_values,
+    check_one_device,
     check_predictions,
     check_softmax_exists,
 )
@@ -182,6 +184,7 @@ class _Data(NamedTuple):
     logits: Tensor
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
+    weight: Tensor  # [N]
     huge: bool = False  # whether some logits are HUGE below the top
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -192,10 +195,12 @@ class _Data(NamedTuple):
             yield torch.sub(logits.to(dtype), top[:, None], out=buffer[: len(logits)])
 
 
-def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
+def fit_temperature(
+    logits: Tensor, target: Tensor, *, ignore_index: int | None = None, weight: Tensor | None = None
+) -> Tensor:
     r"""The temperature T > 0 that minimises the negative log-likelihood of ``logits / T``.
 
-    .. math:: T = \arg\min_{T > 0} \sum_i \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
+    .. math:: T = \arg\min_{T > 0} \sum_i w_{y_i} \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
 
     Newton's method finds it in three or four passes over the logits. Data without a minimum give a
     :class:`UserWarning` and, where s is the mean distance of a logit from the highest of its row, this T:
@@ -209,13 +214,16 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: shape ``[N, C]`` or ``[N, C, ...]``, floating; ``-inf``, or a far lower number, masks a class.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
+        ignore_index: samples with this label are left out.
+        weight: shape ``[C]``, floating, >= 0: the weight of the samples of each class, as in
+            :func:`torch.nn.functional.cross_entropy`; None weighs all alike.
 
     Returns:
         A float64 scalar without gradient, exact to about 1e-7 relative, or 1e-5 where logits hardly differ.
 
     Raises:
         TypeError, ValueError: as for :func:`~calrobust.functional.calibration_error`, or there are no samples, a logit
-            is NaN or +inf, or a label's logit is ``-inf``.
+            is NaN or +inf, a label's logit is ``-inf``, or a weight is negative or not finite.
 
     Example:
         >>> import torch
@@ -226,12 +234,22 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2.
     """
-    logits, target = as_rows(target, logits=logits)
+    logits, target = as_rows(target, ignore_index, logits=logits)
+    if weight is not None:
+        check_floating(weight=weight)
+        check_one_device(weight=weight, logits=logits)
+        if weight.shape != logits.shape[1:] or not (weight.isfinite() & (weight >= 0)).all():
+            raise ValueError(
+                f"weight must be a finite number >= 0 for each of the {logits.shape[1]} classes, got shape "
+                f"{list(weight.shape)} and values from {weight.min():g} to {weight.max():g}"
+            )
+        check_label_values(target, logits.shape[1])
+        logits, target = (each[weight[target] > 0] for each in (logits, target))
     if len(logits) == 0:
         raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
-    temperature, causes = best_temperature(logits, target)
+    temperature, causes = best_temperature(logits, target, weight)
     if causes:
         warnings.warn(
             f"the data do not determine a temperature: {'; '.join(causes)}; T = {temperature:.6g}", stacklevel=2
@@ -239,10 +257,12 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
     return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
 
 
-def best_temperature(logits: Tensor, target: Tensor) -> tuple[float, list[str]]:
+def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, list[str]]:
     """T of valid data ``[N, C]``, and why they do not determine it."""
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
+        if weight is not None:
+            data = data._replace(weight=weight[target].to(data.top.dtype))
         limit = _mask_distance(data, means)
         # Masks decide only where Newton's method starts, and the T of degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
@@ -268,7 +288,7 @@ def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
             f"target must not be a masked class, got label {int(target[row])} in row {row}, whose logit is -inf; "
             "unmask the class or drop the sample"
         )
-    data = _Data(logits, top, own)
+    data = _Data(logits, top, own, torch.ones_like(top))
     means = torch.cat([differences.mean(1) for differences in data.differences(dtype)])
     return data._replace(huge=bool(means.amin() < -HUGE)), means
 
@@ -303,12 +323,12 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
     if (data.own == 0).all():
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
     # The slope of the likelihood at 1/T = 0
-    if float((means - data.own).sum(dtype=torch.float64)) >= 0:
+    if float((data.weight * (means - data.own)).sum(dtype=torch.float64)) >= 0:
         return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
     beta = 1 / spread
     step = len(means) // SUBSET_ROWS
     if step >= 4:
-        subset = _Data(data.logits[::step], data.top[::step], data.own[::step], data.huge)
+        subset = _Data(data.logits[::step], data.top[::step], data.own[::step], data.weight[::step], data.huge)
         beta, _ = _newton(subset, beta, max_steps=8)
         beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
     beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
@@ -338,7 +358,7 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
     # With d = logit - top: sum of (E[β d] - β d of the label), and of Var[β d], under the softmax of β d.
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
-    sums = data.logits.new_zeros(2, dtype=torch.float64)
+    sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
     for differences in data.differences(dtype):
         scaled = differences.mul_(beta)
         if data.huge:
@@ -346,7 +366,7 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
         weighted = torch.softmax(scaled, 1, out=buffer[: len(scaled)])
         mean = weighted.mul_(scaled).sum(1)
         square = weighted.mul_(scaled).sum(1)
-        sums += torch.stack((mean, square - mean.square())).sum(1, dtype=torch.float64)
-    sums[0] -= beta * data.own.sum(dtype=torch.float64)
+        sums += (torch.stack((mean, square - mean.square())) * next(weights)).sum(1, dtype=torch.float64)
+    sums[0] -= beta * (data.weight * data.own).sum(dtype=torch.float64)
     gradient, curvature = sums.tolist()
     return gradient, curvature

@@ -22,6 +22,7 @@ from strategies import Predictions, classifier, predictions
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import Running
 
 from calrobust import _checks
 from calrobust.functional.calibration import (
@@ -512,3 +513,28 @@ def test_an_empty_batch_adds_nothing() -> None:
             metric = updated(make(), classifier(20, 5, 0))
             expected = metric.compute()
             assert_close(updated(metric, empty).compute(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [BrierScore, NegativeLogLikelihood, CalibrationError, AdaptiveCalibrationError])
+def test_a_collection_keeps_metrics_of_other_ignored_labels_apart(make: Any) -> None:
+    """Although the first batch, which decides what is shared, has no label that one of them ignores."""
+    logits, target = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 4
+    collection = MetricCollection({"all": make(), "some": make(ignore_index=0), "others": make(ignore_index=-1)})
+    for kept in (target != 0, target == 0):
+        collection.update(logits[kept], target[kept])
+    values = collection.compute()
+    assert_close(values["all"], values["others"], rtol=0, atol=0)
+    alone = make()
+    alone.update(logits[target != 0], target[target != 0])
+    assert_close(values["some"], alone.compute())
+
+
+@pytest.mark.parametrize("make", [BrierScore, AdaptiveCalibrationError])
+def test_a_running_metric_is_that_of_the_last_batches(make: Any) -> None:
+    """The ``Running`` of torchmetrics keeps the states of a metric that it resets."""
+    logits, target = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+    running, alone = Running(make(), window=2), make()
+    for batch in (slice(0, 10), slice(10, 20), slice(20, 30), slice(30, 40)):
+        running.update(logits[batch], target[batch])
+    alone.update(logits[20:], target[20:])
+    assert_close(running.compute(), alone.compute())

@@ -424,3 +424,33 @@ def test_other_names_or_shapes_raise(combine: Callable[[Any, Any], State]) -> No
             combine(a, wrong)
     reordered = OrderedDict(reversed(a.items()))
     assert_close(combine(a, reordered), combine(a, a), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_what_is_equal_in_all_models_stays(number: int) -> None:
+    """Neither a mask of the lowest number nor a frozen tensor changes in its last digit."""
+    model = {"mask": torch.tensor([torch.finfo(torch.float32).min]), "frozen": torch.linspace(-1, 1, 101)}
+    assert_close(average([model] * number), model, rtol=0, atol=0)
+    assert_close(model_stock(model, [model] * number), model, rtol=0, atol=0)
+
+
+def test_model_stock_takes_complex_weights() -> None:
+    """As pairs of real ones."""
+    real = [{"w": torch.tensor(values)} for values in ([0.0, 0.0], [2.0, 0.0], [2.0, 2.0])]
+    start, *models = ({"w": torch.view_as_complex(state["w"])[None]} for state in real)
+    assert_close(torch.view_as_real(model_stock(start, models)["w"])[0], model_stock(real[0], real[1:])["w"])
+
+
+def test_a_variance_is_never_extrapolated_below_zero() -> None:
+    """A negative one would make the model give NaN."""
+    states = [{"bn.running_var": torch.tensor([1.0, value])} for value in (1.0, 0.2)]
+    assert_close(interpolate(*states, 1.5, extrapolate=True)["bn.running_var"], torch.tensor([1.0, 0.0]))
+
+
+@combinations
+def test_kinds_of_numbers_must_agree(combine: Callable[[Any, Any], State]) -> None:
+    """An integer cannot hold the mean of an integer and a fraction."""
+    with pytest.raises(
+        TypeError, match=r"\['w'\] must be of one kind in all models, got torch.int64 and torch.float32"
+    ):
+        combine({"w": torch.tensor([0])}, {"w": torch.tensor([4.0])})

@@ -85,8 +85,8 @@ class PairLoss(nn.Module, ABC):
     def _request(
         self, image_features: Any, text_features: Any, logit_scale: Any, *others: Any, labels: Any, **named: Any
     ) -> Request:
-        has_bias = len(others) > 0 and getattr(others[0], "ndim", 0) < 2  # it is a scalar, unlike a teacher's features
-        names = _OTHERS if has_bias else _OTHERS[1:]
+        has_features = isinstance(others[0] if others else None, Tensor) and others[0].ndim > 1  # no scalar bias first
+        names = _OTHERS[1:] if has_features or not others else _OTHERS
         found = dict(zip(names, others, strict=False))
         wrong = [f"{3 + len(others)} arguments"] if len(others) > len(names) else []
         wrong += [f"{name!r} twice" for name in named if name in found]

@@ -51,7 +51,10 @@ def interpolate(
 
     def between(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
         share = checked(f"alpha({name!r})", alpha(name)) if callable(alpha) else always
-        return tensors[int(share)] if share in (0, 1) else tensors[0].lerp(tensors[1], share).where(usable, tensors[1])
+        if share in (0, 1):
+            return tensors[int(share)]
+        moved = tensors[0].lerp(tensors[1], share).where(usable, tensors[1])
+        return moved.clamp(min=0) if name.endswith("running_var") else moved
 
     return _combine({"zero_shot": zero_shot, "fine_tuned": fine_tuned}, between)
 
@@ -124,7 +127,7 @@ def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
     start, *models = (tensor.where(usable, 0) for tensor in tensors)
     k = len(models)
     directions = torch.stack([nn.functional.normalize((model - start).flatten(), dim=0) for model in models])
-    gram = directions @ directions.T
+    gram = (directions @ directions.mH).real
     cosine = ((gram.sum() - gram.trace()) / (k * (k - 1))).clamp(min=0)
     stock = start.lerp(torch.stack(models).mean(0), k * cosine / (1 + (k - 1) * cosine))
     return stock.where(usable, tensors[-1])
@@ -158,10 +161,15 @@ def _combine(models: Mapping[str, Weights], combination: Combination) -> StateDi
             combined[key] = copy.deepcopy(entries[-1])
             continue
         device, dtype = entries[0].device, entries[0].dtype
+        if len({(entry.is_floating_point(), entry.is_complex()) for entry in entries}) > 1:
+            kinds = " and ".join(str(entry.dtype) for entry in entries)
+            raise TypeError(f"{first}[{key!r}] must be of one kind in all models, got {kinds}; convert one with .to()")
         if dtype.is_floating_point or dtype.is_complex:
             values = [entry.to(device, torch.promote_types(dtype, torch.float32)) for entry in entries]
             usable = torch.stack([value.isfinite() for value in values]).all(0) & (name not in copied)
             result = combination(name, values, usable)
+            same = torch.stack([value == values[0] for value in values]).all(0)
+            result = torch.where(same, values[0], result)
         else:
             result = entries[-1].to(device)
             few = result.ndim < 2 and (dtype.itemsize > 1 or result.numel() < 2)

@@ -260,6 +260,8 @@ def test_compiles_exports_and_is_checkpointed(impl: Any) -> None:
     for value in (compiled(x), checkpointed, saved):
         assert_close(value, expected)
         assert_close(torch.autograd.grad(value, x)[0], gradient)
+    with torch.no_grad():
+        assert_close(compiled(x), expected)
 
     class Module(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Any:
@@ -269,3 +271,18 @@ def test_compiles_exports_and_is_checkpointed(impl: Any) -> None:
     program = torch.export.export(Module(), (unit_rows(6, 3, 0), unit_rows(6, 3, 1)), dynamic_shapes=sizes).module()
     for n in (2, 6, 11):
         assert_close(program(unit_rows(n, 3, 2), unit_rows(n, 3, 3)), Module()(unit_rows(n, 3, 2), unit_rows(n, 3, 3)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_teachers_bias_gets_no_gradient(impl: Any) -> None:
+    """Nor does the value need one for it."""
+    x, y, bias = unit_rows(5, 3, 0), unit_rows(5, 3, 1), torch.tensor(-1.0, requires_grad=True)
+    assert not sigmoid_distillation_loss(x, y, 5.0, -1.0, y, x, 4.0, bias, impl=impl).requires_grad
+
+
+def test_a_number_as_bias_may_change_in_a_compiled_loss() -> None:
+    """It may become a symbol of the graph."""
+    x, y, loss = unit_rows(5, 3, 0), unit_rows(5, 3, 1), SigmoidContrastiveLoss()
+    compiled: Any = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for bias in (1.0, 2.0, 3.0):
+        assert_close(compiled(x, y, 5.0, bias), loss(x, y, 5.0, bias))

@@ -201,16 +201,13 @@ def _sigmoid_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
     """Their sum alone, unless they are wanted apart."""
     batch, options, temperature = shared.batch(), shared.options, float(sharing[0][1].temperature)
     request, device = shared.request, batch.partner.device
-    outputs = [(batch.student, request.student)]
+    biased = [(batch.student, batch.scalar(request.student.logit_bias, device))]
     if batch.teacher and request.teacher and any(term.distils for _, term in sharing):
-        outputs.append((batch.teacher, request.teacher))
+        biased.append((batch.teacher, batch.scalar(request.teacher.logit_bias, device).detach()))
     totalled = options["reduction"] != "none" and (len(sharing) == 1 or not request.apart)
     with torch.autocast(device.type, enabled=False):
         sums, total = sigmoid_sums(
-            [
-                Model(x, y, scale / temperature, batch.scalar(given.logit_bias, device) / temperature)
-                for (x, y, scale), given in outputs
-            ],
+            [Model(x, y, scale / temperature, bias / temperature) for (x, y, scale), bias in biased],
             Classes(*(batch.classes or (batch.partner, torch.arange(batch.columns.total, device=device)))),
             [sum(weight for weight, term in sharing if term.distils == distils) for distils in (False, True)],
             impl=options["impl"],

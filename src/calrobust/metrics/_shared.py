@@ -41,6 +41,8 @@ class PredictionMetric(Metric):
         self.from_logits, self.ignore_index, self.validate_args = from_logits, ignore_index, validate_args
         self._dtype = torch.float64
         self._add_sums(self.scalar_sums)
+        if ignore_index is not None:  # an empty state, so that MetricCollection shares none with other labels' metrics
+            self._add_sums([f"without_{ignore_index}".replace("-", "minus_")], 0)
 
     def _add_sums(self, names: Iterable[str], *shape: int) -> None:
         for name in names:
@@ -177,6 +179,11 @@ class SampledMetric(PredictionMetric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("samples", [], dist_reduce_fx="cat")
+
+    def reset(self) -> None:
+        """Forgets all samples."""
+        self.samples = []  # torchmetrics would empty the list, which its Running keeps
+        super().reset()
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         confidences, correct = top_labels(blocks)

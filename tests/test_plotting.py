@@ -22,7 +22,16 @@ from matplotlib.text import Text
 from strategies import classifier
 
 from calrobust.functional.calibration import Bins, bin_confidences, binned_error
-from calrobust.plotting import BLUE, FAINTEST, GREY, reliability_diagram, reliability_grid, shift_scatter
+from calrobust.plotting import (
+    BLUE,
+    FAINTEST,
+    GREY,
+    differences,
+    reliability_diagram,
+    reliability_grid,
+    risk_coverage,
+    shift_scatter,
+)
 from calrobust.report import ShiftReport
 
 METHODS = ("ZS", "FT", "FT w/ LS", "WiSE-FT", "WiSE-FT w/ LS", "FLYP", "FLYP w/ LS", "CaRot", "CaRot (NeurIPS)")
@@ -53,6 +62,7 @@ def bars(ax: Axes, index: int) -> list[tuple[float, float, float]]:
 PLOTS: dict[str, Callable[[], Figure]] = {
     "diagram": lambda: cast(Figure, reliability_diagram(toy_bins()).figure),
     "grid": lambda: reliability_grid(make_report(METHODS[:2])),
+    "risk": lambda: cast(Figure, risk_coverage(make_report()).figure),
     "scatter": lambda: cast(Figure, shift_scatter(make_report()).figure),
 }
 
@@ -66,6 +76,48 @@ def test_a_plot_can_be_read_at_the_width_of_a_column(draw: Callable[[], Figure])
     assert figure.get_figwidth() == pytest.approx(3.3)
     assert texts
     assert min(float(text.get_fontsize()) for text in texts) >= 6
+
+
+def test_a_curve_of_risk_ends_at_the_error_rate() -> None:
+    """One for each method, in per cent over coverages up to 100, with its AURC in the legend."""
+    report = make_report()
+    ax = risk_coverage(report, domain="sketch", ax=Figure().add_subplot())
+    rows = {row["method"]: row for row in report.per_domain() if row["domain"] == "sketch"}
+    for line, (method, row) in zip(ax.lines, rows.items(), strict=True):
+        x, y = (torch.as_tensor(data) for data in line.get_data())
+        assert len(x) == row["n"]
+        assert (float(x[-1]), float(y[-1])) == pytest.approx((100, 100 * (1 - row["accuracy"])))
+        assert line.get_label() == f"{method} ({100 * row['aurc']:.2f})"
+    assert [str(line.get_label())[:3] for line in risk_coverage(report).lines] == ["ZS ", "FT ", "FT "]
+
+
+def test_differences_are_those_of_the_comparison() -> None:
+    """A row for each other method, a column for each figure; filled where the interval excludes 0."""
+    report, columns = ShiftReport(id_domain="photo"), ["id_nll", "ood_accuracy", "ood_ece"]
+    for (i, method), domain in itertools.product(enumerate(METHODS[:3]), ("photo", "sketch")):
+        logits, target = classifier(500, 5, 0, sharpness=0.5)
+        report.add(method, domain, logits * (1 + i) + i * 0.1 * logits.flip(1), target)
+    figure = differences(report, "FT", columns)
+    assert [ax.get_title() for ax in figure.axes] == ["ID NLL", "OOD accuracy (%)", "OOD ECE (%)"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["ZS", "FT w/ LS"]
+    for ax, column in zip(figure.axes, columns, strict=True):
+        factor = 1 if column == "id_nll" else 100
+        for line, other in zip(ax.lines[1:], ("ZS", "FT w/ LS"), strict=True):
+            found = report.compare(other, "FT")
+            assert cast(Any, line).get_xdata()[0] == pytest.approx(factor * found[column])
+            excludes_0 = found[column + "_low"] * found[column + "_high"] > 0
+            assert (line.get_fillstyle() == "full") == excludes_0
+    assert len(differences(make_shared(), "ZS").axes) == 4
+
+
+def make_shared() -> ShiftReport:
+    """Makes a report whose methods share their samples."""
+    report = ShiftReport(id_domain="photo")
+    for (i, method), domain in itertools.product(enumerate(METHODS[:2]), ("photo", "sketch")):
+        report.add(
+            method, domain, *((1 + i) * part if part.is_floating_point() else part for part in classifier(50, 5, 0))
+        )
+    return report
 
 
 def shown(ax: Axes, index: int) -> list[tuple[float, float, float]]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from calrobust._checks import check_bins, check_choice, check_instance
+import torch
+from torch import Tensor
+
+from calrobust._checks import check_bins, check_choice, check_instance, check_tensor
 from calrobust.functional.calibration import Bins, binned_error
+from calrobust.functional.selective import risk_coverage_curve
 from calrobust.report import ShiftReport
+from calrobust.report.tables import HEADINGS, check_columns, scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-__all__ = ["reliability_diagram", "reliability_grid", "shift_scatter"]
+__all__ = ["differences", "reliability_diagram", "reliability_grid", "risk_coverage", "shift_scatter"]
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe and Ito's
 BLUE, VERMILION, *_ = COLOURS
@@ -157,6 +162,101 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     ax.legend(bbox_to_anchor=(-0.15, 1), ncols=3, handletextpad=0.2, **ABOVE)
     _style(ax)
     return ax
+
+
+def risk_coverage(
+    report: ShiftReport | Tensor, correct: Tensor | None = None, domain: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Error rate of the most confident predictions against how many they are, both in per cent.
+
+    Args:
+        report: a curve for each method in ``domain``; or confidences, as for
+            :func:`~calrobust.functional.risk_coverage_curve`, and ``correct``.
+        correct: with confidences only.
+        domain: of the report; None is ``id_domain``.
+        ax: axes to draw into, as for :func:`reliability_diagram`.
+
+    Raises:
+        TypeError, ValueError: a method lacks the domain, arguments are not those of the curve, or ``ax`` is not axes.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.plotting import risk_coverage
+        >>> ax = risk_coverage(torch.tensor([0.9, 0.6]), torch.tensor([True, False]))
+        >>> ax.lines[0].get_ydata()
+        array([ 0., 50.])
+
+    Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, figure 1.
+    """
+    if isinstance(report, ShiftReport):
+        report._check_has_data()
+        domain = report.id_domain if domain is None else domain
+        data = {method: report.confidences(method, domain) for method in report.methods}
+    else:
+        check_tensor(confidences=report, correct=correct)
+        data = {"": (report, cast(Tensor, correct))}
+    curves = {method: 100 * risk_coverage_curve(*each) for method, each in data.items()}
+    ax = _axes(ax, 0.8 * COLUMN)
+    for i, (method, curve) in enumerate(curves.items()):
+        coverages = torch.arange(1, len(curve) + 1) * (100 / len(curve))
+        label = f"{method} ({curve.mean():.2f})".strip()
+        ax.plot(coverages.numpy(), curve.cpu().numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1, label=label)
+    ax.set(xlim=(0, 100), ylim=(0, None))
+    ax.set_xlabel("Coverage (%)", fontsize=FONT)
+    ax.set_ylabel("Error rate (%)", fontsize=FONT)
+    ax.legend(title="AURC in brackets", title_fontsize=FONT - 1, bbox_to_anchor=(-0.15, 1), ncols=3, **ABOVE)
+    _style(ax)
+    return ax
+
+
+def differences(
+    report: ShiftReport, method: str, columns: Sequence[str] = ("ood_accuracy", "ood_nll", "ood_nll_own_t", "ood_aurc")
+) -> Figure:
+    """Figures of the other methods minus those of one, a row for each method, with 95 % intervals.
+
+    A marker is filled if the interval excludes 0. Values and errors are those of
+    :meth:`ShiftReport.compare <calrobust.ShiftReport.compare>`.
+
+    Args:
+        report: with the same samples for every method.
+        method: what the others are compared with.
+        columns: names as for :meth:`ShiftReport.to_markdown <calrobust.ShiftReport.to_markdown>`.
+
+    Raises:
+        TypeError, ValueError: as for the comparison, or ``columns`` is not a list of names.
+
+    Example:
+        >>> import torch
+        >>> from calrobust import ShiftReport
+        >>> from calrobust.plotting import differences
+        >>> report = ShiftReport(id_domain="photo")
+        >>> for name, logit in ("FT", 1.0), ("CaRot", 3.0):
+        ...     report.add(name, "photo", torch.tensor([[0.0, logit]]), torch.tensor([1]))
+        >>> figure = differences(report, "FT", ["id_accuracy"])
+        >>> float(figure.axes[0].lines[1].get_xdata()[0])
+        0.0
+    """
+    check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
+    check_columns(columns)
+    check_choice(tuple(report.methods), method=method)
+    others = [other for other in report.methods if other != method]
+    rows = [report.compare(other, method) for other in others]
+    figure = _figure(COLUMN * (0.4 + 0.4 * len(columns)), 0.6 + 0.2 * len(rows))
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for column, ax in zip(columns, axes, strict=True):
+        factor = scale_of(column)[0]
+        ax.axvline(0, color=GREY, linewidth=0.7)
+        for i, row in enumerate(rows):
+            value, low, high = (factor * row[f"{column}{end}"] for end in ("", "_low", "_high"))
+            style = {"color": COLOURS[i % len(COLOURS)], "clip_on": False}
+            ax.plot(value, i, "o", markersize=4, fillstyle="full" if low * high > 0 else "none", **style)
+            ax.hlines(i, low, high, linewidth=0.8, **style)
+        ax.set_title(f"{HEADINGS[column]}{' (%)' if factor > 1 else ''}", fontsize=FONT - 1)
+        _style(ax)
+    axes[0].set_yticks(range(len(rows)), others, fontsize=FONT)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.supxlabel(f"Difference from {method}", fontsize=FONT)
+    return figure
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from calrobust import EMATeacher, ShiftReport
 from calrobust.functional import bin_confidences
 from calrobust.integrations import lightning, transformers
-from calrobust.plotting import reliability_diagram, reliability_grid, shift_scatter
+from calrobust.plotting import differences, reliability_diagram, reliability_grid, risk_coverage, shift_scatter
 from calrobust.report.tables import HEADINGS
 
 LOGITS, TARGET = classifier(30, 3, 0)
@@ -183,6 +183,10 @@ TABLE: Table = [
         ],
     ),
     (
+        [on("confidences", method="FT", domain="photo")],
+        [Wrong({"method": "ft"}, ValueError), Wrong({"domain": None}, ValueError)],
+    ),
+    (
         [on("bins", method="FT", domain="photo")],
         [
             Wrong({"method": "ft"}, ValueError),
@@ -227,6 +231,33 @@ TABLE: Table = [
                 TypeError,
                 "report must be of type ShiftReport, got NoneType; make it with ShiftReport(id_domain=...)",
             ),
+        ],
+    ),
+    (
+        [Target("plotting.risk_coverage", risk_coverage, lambda: {"report": filled(), "domain": "photo"})],
+        [
+            Wrong({"domain": "art"}, ValueError, "domain must be one of 'photo', 'sketch', got 'art'"),
+            Wrong({"report": ShiftReport(id_domain="photo"), "domain": "photo"}, ValueError, NO_DATA),
+            Wrong({"ax": Figure()}, TypeError),
+        ],
+    ),
+    (
+        [Target("plotting.risk_coverage", risk_coverage, lambda: {"report": BINS[0], "correct": BINS[0] > 0})],
+        [
+            Wrong({"correct": None}, TypeError),
+            Wrong(
+                {"report": [0.5]},
+                TypeError,
+                "confidences must be a torch.Tensor, got list; convert it with torch.as_tensor",
+            ),
+        ],
+    ),
+    (
+        [Target("plotting.differences", differences, lambda: {"report": two_methods(), "method": "FT"})],
+        [
+            Wrong({"method": "ft"}, ValueError, "method must be one of 'FT', 'ZS', got 'ft'"),
+            Wrong({"columns": ["ood_loss"]}, ValueError),
+            Wrong({"report": None}, TypeError),
         ],
     ),
     (

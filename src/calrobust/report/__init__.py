@@ -145,15 +145,19 @@ class ShiftReport:
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
         """Sums over bins, of logits / T if ``scaled``; ``ValueError`` if there are no such data, or no T."""
+        confidences, correct = self.confidences(method, domain)
+        if scaled and method not in self._fits:
+            raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
+        confidences = self._scaled(method, domain)["confidences_ts"] if scaled else confidences
+        return bin_confidences(confidences, correct, n_bins=self.n_bins)
+
+    def confidences(self, method: str, domain: str) -> tuple[Tensor, Tensor]:
+        """Confidences ``[N]`` and whether each prediction is right; ``ValueError`` if there are no such data."""
         self._check_has_data()
         check_choice(tuple(self._samples), method=method)
         check_choice(tuple(self._samples[method]), domain=domain)
-        if scaled and method not in self._fits:
-            raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
-        samples = self._scaled(method, domain)
-        return bin_confidences(
-            samples["confidences_ts" if scaled else "confidences"], samples["correct"], n_bins=self.n_bins
-        )
+        samples = self._samples[method][domain]
+        return samples["confidences"], samples["correct"]
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each method, in the order of first :meth:`add`.

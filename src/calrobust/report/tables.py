@@ -54,12 +54,22 @@ def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains
 
 def cells(summary: Callable[[], list[dict[str, Any]]], columns: Sequence[str], intervals: bool) -> list[list[str]]:
     """Headings, then a list for each row."""
+    check_columns(columns)
+    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)] for row in summary()]
+    return [["Method", *map(HEADINGS.__getitem__, columns)], *body]
+
+
+def check_columns(columns: Any) -> None:
+    """Raises unless they are names of figures."""
     if not isinstance(columns, (list, tuple)):
         raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
     for i, column in enumerate(columns):
         check_choice(tuple(HEADINGS), **{f"columns[{i}]": column})
-    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)] for row in summary()]
-    return [["Method", *map(HEADINGS.__getitem__, columns)], *body]
+
+
+def scale_of(column: str) -> tuple[int, int]:
+    """What a figure is multiplied with when it is shown, and its number of decimals."""
+    return (1, 3) if "nll" in column or "brier" in column else (100, 2 if "aurc" in column else 1)
 
 
 def markdown(table: list[list[str]], caption: str) -> str:
@@ -87,7 +97,7 @@ def _cell(row: dict[str, Any], column: str, intervals: bool) -> str:
         return MISSING
     if column == "temperature":
         return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}"
-    factor, digits = (1, 3) if "nll" in column or "brier" in column else (100, 2 if "aurc" in column else 1)
+    factor, digits = scale_of(column)
     shown = f"{factor * value:.{digits}f}"
     if not intervals:
         return shown

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from calrobust import EMATeacher
+from calrobust import EMATeacher, schedules
 from calrobust.integrations.lightning import EMATeacherCallback
 
 # Lightning's advice on the number of workers, and that a second run writes where the first did.
@@ -74,7 +74,7 @@ class Follower(EMATeacher):
 BATCHES = DataLoader[Tensor](torch.arange(12.0).view(6, 2, 1) / 10)  # type: ignore[arg-type]  # a tensor will do
 
 
-def trainer(folder: Path, *callbacks: EMATeacherCallback, **options: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     """Makes three steps an epoch, of two batches each, and a checkpoint after each epoch."""
     return Trainer(
         default_root_dir=folder,
@@ -226,3 +226,26 @@ def test_an_exception_in_validation_gives_the_student_its_weights_back(tmp_path:
         trainer(tmp_path, callback, max_epochs=1, num_sanity_val_steps=0).fit(model, BATCHES, BATCHES)
     assert_close(model.linear.weight.detach(), teacher.seen[-1], rtol=0, atol=0)
     teacher.update(model.linear)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_gives_the_average_of_lightnings_own_callback(tmp_path: Path, every: int) -> None:
+    """It copies the student at its first update, counts steps from 0, and ends with the average in the module."""
+
+    def fit(*callbacks: Any) -> Line:
+        torch.manual_seed(0)
+        model = Line()
+        for callback in callbacks:
+            if isinstance(callback, EMATeacherCallback):
+                callback.teacher, callback.student = teacher_of(model), model.linear
+        trainer(tmp_path, *callbacks, max_epochs=2).fit(model, BATCHES, BATCHES)
+        return model
+
+    def teacher_of(model: Line) -> EMATeacher:
+        return EMATeacher(model.linear, schedules.every(every, lambda step: 0.9 if step else 0.0))
+
+    theirs = fit(EMAWeightAveraging(decay=0.9, update_every_n_steps=every)).linear
+    ours = EMATeacherCallback(EMATeacher(theirs), theirs)
+    own = fit(ours).linear
+    assert_close(ours.teacher.module.state_dict(), theirs.state_dict())
+    assert not torch.equal(own.weight, theirs.weight)

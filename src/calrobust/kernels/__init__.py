@@ -1,7 +1,7 @@
-"""All that a loss needs to know about a pair matrix, as vectors, so that nobody else sees the matrix.
+"""The statistics of a pair matrix that losses need, as vectors. No other code sees the matrix.
 
-``docs/derivations.md`` defines the words. The gradient in S is formed in `tiled.backward` and by a kernel of
-`triton.softmax`; `tiled.FeatureGradients` takes it on to the factors.
+``docs/derivations.md`` defines the words. `tiled.backward` or a kernel of `triton.softmax` forms the gradient in S, and
+`tiled.FeatureGradients` turns it into those of the features.
 """
 
 from typing import Any, Literal, NamedTuple, get_args

@@ -1,4 +1,4 @@
-"""The softmax statistics of a pair matrix by their definition, the oracle of every other form, and how they merge.
+"""The softmax statistics of a pair matrix by definition, and how they merge. Tests compare every form with it.
 
 ``docs/derivations.md`` has the rules of merging, and why a divergence is a sum of terms of which none is negative.
 """

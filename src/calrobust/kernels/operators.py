@@ -1,7 +1,7 @@
-"""Torch operators around the forms that hold no pair matrix, and their autograd function.
+"""Torch operators around the forms that need not hold the pair matrix, and their autograd function.
 
-A form of the softmax statistics is a module with functions ``forward`` and ``backward``: `tiled`, the one to read, or
-`triton.softmax`. One of the sigmoid sums has a function ``sweep``.
+A form of the softmax statistics is a module with functions ``forward`` and ``backward``: `tiled`, to be read
+first, or `triton.softmax`. One of the sigmoid sums has a function ``sweep``.
 """
 
 import warnings

@@ -1,7 +1,7 @@
 """The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows; ``docs/derivations.md`` has the formulas.
 
-The gradient in Z needs only the entry itself. So one sweep over tiles gives sums and gradients, for 3 units, or 4 with
-a teacher, if the weights of the sums are known before; otherwise the backward pass sweeps again.
+The gradient in Z depends on the entry alone. So one sweep over the tiles gives sums and gradients if the weights of the
+sums are known, for 3 units, or 4 with a teacher. Otherwise backward makes a second sweep.
 """
 
 from collections.abc import Sequence

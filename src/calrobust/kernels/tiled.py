@@ -1,7 +1,7 @@
-"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, exact with gradient.
+"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, with exact gradients.
 
 A step takes 4 units: forward 1 for S; backward 1 for S again, 1 for the gradient of x and 1 for that of y. A teacher
-adds 2, for T. Kept logits save those of backward for S and T, and a frozen tower saves that of its gradient.
+adds 2, for T. Kept logits save the units of S and T in backward, and a frozen tower that of its gradient.
 ``docs/derivations.md`` has the formulas of the statistics and of the gradient in S.
 """
 

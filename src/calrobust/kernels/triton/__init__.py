@@ -1,4 +1,4 @@
-"""The forms for CUDA devices, as Triton kernels: what `softmax` and `sigmoid` share."""
+"""What the Triton kernels of `softmax` and `sigmoid` share."""
 
 import math
 from collections.abc import Iterator, Sequence

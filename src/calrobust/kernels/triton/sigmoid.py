@@ -1,4 +1,4 @@
-"""The sigmoid sums of ``Z = scale · x yᵀ + bias``, and the gradient in Z, in one sweep over tiles."""
+"""The sigmoid sums of ``Z = scale · x yᵀ + bias``, and the gradient in Z, in one sweep over the tiles."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
-"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: no tile leaves the chip.
+"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: logits stay on the chip.
 
 Rows and columns are sums of `comparison` at *references*, the largest logits of the row so far: see
-``docs/derivations.md``. The sums of a block's columns go to memory, and a second kernel merges them. Where one has lost
-terms or would cancel, it forms the sums of that block again, at the columns' own references. No product is fused into
+``docs/derivations.md``. The sums of a block's columns go to memory, and a second kernel merges them. If a sum has lost
+terms or digits, it forms the sums of that block again, at the columns' own references. No product is fused into
 ``s − t``: a teacher equal to the student gives exactly zero.
 """
 

@@ -42,7 +42,7 @@ def pictures(rows: Tensor, style: str) -> TensorDataset:
 def train(
     model: nn.Module, criterion: nn.Module, data: Dataset, *, epochs: int, lr: float, teacher: nn.Module | None = None
 ) -> None:
-    """The loop that you have, on pictures and captions of their classes. The teacher is what is new."""
+    """A plain training loop on pictures and captions of their classes. Only the teacher is new."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0, fused=True)
     for _ in range(epochs):
         for images, target in DataLoader(data, batch_size=100, shuffle=True):
@@ -57,7 +57,7 @@ def train(
 
 
 def logits(model: nn.Module, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Logits of the zero-shot classifier, which fine-tuning like pre-training keeps, and labels."""
+    """Logits and labels. Contrastive fine-tuning keeps the zero-shot classifier."""
     weight = model.logit_scale.exp() * cr.zero_shot_classifier(model, tokenizer, NAMES, TEMPLATES)
 
     def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,17 @@ def test_the_flyp_style_loops_learn(name: str, capsys: pytest.CaptureFixture[str
     assert float(capsys.readouterr().out.split()[1]) > 0.9
 
 
+@pytest.mark.parametrize("page", ["flyp", "lightning", "transformers"])
+def test_a_guide_counts_the_lines_of_its_swap(page: str) -> None:
+    """Those that are not empty, new and old."""
+    text = (DOCS / "guides" / f"{page}.md").read_text(encoding="utf-8")
+    before, after = re.findall(r"```{swap} (\S+) (\S+)", text)[0]
+    diff = runpy.run_path(str(DOCS / "_ext" / "swap.py"))["diff"]
+    lines = diff(DOCS / "guides" / before, DOCS / "guides" / after)
+    new, old = (sum(line[0] == sign and line[1:].strip() != "" for line in lines) for sign in "+-")
+    assert f"The swap is {new} lines in place of {old}" in text
+
+
 def test_the_flyp_swap_changes_at_most_ten_lines() -> None:
     """Added and removed lines together."""
     old, new = ((SWAPS / name).read_text(encoding="utf-8").splitlines()[1:] for name in ("flyp.py", "flyp_carot.py"))

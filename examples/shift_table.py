@@ -33,12 +33,15 @@ from tqdm import tqdm
 
 import calrobust as cr
 
+FULL = Pretraining(), 20  # and the epochs of fine-tuning
+FAST = Pretraining(steps=60, per_style=8), 2  # shows that everything runs; its numbers mean nothing
+
 
 def run_seed(seed: int, rows: Sequence[str], *, fast: bool, cache: Path, bar: tqdm) -> cr.ShiftReport:
     """Pre-trains a model, fine-tunes it in every way and reports on every row."""
-    pretraining = Pretraining(steps=60, per_style=8) if fast else Pretraining()
+    pretraining, epochs = FAST if fast else FULL
     clip = pretrained(pretraining, seed, cache, bar)
-    tuning = FineTuning(clip, train_split(), seed, bar, epochs=2 if fast else 20)
+    tuning = FineTuning(clip, train_split(), epochs, seed, bar)
     validation, test = validation_split(), test_splits()
 
     def judged(row: str, classifier: Classifier) -> dict[str, Tensor]:

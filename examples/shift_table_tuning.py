@@ -82,7 +82,7 @@ def fine_tuning(seed: int, *, nudged: bool = False, exact: bool = False) -> Fine
     torch.set_num_threads(1)
     bar = tqdm(disable=True)
     clip = pretrained(Pretraining(nudged=nudged), seed, CACHE, bar)
-    return FineTuning(clip if exact else clip.float(), train_split(), seed, bar)
+    return FineTuning(clip if exact else clip.float(), train_split(), 20, seed, bar)
 
 
 def figures(model: Classifier) -> Figures:

@@ -40,10 +40,10 @@ class Recipe:
 class FineTuning:
     """The pre-trained model and the training images; each method fine-tunes a fresh copy of the model."""
 
-    def __init__(self, clip: open_clip.CLIP, train: Split, seed: int, bar: tqdm, epochs: int = 20) -> None:
+    def __init__(self, clip: open_clip.CLIP, train: Split, epochs: int, seed: int, bar: tqdm) -> None:
         self.clip, self.zero_shot = clip, zero_shot(clip)
         self.train = Split(train.images.to(clip.logit_scale.dtype), train.target)
-        self.seed, self.bar, self.epochs = seed, bar, epochs
+        self.epochs, self.seed, self.bar = epochs, seed, bar
 
     def ft(self, recipe: Recipe, penalty: Penalty | None = None) -> Classifier:
         """FT: the image tower and the zero-shot head, by cross-entropy, which is one direction of our loss."""
@@ -132,7 +132,7 @@ class FineTuning:
         return self.epochs * (len(self.train.target) // BATCH)
 
     def _scale(self) -> float:
-        return float(self.clip.logit_scale.exp())
+        return float(self.clip.logit_scale.exp().item())
 
     @torch.no_grad()
     def _encoded(self, texts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from atomic import write_atomically
-from shift_table.checkpoint import load_or_build
+from shift_table.cache import load_or_build
 from tiny_folders import Main, options, refusal
 
 ROOT = Path(__file__).parents[2]
@@ -97,14 +97,14 @@ class TestFullDisk:
 
     def test_shift_table_goes_on_without_its_cache(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """It says how to keep the model, and an old one stays."""
-        path = tmp_path / "model.ckpt"
+        path = tmp_path / "model.clip"
         load_or_build(path, {"steps": 1}, lambda: {"weight": torch.zeros(9)})
         before = path.read_bytes()
-        (tmp_path / f".model.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
+        (tmp_path / f".model.clip.{os.getpid()}.tmp").symlink_to("/dev/full")
         built = load_or_build(path, {"steps": 2}, lambda: {"weight": torch.ones(9)})
         assert torch.equal(built["weight"], torch.ones(9))
         assert "No space left on device. Name a folder that can be written with --cache" in capsys.readouterr().out
-        assert content(tmp_path) == {"model.ckpt": before}
+        assert content(tmp_path) == {"model.clip": before}
 
     def test_shift_table_leaves_the_old_results(self, tmp_path: Path) -> None:
         """What writes them raises, and leaves nothing behind."""
@@ -124,7 +124,7 @@ class TestUnusableFiles:
         self, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """The model is built anew."""
-        path = tmp_path / "model.ckpt"
+        path = tmp_path / "model.clip"
         path.mkdir() if what == "a folder" else path.symlink_to(path)
         built = load_or_build(path, {"steps": 1}, lambda: {"weight": torch.ones(9)})
         assert torch.equal(built["weight"], torch.ones(9))

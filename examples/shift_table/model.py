@@ -120,7 +120,8 @@ def pretrained(recipe: Pretraining, seed: int, cache: Path, bar: tqdm) -> open_c
             pictures, captions = web.batch(recipe.per_style)
             optimizer.step(criterion(*clip(pictures.double(), captions)))
             bar.update()
-        return clip.state_dict()
+        weights: dict[str, Tensor] = clip.state_dict()
+        return weights
 
     name = f"shift_table_{recipe.steps}{'_nudged' * recipe.nudged}_{seed}.clip"
     clip.load_state_dict(load_or_build(cache / name, {**asdict(recipe), "seed": seed}, build))

@@ -44,7 +44,11 @@ def scans() -> tuple[Bytes, Tensor]:
 
 
 def _enlarged(pixels: Bytes) -> Bytes:
-    return np.stack([Image.fromarray(p).resize((MASK, MASK), Image.Resampling.BICUBIC) for p in pixels])
+    return _stacked([Image.fromarray(p).resize((MASK, MASK), Image.Resampling.BICUBIC) for p in pixels])
+
+
+def _stacked(images: list[Image.Image]) -> Bytes:
+    return np.stack([np.asarray(image) for image in images])
 
 
 def glyphs(fonts: tuple[str, ...], characters: str) -> Bytes:
@@ -62,7 +66,7 @@ def glyphs(fonts: tuple[str, ...], characters: str) -> Bytes:
                 ink.resize((width, height), Image.Resampling.BICUBIC), ((MASK - width) // 2, (MASK - height) // 2)
             )
             masks.append(mask)
-    return np.stack(masks)
+    return _stacked(masks)
 
 
 def thicken(masks: Bytes, by: int) -> Bytes:
@@ -120,14 +124,14 @@ def _posed(masks: Bytes, style: str, rng: Generator) -> Floats:
         if style == "blurred":
             image = image.resize((10, 10), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
         posed.append(image)
-    return np.stack(posed)[:, None].astype(np.float32) / 255
+    return _stacked(posed)[:, None].astype(np.float32) / np.float32(255)
 
 
 @cache
 def _photos() -> Floats:
     """Scikit-learn's two sample photographs at half their size, ``[2, 3, 214, 320]``."""
     photos = [Image.fromarray(photo).resize((320, 214)) for photo in load_sample_images().images]
-    return np.stack(photos).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return _stacked(photos).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
 
 
 def _photo_crops(n: int, rng: Generator) -> Floats:

@@ -151,22 +151,24 @@ def contact_sheet(test: Mapping[str, Split]) -> Figure:
 
 
 def difference_plot(gaps: Gaps) -> Figure:
-    """CaRot minus each row and its interval, in three columns."""
+    """CaRot minus each row and its interval, for accuracy, ECE and NLL under shift."""
     figure = Figure(figsize=(7.4, 2.9), dpi=200, layout="constrained")
-    rows = [*gaps["ood_ece"]]
     for ax, (column, title) in zip(figure.subplots(1, len(SAID), sharey=True), SAID.items(), strict=True):
-        scale = 1 if "nll" in column else 100
-        middles, halves = zip(*((scale * middle, scale * half) for middle, half in gaps[column].values()), strict=True)
+        scale, unit = (1, "nats") if "nll" in column else (100, "points")
+        good, side = (1, "right") if column.endswith("accuracy") else (-1, "left")
         ax.axvline(0, color="0.6", linewidth=0.8)
-        ax.errorbar(middles, range(len(rows)), xerr=halves, fmt="o", color="#0072B2", markersize=4, capsize=2.5)
-        ax.set_yticks(range(len(rows)), rows)
-        good = "right" if column.endswith("accuracy") else "left"
-        ax.set_title(f"{title} ({'nats' if scale == 1 else 'points'}); {good} is better", fontsize=8)
+        for y, (middle, half) in enumerate(gaps[column].values()):
+            colour = "0.55" if abs(middle) <= half else "#0072B2" if good * middle > 0 else "#D55E00"
+            ax.errorbar(scale * middle, y, xerr=scale * half, fmt="o", color=colour, markersize=4, capsize=2.5)
+        ax.set_yticks(range(len(gaps[column])), [*gaps[column]])
+        ax.set_title(f"{title} ({unit}); {side} is better", fontsize=8)
         ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.tick_params(axis="y", length=0)
         ax.tick_params(labelsize=8)
+        ax.tick_params(axis="y", length=0)
     figure.axes[0].invert_yaxis()
-    figure.supxlabel("CaRot minus this row, 95 % interval over seeds", fontsize=8)
+    figure.supxlabel(
+        "CaRot minus this row, with its 95 % interval; blue: better, orange: worse, grey: neither", fontsize=8
+    )
     return figure
 
 

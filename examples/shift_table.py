@@ -40,29 +40,33 @@ FAST = Pretraining(steps=60, per_style=8), 2  # shows that everything runs; its 
 def run_seed(seed: int, rows: Sequence[str], *, fast: bool, cache: Path, bar: tqdm) -> cr.ShiftReport:
     """Pre-trains a model, fine-tunes it in every way and reports on every row."""
     pretraining, epochs = FAST if fast else FULL
+    phases = ["pre-training", *dict.fromkeys(row.removeprefix("WiSE-") for row in rows)]  # WiSE-FT is made of FT
+
+    def say(phase: str, more: str = "") -> None:
+        bar.set_description(f"seed {seed}, {phases.index(phase) + 1} of {len(phases)}: {phase}{more}")
+
+    say("pre-training")
     clip = pretrained(pretraining, seed, cache, bar)
     tuning = FineTuning(clip, train_split(), epochs, seed, bar)
     validation, test = validation_split(), test_splits()
 
     def judged(row: str, classifier: Classifier) -> dict[str, Tensor]:
-        bar.set_description(f"seed {seed}: {row}, looking at the test sets")
         splits = {"validation": validation, **test}
         single = copy.deepcopy(classifier).float()  # enough to look at pictures
         found = {name: cr.collect_logits(single, split.batches(), progress=False) for name, split in splits.items()}
         return {f"{row}, {name}": logits for name, (logits, _) in found.items()}
 
     def trained(row: str) -> dict[str, Tensor]:
-        if row == "ZS":
-            return judged(row, tuning.zero_shot)
-        bar.set_description(f"seed {seed}: {row}")
-        classifier = WAYS[row](tuning, RECIPES[row])
+        say(row)
+        classifier = WAYS[row](tuning, RECIPES[row]) if row in WAYS else tuning.zero_shot
+        say(row, ", predicting")
         logits = judged(row, classifier)
         if averaged := AVERAGED.get(row):
             logits |= judged(averaged, tuning.wise_ft(classifier, ALPHAS[averaged]))
         return logits
 
     logits: dict[str, Tensor] = {}
-    for row in dict.fromkeys(row.removeprefix("WiSE-") for row in rows):  # WiSE-FT is made of FT
+    for row in phases[1:]:
         recipe = {"seed": seed, "epochs": tuning.epochs, "pretraining": asdict(pretraining)}
         recipe |= {"recipe": asdict(RECIPES.get(row, Recipe())), "alpha": ALPHAS.get(AVERAGED.get(row, ""))}
         path = cache / f"shift_table_{pretraining.steps}_{seed}_{row.replace(' ', '_').replace('/', '')}.logits"

@@ -114,7 +114,6 @@ def pretrained(recipe: Pretraining, seed: int, cache: Path, bar: tqdm) -> open_c
     def build() -> dict[str, Tensor]:
         web, criterion = WebData(seed), calrobust.MultimodalContrastiveLoss()
         optimizer = Optimizer(clip.train(), recipe.steps, recipe.learning_rate, weight_decay=0.05, warm_up=1 / 6)
-        bar.set_description(f"seed {seed}: pre-training")
         bar.reset(recipe.steps)
         for _ in range(recipe.steps):
             pictures, captions = web.batch(recipe.per_style)

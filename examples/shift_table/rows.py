@@ -174,15 +174,17 @@ AVERAGED = {"FT": "WiSE-FT", "FT w/ LS": "WiSE-FT w/ LS"}  # what is averaged wi
 ROWS = ("ZS", "FT", "FT w/ LS", "WiSE-FT", "WiSE-FT w/ LS", "FLYP", "FLYP w/ LS", "CaRot", "CaRot (NeurIPS)")
 FURTHER_ROWS = ("TRACER", "CAR-FT", "Lipsum-FT")  # not in the table unless --rows asks for them
 
-RECIPES = {  # where the search starts, see protocol.md
-    "FT": Recipe(),
-    "FT w/ LS": Recipe(label_smoothing=0.05),
-    "FLYP": Recipe(),
-    "FLYP w/ LS": Recipe(label_smoothing=0.05),
-    "CaRot": Recipe(label_smoothing=0.05, distillation_weight=1.5, teacher_decay=0.98),
-    "CaRot (NeurIPS)": Recipe(label_smoothing=0.05, distillation_weight=1.5, teacher_decay=0.98, orthogonality=0.2),
-    "TRACER": Recipe(),
-    "CAR-FT": Recipe(),
-    "Lipsum-FT": Recipe(),
+RECIPES = {  # the choices of protocol.md
+    "FT": Recipe(2.828e-3),
+    "FT w/ LS": Recipe(1.414e-3, label_smoothing=0.025),
+    "FLYP": Recipe(2.828e-3),
+    "FLYP w/ LS": Recipe(2e-3, label_smoothing=0.0125),
+    "CaRot": Recipe(2e-3, label_smoothing=0.0125, distillation_weight=0.1875, teacher_decay=0.9571),
+    "CaRot (NeurIPS)": Recipe(
+        2.828e-3, label_smoothing=0.0125, distillation_weight=0.09375, teacher_decay=0.9786, orthogonality=0.8
+    ),
+    "TRACER": Recipe(2.828e-3),  # FLYP's
+    "CAR-FT": Recipe(2.828e-3),  # FT's
+    "Lipsum-FT": Recipe(2.828e-3),
 }
-ALPHAS = {"WiSE-FT": 0.5, "WiSE-FT w/ LS": 0.5}
+ALPHAS = {"WiSE-FT": 0.1, "WiSE-FT w/ LS": 0.1}  # of the fine-tuned weights

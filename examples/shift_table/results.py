@@ -137,7 +137,7 @@ def write_results(out: Path, summary: str, reports: Reports, test: Mapping[str, 
 
 def contact_sheet(test: Mapping[str, Split]) -> Figure:
     """One line for each test set: typical digits, five dark on light and five light on dark."""
-    figure = Figure(figsize=(7.4, 4.2), dpi=150, layout="compressed")
+    figure = Figure(figsize=(7.4, 4.2), dpi=110, layout="compressed")
     grid = figure.subplots(len(test), 10)
     for axes, (name, (images, target)) in zip(grid, test.items(), strict=True):
         paper = images[:, :, (0, 0, -1, -1), (0, -1, 0, -1)].mean((1, 2))  # at the corners

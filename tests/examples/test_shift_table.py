@@ -108,8 +108,9 @@ class TestData:
         first, second = (data.random_texts(rng) for rng in [np.random.default_rng(0)] * 2)
         assert (first != second).any(1).all()
 
+    @pytest.mark.slow
     def test_pictures_and_first_weights_do_not_depend_on_the_cpu(self) -> None:
-        """Without its newer instructions, the same pictures and weights are drawn (trap 37)."""
+        """Without its newer instructions, the same pictures and weights are drawn."""
         program = (
             "import hashlib, numpy as np, torch; from shift_table import data, model, pictures\n"
             "x, _ = data.WebData(0).batch(20); y = data.validation_split('blurred').images[:200]\n"

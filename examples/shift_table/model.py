@@ -1,4 +1,4 @@
-"""The model, a CLIP small enough to train on a CPU in a minute or two, and its pre-training."""
+"""The model, a CLIP small enough to train on a CPU in two minutes, and its pre-training."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_the_readme_takes_the_table_that_the_example_prints() -> None:
     with_table = runpy.run_path(str(DOCS / "figures.py"))["with_table"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_table(readme, readme) == readme
-    old = re.search(r"^\| CaRot \|.*$", readme, re.MULTILINE)
+    old = re.search(r"^\| CaRot +\|.*$", readme, re.MULTILINE)
     assert old
     new = "| CaRot | 12.3 ± 4.5 |"
     assert with_table(readme, readme.replace(old[0], new)) == readme.replace(old[0], new)

@@ -162,7 +162,8 @@ def shift_table(folder: Path) -> None:
     files = ("table.md", "results.csv", "domains.png", "shift.png", "reliability.png")
 
     def run(out: Path) -> None:
-        sys.argv = ["shift_table.py", "--fast", "--out", str(out), "--cache", str(out / "cache")]
+        sys.argv = ["shift_table.py", "--fast", "--rows", "ZS", "FLYP", "CaRot"]
+        sys.argv += ["--out", str(out), "--cache", str(out / "cache")]
         script.main()
 
     moments = [Moment("clip", 2, 1000), Moment("FLYP.logits", 2), Moment("table.md", 1, 50)]

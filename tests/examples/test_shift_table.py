@@ -486,18 +486,19 @@ class TestScript:
 
     def test_writes_every_file_for_every_seed(self, run: Callable[..., Path]) -> None:
         """A miniature over two seeds: a mean and deviation in every cell, every figure of every seed in the CSV."""
-        out = run("--seeds", "3", "4")
+        rows = ["ZS", "FT", "WiSE-FT", "FLYP", "CaRot"]
+        out = run("--seeds", "3", "4", "--rows", *rows)
         names = ["differences.png", "domains.png", "reliability.png", "results.csv", "shift.png", "table.md"]
         assert sorted(file.name for file in out.iterdir()) == names
         table = (out / "table.md").read_text()
         cells = [line.split("|")[2:-1] for line in table.splitlines() if line.startswith("| ") and " ± " in line]
-        assert len(cells) == 2 * len(ROWS) + len(ROWS) - 1  # two tables, and that of the differences
+        assert len(cells) == 2 * len(rows) + len(rows) - 1  # two tables, and that of the differences
         assert all(" ± " in cell for row in cells for cell in row)
         assert "the numbers mean nothing" in table
         with (out / "results.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert len(rows) == 2 * len(ROWS) * (2 + len(SHIFTS))
-        assert {row["seed"] for row in rows} == {"3", "4"}
+            figures = list(csv.DictReader(file))
+        assert len(figures) == 2 * len(rows) * (2 + len(SHIFTS))
+        assert {line["seed"] for line in figures} == {"3", "4"}
         assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))
 
     def test_same_command_gives_the_same_digits(self, run: Callable[..., Path]) -> None:
@@ -513,7 +514,8 @@ class TestScript:
         """The table has these rows alone, in this order; WiSE-FT trains the row that it averages."""
         table = (run("--rows", "CAR-FT", "WiSE-FT") / "table.md").read_text()
         names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-        assert names == ["Method", "----", "CAR-FT", "WiSE-FT"] * 2 or names[2:4] == names[6:8] == ["CAR-FT", "WiSE-FT"]
+        assert names[2:4] == names[6:8] == ["CAR-FT", "WiSE-FT"]
+        assert len(names) == 8
         kept = sorted(path.name for path in (tmp_path / "out" / "cache").iterdir())
         assert kept == ["shift_table_2_0.clip", "shift_table_2_0_CAR-FT.logits", "shift_table_2_0_FT.logits"]
 

@@ -35,7 +35,7 @@ TINY: dict[Any, dict[str, Any]] = {
         "DRIFT_SAMPLES": 50,
         "DRIFT_CHUNK": 30,
     },
-    coverage: {"SIZES": (300,), "DATA_SETS": 20},
+    coverage: {"SIZES": (300,), "DATA_SETS": 20, "SCORED": 20, "SCORED_SIZES": (300,)},
     temperature: {"ROWS": 200, "CLASSES": 5, "REPEATS": 1},
     weight: {
         "REPEATS": 1,

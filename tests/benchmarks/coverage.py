@@ -13,13 +13,23 @@ import numpy as np
 import torch
 from benchmarks.measure import Row, Table
 
-from calrobust.functional.intervals import mean_accuracy, mean_interval
+from calrobust.functional.intervals import FEWEST, mean_accuracy, mean_interval, n_deciding, score_interval
+from calrobust.functional.selective import risk_contributions
 
 SIZES = (300, 1_000, 2_000, 5_000, 50_000)
 DATA_SETS = 5_000  # the share that is measured has a standard error of 0.3 %
 N_BINS, POINTS = 15, 8  # points of the grid in a bin
 DOMAINS = 4
 BIASED = 1_000  # samples
+SCORED, SCORED_SIZES, CLASSES = 1_000, (300, 1_000), 10  # of NLL, Brier score, AURC
+SCORED_MODELS = "calibrated", "overconfident by 0.04", "T = 2 would calibrate", "T = 0.5 would calibrate"
+PAIRS = (
+    ("medium", "calibrated", "calibrated"),
+    ("medium", "overconfident by 0.04", "calibrated"),
+    ("sharp", "T = 2 would calibrate", "overconfident by 0.1"),
+    ("peaked", "T = 0.5 would calibrate", "calibrated"),
+    ("diffuse", "gaps of 0.05, signs alternate", "T = 2 would calibrate"),
+)
 LEVEL, LEAST, MOST = 0.95, 92, 98  # per cent
 GRID = (np.arange(N_BINS * POINTS) + 0.5) / (N_BINS * POINTS)
 ODDS = np.log(GRID / (1 - GRID))
@@ -73,6 +83,26 @@ def tables() -> Iterator[Table]:
         shares = [accuracy_coverage(accuracy, n, domains) for domains in (1, DOMAINS) for n in SIZES]
         table.rows += _rows(f"accuracy {accuracy}", shares)
     yield table
+    conditions = f"Per cent of {SCORED:,} data sets; N = {', '.join(f'{n:,}' for n in SCORED_SIZES)}; "
+    table = Table(
+        "Coverage: scores",
+        f"{conditions} all of {', '.join(CONFIDENCES)} confidences, where at least a tenth of the data sets has an "
+        f"interval; {CLASSES} classes, of which the top label leaves the same to all others.",
+    )
+    for model in SCORED_MODELS:
+        found = [scores_coverage(model, kind, n) for kind in CONFIDENCES for n in SCORED_SIZES]
+        for score in found[0]:
+            table.rows += _rows(f"{score}, {model}", [each[score] for each in found if not math.isnan(each[score])])
+    yield table
+    table = Table(
+        "Coverage: paired differences", f"{conditions} two models of one latent difficulty, which agree mostly."
+    )
+    for kind, *models in PAIRS:
+        found = [differences_coverage(kind, models, n, rho) for n in SCORED_SIZES for rho in (0.8, 0.98)]
+        for score in found[0]:
+            shares = [each[score] for each in found if not math.isnan(each[score])]
+            table.rows += _rows(f"{score}, {kind}: {models[0]}; {models[1]}", shares)
+    yield table
     table = Table(
         "Bias: ECE",
         f"Mean distance from the true ECE in per cent, of the debiased value and of the value, over {DATA_SETS:,} data "
@@ -122,6 +152,70 @@ def data_sets(model: str, confidences: str, n: int) -> tuple[torch.Tensor, float
     sums = (counts, counts * GRID, correct, counts * GRID * (1 - GRID))
     moments = torch.tensor(np.stack(sums)).unflatten(-1, (N_BINS, POINTS)).sum(-1)
     return moments, float(np.abs(((GRID - shares) * weights).reshape(N_BINS, POINTS).sum(1)).sum())
+
+
+Scored = dict[str, torch.Tensor]  # of each sample of each data set, [SCORED, n]
+
+
+def draw(kind: str, model: str, z: np.ndarray, u: np.ndarray) -> tuple[Scored, dict[str, float]]:
+    """Scores of samples of difficulty z and luck u, both standard normal, and the true means."""
+    weights, shares = CONFIDENCES[kind] / CONFIDENCES[kind].sum(), MODELS[model]().clip(0, 1)
+    point = np.searchsorted(weights.cumsum(), _normal_cdf(z)).clip(max=len(GRID) - 1)
+    correct = _normal_cdf(u) < shares[point]
+    rest = (1 - GRID) / (CLASSES - 1)
+    right = {"nll": -np.log(GRID), "brier": (1 - GRID) ** 2 + (CLASSES - 1) * rest**2}
+    wrong = {"nll": -np.log(rest), "brier": GRID**2 + (1 - rest) ** 2 + (CLASSES - 2) * rest**2}
+    found = {name: torch.tensor(np.where(correct, right[name][point], wrong[name][point])) for name in right}
+    rows = zip(torch.tensor(GRID[point]), torch.tensor(correct), strict=True)
+    found["aurc"] = torch.stack([risk_contributions(*row) for row in rows])
+    found["accuracy"] = torch.tensor(correct).double()
+    truth = {name: float((weights * (shares * right[name] + (1 - shares) * wrong[name])).sum()) for name in right}
+    mass, errors = weights[::-1], (weights * (1 - shares))[::-1]
+    before, rate = mass.cumsum() - mass, (1 - shares)[::-1]
+    logs = np.log(mass.cumsum() / before.clip(min=1e-300)).clip(max=700)
+    truth["aurc"] = float((errors + (errors.cumsum() - errors - before * rate) * logs * (before > 0)).sum())
+    truth["accuracy"] = float((weights * shares).sum())
+    return found, truth
+
+
+def _normal_cdf(z: np.ndarray) -> np.ndarray:
+    return torch.special.ndtr(torch.tensor(z)).numpy()
+
+
+def _held(intervals: list[torch.Tensor], given: torch.Tensor, truth: float) -> float:
+    _, low, high = torch.stack(intervals, 1)
+    held = (low <= truth) & (truth <= high)
+    return 100 * float(held[given].double().mean()) if given.double().mean() >= 0.1 else math.nan
+
+
+def scores_coverage(model: str, kind: str, n: int) -> dict[str, float]:
+    """Per cent of intervals that hold the true NLL, Brier score and AURC."""
+    generator = np.random.default_rng(0)
+    z, u = generator.standard_normal((2, SCORED, n))
+    found, truth = draw(kind, model, z, u)
+    right = found["accuracy"].sum(1)
+    given = right.minimum(n - right) >= FEWEST
+    scores = {name: rows for name, rows in found.items() if name != "accuracy"}
+    return {
+        name: _held([score_interval(row, LEVEL) for row in rows], given, truth[name]) for name, rows in scores.items()
+    }
+
+
+def differences_coverage(kind: str, models: list[str], n: int, rho: float) -> dict[str, float]:
+    """Per cent of intervals for the difference of two models, whose difficulty and luck have correlation rho."""
+    generator = np.random.default_rng(0)
+    (z, other_z), (u, other_u) = generator.standard_normal((2, 2, SCORED, n))
+    a, truth = draw(kind, models[0], z, u)
+    rest = math.sqrt(1 - rho**2)
+    b, other_truth = draw(kind, models[1], rho * z + rest * other_z, rho * u + rest * other_u)
+    shares = {}
+    for name in truth:
+        rows = a[name] - b[name]
+        deciding = a["accuracy"] - b["accuracy"] if name == "aurc" else rows
+        given = torch.stack([n_deciding(row) for row in deciding]) >= FEWEST
+        intervals = [score_interval(row, LEVEL, paired=True) for row in rows]
+        shares[name] = _held(intervals, given, truth[name] - other_truth[name])
+    return shares
 
 
 def accuracy_coverage(accuracy: float, n: int, domains: int) -> float:

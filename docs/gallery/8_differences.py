@@ -2,8 +2,8 @@
 ================================================================
 
 Four models see the same pictures. One is only too sure, one ranks its predictions badly, and one is a little better
-than the base. Their accuracies are close. :meth:`ShiftReport.compare <calrobust.ShiftReport.compare>` compares what they say of each
-picture, which tells them apart far better than two intervals side by side.
+than the base. Their accuracies are close. :meth:`ShiftReport.compare <calrobust.ShiftReport.compare>` compares what
+they say of each picture, which tells them apart far better than two intervals side by side.
 """
 
 import matplotlib.pyplot as plt

@@ -179,7 +179,8 @@ def draw(kind: str, model: str, z: np.ndarray, u: np.ndarray) -> tuple[Scored, d
 
 
 def _normal_cdf(z: np.ndarray) -> np.ndarray:
-    return torch.special.ndtr(torch.tensor(z)).numpy()
+    shares: np.ndarray = torch.special.ndtr(torch.tensor(z)).numpy()
+    return shares
 
 
 def _held(intervals: list[torch.Tensor], given: torch.Tensor, truth: float) -> float:

@@ -52,9 +52,9 @@ def summarize(reports: Reports) -> str:
 
 
 def differences(reports: Reports) -> Gaps:
-    """CaRot minus each other row, paired within a seed; nothing for a single seed or without CaRot."""
+    """CaRot minus each other row, paired within a seed; nothing for a single seed, a single row or without CaRot."""
     rows = next(iter(reports.values())).methods
-    if len(reports) < 2 or "CaRot" not in rows:
+    if len(reports) < 2 or len(rows) < 2 or "CaRot" not in rows:
         return {}
     quantile = float(student.ppf(0.975, len(reports) - 1))
     gaps: Gaps = {column: {} for column in COMPARED}

@@ -499,6 +499,7 @@ class TestScript:
             figures = list(csv.DictReader(file))
         assert len(figures) == 2 * len(rows) * (2 + len(SHIFTS))
         assert {line["seed"] for line in figures} == {"3", "4"}
+        assert len({line["nll"] for line in figures}) == len(figures)  # no row has another's predictions
         assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))
 
     def test_same_command_gives_the_same_digits(self, run: Callable[..., Path]) -> None:

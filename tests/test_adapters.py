@@ -52,7 +52,9 @@ class Transformers(nn.Module):
         text = {**tower, "vocab_size": 9, "eos_token_id": 8, "bos_token_id": 1, "max_position_embeddings": 4}
         vision = {**tower, "image_size": 8, "patch_size": 4}
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
-        self.clip = get_peft_model(clip, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=[]))
+        self.clip: Any = get_peft_model(clip, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        scale: Any = self.clip.logit_scale
+        scale.requires_grad_(True)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """Features and scale."""
@@ -252,8 +254,9 @@ def on_a_rank(rank: int, store: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             teacher.update(model)
-        states = {name: p for name, p in teacher.module.named_parameters() if "lora" in name}
-        return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in states.items()}
+        states = {name: p for name, p in teacher.module.named_parameters() if "lora" in name or "logit_scale" in name}
+        whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in states.items()}
+        return {name: p.reshape(()) if p.numel() == 1 else p for name, p in whole.items()}
 
     for kind in ("LoRA of Transformers", "LoRA of open_clip"):
         student = made(kind).double()
@@ -269,9 +272,14 @@ def on_a_rank(rank: int, store: str) -> None:
             if isinstance(scale := module._parameters.get("logit_scale"), nn.Parameter):  # FSDP2 shards no scalar
                 module.logit_scale = nn.Parameter(scale.detach()[None], scale.requires_grad)
         teacher = EMATeacher(student, 0.5)
-        for module in (student, teacher.module):
-            fully_shard(module, mesh=mesh)
+        for module in (student, teacher.module):  # outside forward, also the scale is a shard
+            fully_shard(module, mesh=mesh, reshard_after_forward=kind == "LoRA of Transformers")
         assert_close(run(student, student, teacher, gather=True), expected)
+        if kind == "LoRA of Transformers":  # a gradient that differs by rank is averaged, as FSDP2 averages the others
+            images, texts, scale = student(IMAGES.double(), TOKENS)
+            (scale * (rank + 1) + 0 * images.sum() + 0 * texts.sum()).backward()
+            gradient: Any = student.get_parameter("clip.base_model.model.logit_scale").grad
+            assert_close(gradient.full_tensor(), 1.5 * scale.detach()[None])
         with teacher.swapped_into(student):
             assert_close(student(IMAGES.double(), TOKENS), teacher(IMAGES.double(), TOKENS))
     leave_together()

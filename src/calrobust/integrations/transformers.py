@@ -113,5 +113,14 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     else:
         limit = getattr(inner, "max_log_logit_scale", None)  # AIMv2
         factor = (inner.logit_scale if limit is None else inner.logit_scale.clamp(0.0, limit)).exp()
-    scalars = [factor, getattr(inner, f"{own}logit_bias", None)]
-    return *(getattr(output, name) for name in features), *(one.reshape(()) for one in scalars if one is not None)
+    scalars = (factor, getattr(inner, f"{own}logit_bias", None))
+    return *(getattr(output, name) for name in features), *(_whole(one) for one in scalars if one is not None)
+
+
+def _whole(scalar: Any) -> Tensor:
+    if hasattr(scalar, "full_tensor"):  # FSDP2 averages gradients over ranks, but not of what is used outside
+        from torch.distributed.tensor import Partial
+
+        scalar = scalar.full_tensor(grad_placements=[Partial("avg")] * scalar.device_mesh.ndim)
+    whole: Tensor = scalar.reshape(())
+    return whole

@@ -20,9 +20,6 @@ from calrobust._checks import (
 from calrobust.functional.scoring import Block, as_rows, can_read_values, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
-NORMS: tuple[str, ...] = get_args(Norm)
-
-CONFIDENCE_ROUNDING = 1e-6
 
 
 class Bins(NamedTuple):
@@ -55,8 +52,8 @@ def top_label(
 
     .. math:: \hat p_i = \max_c p_{ic}
 
-    Both are of shape ``[N]``, without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal
-    scores the first counts. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
+    Both are ``[N]`` without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal scores
+    the first counts. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -113,15 +110,15 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
 
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Checks the arguments; returns float64, with NaN for confidences outside [0, 1]."""
+    """Checks them; returns float64, with NaN outside [0, 1]."""
     check_confidences(confidences, correct)
     check_n_bins(n_bins)
     confidences = confidences.detach().double()
-    return confidences.where((confidences - 0.5).abs() <= 0.5 + CONFIDENCE_ROUNDING, torch.nan)
+    return confidences.where((confidences - 0.5).abs() <= 0.5 + 1e-6, torch.nan)  # rounding
 
 
 def check_confidences(confidences: Tensor, correct: Tensor) -> None:
-    """Raises unless they are floating and bool, both ``[N]``."""
+    """Raises unless both are ``[N]``, floating and bool."""
     check_floating(confidences=confidences)
     check_tensor(correct=correct)
     if correct.dtype != torch.bool:
@@ -150,12 +147,11 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         \mathrm{RMSCE} = \Bigl(\sum_b \tfrac{n_b}{N} (a_b - c_b)^2\Bigr)^{1/2}, \quad
         \mathrm{MCE} = \max_b |a_b - c_b|
 
-    for ``norm`` ``"l1"``, ``"l2"`` and ``"max"``. The result is float64 in [0, 1], or NaN without samples, with one
-    value for each row of bins.
+    The result is float64 in [0, 1], or NaN without samples, one value for each row of bins.
 
     Args:
         bins: sums of shape ``[..., n_bins]``, see :func:`~calrobust.functional.bin_confidences`.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``: subtract from each square what noise adds to it on average,
             :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of one sample counts 0. A negative sum gives 0.
 
@@ -195,14 +191,12 @@ def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
     r"""Reliability, resolution and uncertainty, Murphy's parts of the Brier score of the top label.
 
     .. math::
-        \underbrace{\sum_b \tfrac{n_b}{N} (c_b - a_b)^2}_{\text{reliability}} -
-        \underbrace{\sum_b \tfrac{n_b}{N} (a_b - \bar a)^2}_{\text{resolution}} +
-        \underbrace{\bar a (1 - \bar a)}_{\text{uncertainty}}
+        \sum_b \tfrac{n_b}{N} (a_b - c_b)^2, \quad \sum_b \tfrac{n_b}{N} (a_b - \bar a)^2, \quad \bar a (1 - \bar a)
 
-    with symbols as in :func:`~calrobust.functional.binned_error` and the accuracy :math:`\bar a`. The sum is the mean
-    squared distance of the confidence from 1 for right and 0 for wrong predictions, after each confidence is replaced
-    by the mean of its bin. Reliability is better when low, resolution when high. Arguments and errors are those of
-    :func:`~calrobust.functional.binned_error`; each part is float64, one value for each row of bins.
+    with the accuracy :math:`\bar a`; other symbols, ``bins``, results and errors are those of
+    :func:`~calrobust.functional.binned_error`. Reliability - resolution + uncertainty is the mean squared distance of
+    the confidence from 1 for right and 0 for wrong predictions, after each confidence is replaced by the mean of its
+    bin. Reliability is better when low, resolution when high.
 
     Example:
         >>> import torch
@@ -217,15 +211,15 @@ def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
     check_bins(bins)
     counts, confidence_sums, correct_sums = bins
     total = counts.sum(-1)
-    filled, accuracy = counts.where(counts > 0, 1), correct_sums.sum(-1) / total
-    resolution = (correct_sums - counts * accuracy[..., None]).square() / filled
-    reliability = (confidence_sums - correct_sums).square() / filled
-    return reliability.sum(-1) / total, resolution.sum(-1) / total, accuracy * (1 - accuracy)
+    accuracy = correct_sums.sum(-1) / total
+    gaps = torch.stack((confidence_sums, counts * accuracy[..., None])) - correct_sums
+    reliability, resolution = (gaps.square() / counts.where(counts > 0, 1)).sum(-1) / total
+    return reliability, resolution, accuracy * (1 - accuracy)
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
-    """Raises for invalid options of :func:`binned_error`."""
-    check_choice(NORMS, norm=norm)
+    """Raises for invalid options."""
+    check_choice(get_args(Norm), norm=norm)
     check_flag(debiased=debiased)
     if debiased and norm != "l2":
         raise ValueError(f"debiased must be False unless norm is 'l2', whose bias is known, got norm={norm!r}")
@@ -245,15 +239,13 @@ def calibration_error(
 
     .. math:: \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|
 
-    The terms are those of :func:`~calrobust.functional.binned_error`. The result is a float64 scalar in [0, 1], NaN
-    without samples or with NaN in ``preds``.
+    The result is a float64 scalar in [0, 1], NaN without samples or with NaN in ``preds``.
 
     Args:
         preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
         n_bins: number of bins of equal width.
-        norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
-        debiased: only for ``"l2"``: subtract what noise adds.
+        norm, debiased: as for :func:`~calrobust.functional.binned_error`, which has the symbols.
         from_logits: whether ``preds`` are logits.
         ignore_index: samples with this label are left out.
 
@@ -288,8 +280,8 @@ def adaptive_calibration_error(
 
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
-    Samples of equal confidence share the bin of the middle one, so that their order does not matter. Arguments, result
-    and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    Samples of equal confidence share the bin of the middle one. Arguments, result and errors are those of
+    :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -331,7 +323,7 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
 
 
 def classwise_error(bins: Bins, norm: Norm) -> Tensor:
-    """:func:`binned_error` over the bins of all classes together."""
+    """:func:`binned_error` of the bins of all classes together."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm=norm)
 
 
@@ -344,7 +336,7 @@ def classwise_calibration_error(
     from_logits: bool = True,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Calibration error of the probabilities of all classes, not of the top label only (static calibration error).
+    r"""Calibration error of the probabilities of all classes (static calibration error).
 
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 

@@ -43,22 +43,20 @@ def calibration_interval(
 ) -> CalibrationInterval:
     r"""Interval and noise floor of the expected calibration error (ECE), and a test against perfect calibration.
 
-    The interval and the debiased value are about the ECE that infinitely many samples would show in the same bins, so
-    the whole interval may lie below the value. There is no interval if the sum of :math:`c (1 - c)` over the
-    confidences c is below 50, as for up to about 300 samples, or 1,400 of a very confident model.
-    :doc:`/derivations` has the formulas, their sources and the simulated coverage.
+    The interval and the debiased value are about the ECE of infinitely many samples in the same bins, so the whole
+    interval may lie below the value. There is no interval if the sum of :math:`c (1 - c)` over the confidences c is
+    below 50, as for up to about 300 samples, or 1,400 of a very confident model. :doc:`/derivations` has the formulas,
+    their sources and the simulated coverage.
 
     Args:
-        confidences: shape ``[N]``, floating, in [0, 1].
-        correct: shape ``[N]``, bool.
-        n_bins: number of bins of equal width.
+        confidences, correct, n_bins: as for :func:`~calrobust.functional.bin_confidences`.
         level: share of data sets whose interval contains the true error, in (0, 1).
 
     Returns:
         Six float64 scalars; all NaN without samples.
 
     Raises:
-        TypeError, ValueError: as :func:`~calrobust.functional.bin_confidences`, or ``level`` is not in (0, 1).
+        TypeError, ValueError: as for :func:`~calrobust.functional.bin_confidences`, or ``level`` is not in (0, 1).
 
     Example:
         >>> import torch

@@ -35,23 +35,22 @@ class ShiftReport:
     """Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
 
     OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
-    :func:`~calrobust.functional.calibration_interval`, for fixed T. The mean ECE of several domains has no interval.
-    Accuracies have Wilson's interval, other scores Hall's if there are ten right and ten wrong predictions in each data
-    set. Domains are assumed to have no samples in common.
+    :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE of several domains has no interval.
+    Accuracies have Wilson's interval, other scores Hall's if each data set has ten right and ten wrong predictions.
+    Domains are assumed to have no samples in common.
 
     Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if a method
-    lacks data of ``id_domain`` or of a domain that others have. A report keeps about 40 bytes for each sample, and the
-    logits on the CPU, of which ``nll_own_t`` and the figures at T are computed when they are first read.
+    lacks data of a domain that others have, or of ``id_domain``. A report keeps about 40 bytes for each sample, and the
+    logits on the CPU, from which ``nll_own_t`` and the figures at T are computed when they are read.
 
     Args:
         id_domain: the domain that is in distribution.
         n_bins: number of bins of equal width of the ECE.
-        keep_logits: False keeps logits only until there is a temperature, and ``nll_own_t`` is NaN. For large data
-            sets, which need 4 bytes for each float32 logit, call :meth:`fit_temperature` before :meth:`add` then.
+        keep_logits: False keeps logits only until there is a temperature, and ``nll_own_t`` is NaN. It saves memory
+            if :meth:`fit_temperature` is called before :meth:`add`.
 
     Raises:
-        TypeError: ``id_domain`` is not a string, ``n_bins`` not an integer or ``keep_logits`` not a bool.
-        ValueError: ``id_domain`` is blank or ``n_bins`` < 1.
+        TypeError, ValueError: an argument is of another type, ``id_domain`` is blank or ``n_bins`` < 1.
 
     Example:
         >>> import torch
@@ -67,9 +66,7 @@ class ShiftReport:
         _check_names(id_domain=id_domain)
         check_n_bins(n_bins)
         check_flag(keep_logits=keep_logits)
-        self.keep_logits = keep_logits
-        self.id_domain = id_domain
-        self.n_bins = n_bins
+        self.id_domain, self.n_bins, self.keep_logits = id_domain, n_bins, keep_logits
         self._samples: dict[str, dict[str, Samples]] = {}
         self._fits: dict[str, Fit] = {}
 
@@ -90,8 +87,8 @@ class ShiftReport:
         Args:
             method: the row of the table.
             domain: the data set.
-            logits: shape ``[N, C]`` or ``[N, C, ...]``, as for :func:`~calrobust.functional.fit_temperature`.
-            target: shape ``[N]`` or ``[N, ...]``, likewise.
+            logits, target: shapes ``[N, C, ...]`` and ``[N, ...]``, as for
+                :func:`~calrobust.functional.fit_temperature`.
 
         Raises:
             TypeError, ValueError: a name is not a string or is blank, ``logits`` or ``target`` are invalid, the number
@@ -113,17 +110,16 @@ class ShiftReport:
         if fit and torch.isin(columns["fingerprints"], fit.fingerprints).any():
             before = samples.columns.get("fingerprints", [])
             check_held_out(method, domain, fit.fingerprints, torch.cat([*before, columns["fingerprints"]]))
-        samples.add(logits, columns, fit.temperature if fit else None)
+        samples.add(logits, columns)
+        if fit and not self.keep_logits:
+            samples.scale(fit.temperature)
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
         """Gives a method its temperature T, before or after its data are added.
 
-        Arguments are those of :meth:`add`, of held-out data in distribution. T is that of
-        :func:`~calrobust.functional.fit_temperature`.
-
-        Raises:
-            TypeError, ValueError: as both of these, or the method already has a temperature.
+        T is :func:`~calrobust.functional.fit_temperature` of held-out data in distribution. Arguments and errors are
+        those of :meth:`add`; a second call for a method raises ``ValueError`` too.
         """
         _check_names(method=method)
         if method in self._fits:
@@ -163,12 +159,11 @@ class ShiftReport:
         """One row for each method, in the order of first :meth:`add`.
 
         Returns:
-            Dicts of ``method``, ``temperature``, ``id_accuracy`` and ``ood_accuracy`` with ``…_low`` and ``…_high``,
-            and ``id_ece``, ``ood_ece``, ``id_ece_ts``, ``ood_ece_ts`` with ``…_debiased``, ``…_low``, ``…_high``,
-            ``…_floor`` and ``…_p``. For both groups also, with ``…_low`` and ``…_high``: ``nll`` in nats, ``nll_ts``,
-            ``nll_own_t`` (at the T that is best for each domain itself: a diagnosis that no method may claim as its
-            result), ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN where there is no
-            temperature, OOD domain, interval or logits.
+            Dicts of ``method``, ``temperature`` and, after ``id_`` and ``ood_``, with ``…_low`` and ``…_high``:
+            ``accuracy``, ``ece`` and ``ece_ts`` (with ``…_debiased``, ``…_floor`` and ``…_p`` as well), ``nll`` in
+            nats, ``nll_ts``, ``nll_own_t`` (at the T that is best for each domain itself: a diagnosis that no method
+            may claim as its result), ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN
+            where there is no temperature, OOD domain, interval or logits.
         """
         self._check_complete()
         return [
@@ -185,17 +180,16 @@ class ShiftReport:
         """The figures of one method minus those of another, from the same samples.
 
         Intervals are those of the mean of what differs for each sample, which tells methods apart that agree on most
-        samples. A difference of ECEs has none, because noise adds to each ECE, by an amount that is not known.
+        samples. A difference of ECEs has none, because an unknown amount of noise adds to each ECE.
         :doc:`/derivations` has the formulas.
 
         Args:
-            a: a method.
-            b: another one, with the same targets in the same order in each domain.
+            a, b: methods with the same targets in the same order in each domain.
 
         Returns:
-            ``a`` and ``b``, and the differences of the figures of :meth:`summary` but ``temperature`` as ``id_…`` and
-            ``ood_…``, with ``…_low`` and ``…_high``. NaN where :meth:`summary` has NaN; ends are NaN as well if fewer
-            than about ten samples make the difference. All are 0 for two methods of equal predictions.
+            ``a``, ``b``, and the differences of the figures of :meth:`summary` but ``temperature``, with ``…_low`` and
+            ``…_high``. NaN where :meth:`summary` has NaN; ends are NaN as well if fewer than about ten samples make the
+            difference. All are 0 if predictions are equal.
 
         Raises:
             ValueError: a name is no method's, targets differ, or the report is incomplete.
@@ -229,8 +223,7 @@ class ShiftReport:
         """One row for each method and domain. Methods may have different domains.
 
         Returns:
-            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, and the figures of :meth:`summary` with
-            its endings.
+            Dicts of ``method``, ``domain``, ``n`` (samples), ``temperature``, and the figures of :meth:`summary`.
         """
         self._check_has_data()
         return [

@@ -17,12 +17,7 @@ from calrobust.functional.intervals import (
     n_deciding,
     score_interval,
 )
-from calrobust.functional.scoring import (
-    best_temperature,
-    log_losses,
-    probability_blocks,
-    squared_errors,
-)
+from calrobust.functional.scoring import best_temperature, log_losses, probability_blocks, squared_errors
 from calrobust.functional.selective import risk_contributions
 
 LEVEL = 0.95  # also in captions
@@ -52,21 +47,20 @@ class Samples:
         self.keep_logits, self.n_classes = keep_logits, n_classes
         self.columns: dict[str, list[Tensor]] = {}
         self.logits: list[Tensor] = []
-        self.n_scaled = 0  # batches of logits
+        self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits and target
 
     def __getitem__(self, name: str) -> Tensor:
         batches = self.columns[name]
         batches[:] = [torch.cat(batches)]
         return batches[0]
 
-    def add(self, logits: Tensor, columns: dict[str, Tensor], temperature: float | None) -> None:
+    def add(self, logits: Tensor, columns: dict[str, Tensor]) -> None:
         """Adds a batch; the caller may reuse the buffers."""
         self._append(columns)
         self.columns.pop("nll_own_t", None)
-        if self.keep_logits or temperature is None:
-            self.logits.append(logits.clone())
-        else:
-            self._append(columns_of(logits, columns["target"], temperature))
+        self.unscaled.append((logits.clone(), columns["target"]))
+        if self.keep_logits:
+            self.logits.append(self.unscaled[-1][0])
 
     def _append(self, columns: dict[str, Tensor]) -> None:
         for name, column in columns.items():
@@ -74,13 +68,9 @@ class Samples:
 
     def scale(self, temperature: float) -> None:
         """Adds ``confidences_ts`` and ``nll_ts`` of batches that lack them."""
-        if self.logits:
-            targets = self["target"].split([len(logits) for logits in self.logits])
-            for logits, target in list(zip(self.logits, targets, strict=True))[self.n_scaled :]:
-                self._append(columns_of(logits, target, temperature))
-            self.n_scaled = len(self.logits)
-        if not self.keep_logits:
-            self.logits = []
+        for batch in self.unscaled:
+            self._append(columns_of(*batch, temperature))
+        self.unscaled = []
 
     def has(self, score: str) -> bool:
         """Whether :meth:`scores` can be given."""

@@ -30,10 +30,8 @@ from calrobust.functional.calibration import (
     bin_confidences,
     calibration_error,
     classwise_calibration_error,
-    top_label,
 )
-from calrobust.functional.scoring import brier_score, negative_log_likelihood
-from calrobust.functional.selective import selective_risk
+from calrobust.functional.scoring import brier_score, negative_log_likelihood, selective_risk, top_label
 from calrobust.metrics import (
     AdaptiveCalibrationError,
     BrierScore,

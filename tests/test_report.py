@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from strategies import Predictions, classifier, predictions, seeds
 from torch.testing import assert_close
 
-from calrobust.functional.calibration import bin_confidences, calibration_error, top_label
+from calrobust.functional.calibration import bin_confidences, calibration_error
+from calrobust.functional.fitting import fit_temperature
 from calrobust.functional.intervals import calibration_interval
-from calrobust.functional.scoring import fit_temperature
-from calrobust.functional.selective import risk_coverage_curve
+from calrobust.functional.scoring import risk_coverage_curve, top_label
 from calrobust.report import ShiftReport
 from calrobust.report.samples import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from calrobust.evaluation import TemperatureScaler
-from calrobust.functional.scoring import fit_temperature
+from calrobust.functional.fitting import fit_temperature
 
 
 @pytest.fixture

@@ -29,6 +29,13 @@ def check_floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be {rule}, got {value.dtype}; convert it with .float()")
 
 
+def check_bool(**tensors: Any) -> None:
+    check_tensor(**tensors)
+    for name, value in tensors.items():
+        if value.dtype != torch.bool:
+            raise TypeError(f"{name} must have dtype torch.bool, got {value.dtype}; convert it with .bool()")
+
+
 def check_number(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real):

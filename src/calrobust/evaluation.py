@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from calrobust._checks import check_float64, check_floating, check_instance, check_predictions
-from calrobust.functional.matching import fit_line
-from calrobust.functional.scoring import fit_temperature
+from calrobust.functional.fitting import fit_line, fit_temperature
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
 Template = str | Callable[[str], str]

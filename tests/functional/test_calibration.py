@@ -29,9 +29,8 @@ from calrobust.functional.calibration import (
     classwise_calibration_error,
     classwise_error,
     equal_mass_bins,
-    top_label,
 )
-from calrobust.functional.scoring import probability_blocks
+from calrobust.functional.scoring import probability_blocks, top_label
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 ERRORS = [calibration_error, adaptive_calibration_error, classwise_calibration_error]

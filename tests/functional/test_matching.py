@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust import PlattScaler
-from calrobust.functional import matching
+from calrobust.functional import fitting
 
 DOUBLE = torch.float64
 
@@ -62,7 +62,7 @@ def test_pairs_of_any_shape_and_block_are_pairs(shape: tuple[int, ...], monkeypa
     """A matrix of all images and texts as well as a list; whatever fits into a block."""
     z, matched = pairs(600, 0)
     expected = PlattScaler().fit(z, matched)
-    monkeypatch.setattr(matching, "BLOCK", 77)
+    monkeypatch.setattr(fitting, "BLOCK", 77)
     found = PlattScaler().fit(z.view(shape), matched.view(shape))
     assert_close(found.slope, expected.slope, rtol=1e-9, atol=0)
     assert found(z.view(shape)).shape == shape
@@ -98,7 +98,7 @@ def test_a_threshold_with_a_tie_separates_too() -> None:
 
 def test_a_cap_that_is_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step is not enough."""
-    monkeypatch.setattr(matching, "MAX_STEPS", 1)
+    monkeypatch.setattr(fitting, "MAX_STEPS", 1)
     with pytest.warns(UserWarning, match="did not converge in 1 steps"):
         PlattScaler().fit(*pairs(100, 0))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust.functional import risk_coverage_curve, selective_risk, top_label
-from calrobust.functional.selective import risk_contributions
+from calrobust.functional.scoring import risk_contributions
 
 assert_equal = partial(assert_close, rtol=0, atol=1e-12)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust import TemperatureScaler, _checks
-from calrobust.functional import scoring as module
-from calrobust.functional.scoring import fit_temperature
+from calrobust.functional import fitting as module
+from calrobust.functional.fitting import fit_temperature
 
 
 def quietly(logits: Tensor, target: Tensor) -> float:

@@ -18,9 +18,9 @@ from calrobust.functional.calibration import (
     binned_error,
     calibration_error,
     equal_mass_bins,
-    top_label,
 )
-from calrobust.functional.scoring import fit_temperature
+from calrobust.functional.fitting import fit_temperature
+from calrobust.functional.scoring import top_label
 from calrobust.plotting import reliability_diagram
 
 with warnings.catch_warnings():

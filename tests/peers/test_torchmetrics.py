@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.wrappers import BootStrapper
 
 from calrobust.functional.calibration import Norm, bin_confidences, binned_error, calibration_error
-from calrobust.functional.scoring import fit_temperature
+from calrobust.functional.fitting import fit_temperature
 from calrobust.metrics import CalibrationError
 
 

@@ -8,8 +8,8 @@ from calrobust.functional.calibration import (
     brier_decomposition,
     calibration_error,
     classwise_calibration_error,
-    top_label,
 )
+from calrobust.functional.fitting import fit_temperature
 from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.losses import (
     carot_loss,
@@ -21,8 +21,13 @@ from calrobust.functional.losses import (
     sigmoid_distillation_loss,
 )
 from calrobust.functional.pairs import PairOptions
-from calrobust.functional.scoring import brier_score, fit_temperature, negative_log_likelihood
-from calrobust.functional.selective import risk_coverage_curve, selective_risk
+from calrobust.functional.scoring import (
+    brier_score,
+    negative_log_likelihood,
+    risk_coverage_curve,
+    selective_risk,
+    top_label,
+)
 
 __all__ = [
     "Bins",

@@ -8,16 +8,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from calrobust._checks import (
-    check_bins,
-    check_choice,
-    check_flag,
-    check_floating,
-    check_n_bins,
-    check_one_device,
-    check_tensor,
+from calrobust._checks import check_bins, check_choice, check_flag, check_n_bins
+from calrobust.functional.scoring import (
+    Block,
+    as_rows,
+    can_read_values,
+    check_confidences,
+    probability_blocks,
+    top_label,
 )
-from calrobust.functional.scoring import Block, as_rows, can_read_values, probability_blocks
 
 Norm = Literal["l1", "l2", "max"]
 
@@ -43,31 +42,6 @@ class Bins(NamedTuple):
 
     def __add__(self, other: Bins) -> Bins:  # type: ignore[override]  # joining two tuples of sums has no meaning
         return Bins(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-def top_label(
-    preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""The highest probability of each sample, and whether its class is the label.
-
-    .. math:: \hat p_i = \max_c p_{ic}
-
-    Both are ``[N]`` without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal scores
-    the first counts. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
-
-    Example:
-        >>> import torch
-        >>> from calrobust.functional import top_label
-        >>> top_label(torch.tensor([[0.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0]))  # 1 / (1 + exp(-3))
-        (tensor([0.5000, 0.9526]), tensor([ True, False]))
-    """
-    return top_labels(probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits))
-
-
-def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
-    """The result of :func:`top_label` for rows in blocks."""
-    confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
-    return torch.cat(confidences), torch.cat(correct)
 
 
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
@@ -115,20 +89,6 @@ def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tens
     check_n_bins(n_bins)
     confidences = confidences.detach().double()
     return confidences.where((confidences - 0.5).abs() <= 0.5 + 1e-6, torch.nan)  # rounding
-
-
-def check_confidences(confidences: Tensor, correct: Tensor) -> None:
-    """Raises unless both are ``[N]``, floating and bool."""
-    check_floating(confidences=confidences)
-    check_tensor(correct=correct)
-    if correct.dtype != torch.bool:
-        raise TypeError(f"correct must have dtype torch.bool, got {correct.dtype}; convert it with .bool()")
-    if confidences.ndim != 1 or confidences.shape != correct.shape:
-        raise ValueError(
-            f"confidences and correct must have the same shape [N], "
-            f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
-        )
-    check_one_device(confidences=confidences, correct=correct)
 
 
 def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:
@@ -245,7 +205,8 @@ def calibration_error(
         preds: shape ``[N, C]`` or ``[N, C, ...]``, floating: logits, where ``-inf`` masks a class, or probabilities.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
         n_bins: number of bins of equal width.
-        norm, debiased: as for :func:`~calrobust.functional.binned_error`, which has the symbols.
+        norm: as for :func:`~calrobust.functional.binned_error`, which has the symbols.
+        debiased: likewise.
         from_logits: whether ``preds`` are logits.
         ignore_index: samples with this label are left out.
 

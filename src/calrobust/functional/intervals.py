@@ -49,7 +49,9 @@ def calibration_interval(
     their sources and the simulated coverage.
 
     Args:
-        confidences, correct, n_bins: as for :func:`~calrobust.functional.bin_confidences`.
+        confidences: shape ``[N]``, as for :func:`~calrobust.functional.bin_confidences`.
+        correct: shape ``[N]``, likewise.
+        n_bins: likewise.
         level: share of data sets whose interval contains the true error, in (0, 1).
 
     Returns:

@@ -19,10 +19,8 @@ from calrobust.functional.calibration import (
     check_norm,
     classwise_error,
     equal_mass_bins,
-    top_labels,
 )
-from calrobust.functional.scoring import Block, log_losses, squared_errors
-from calrobust.functional.selective import area, risk_coverage_curve
+from calrobust.functional.scoring import Block, area, log_losses, risk_coverage_curve, squared_errors, top_labels
 from calrobust.metrics._shared import BinnedMetric, MeanMetric, SampledMetric
 
 __all__ = [

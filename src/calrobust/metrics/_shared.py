@@ -17,8 +17,8 @@ from calrobust._checks import (
     check_softmax_exists,
     check_tensor,
 )
-from calrobust.functional.calibration import Bins, top_labels
-from calrobust.functional.scoring import Block, as_rows, probability_blocks
+from calrobust.functional.calibration import Bins
+from calrobust.functional.scoring import Block, as_rows, probability_blocks, top_labels
 
 
 class PredictionMetric(Metric):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calrobust._checks import check_choice, check_flag, check_n_bins, check_softmax_exists
 from calrobust.functional.calibration import Bins, bin_confidences
-from calrobust.functional.scoring import fit_temperature
+from calrobust.functional.fitting import fit_temperature
 from calrobust.report.samples import (
     Fit,
     Samples,
@@ -87,8 +87,8 @@ class ShiftReport:
         Args:
             method: the row of the table.
             domain: the data set.
-            logits, target: shapes ``[N, C, ...]`` and ``[N, ...]``, as for
-                :func:`~calrobust.functional.fit_temperature`.
+            logits: shape ``[N, C]`` or ``[N, C, ...]``, as for :func:`~calrobust.functional.fit_temperature`.
+            target: shape ``[N]`` or ``[N, ...]``, likewise.
 
         Raises:
             TypeError, ValueError: a name is not a string or is blank, ``logits`` or ``target`` are invalid, the number
@@ -184,7 +184,8 @@ class ShiftReport:
         :doc:`/derivations` has the formulas.
 
         Args:
-            a, b: methods with the same targets in the same order in each domain.
+            a: a method.
+            b: another one, with the same targets in the same order in each domain.
 
         Returns:
             ``a``, ``b``, and the differences of the figures of :meth:`summary` but ``temperature``, with ``…_low`` and

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_kind, check_label_values, check_predictions
+from calrobust.functional.fitting import best_temperature
 from calrobust.functional.intervals import (
     FEWEST,
     bin_moments,
@@ -17,8 +18,7 @@ from calrobust.functional.intervals import (
     n_deciding,
     score_interval,
 )
-from calrobust.functional.scoring import best_temperature, log_losses, probability_blocks, squared_errors
-from calrobust.functional.selective import risk_contributions
+from calrobust.functional.scoring import log_losses, probability_blocks, risk_contributions, squared_errors
 
 LEVEL = 0.95  # also in captions
 ENDS = ("", "_low", "_high")

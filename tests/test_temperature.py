@@ -67,7 +67,7 @@ def test_is_differentiable_in_the_logits_and_has_nothing_to_train(scaler: Temper
 
 def test_forward_before_fit_raises() -> None:
     """The scaler never divides by one silently."""
-    message = r"^TemperatureScaler is not fitted; call fit\(val_logits, val_target\) or load a fitted state$"
+    message = r"^TemperatureScaler is not fitted; call fit with validation data or load a fitted state$"
     with pytest.raises(RuntimeError, match=message):
         TemperatureScaler()(torch.zeros(1, 2))
 

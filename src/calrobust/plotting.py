@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calrobust._checks import check_bins, check_choice, check_instance, check_tensor
 from calrobust.functional.calibration import Bins, binned_error
-from calrobust.functional.selective import risk_coverage_curve
+from calrobust.functional.scoring import risk_coverage_curve
 from calrobust.report import ShiftReport
 from calrobust.report.tables import HEADINGS, check_columns, scale_of
 

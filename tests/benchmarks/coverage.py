@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import Row, Table
 
 from calrobust.functional.intervals import FEWEST, mean_accuracy, mean_interval, n_deciding, score_interval
-from calrobust.functional.selective import risk_contributions
+from calrobust.functional.scoring import risk_contributions
 
 SIZES = (300, 1_000, 2_000, 5_000, 50_000)
 DATA_SETS = 5_000  # the share that is measured has a standard error of 0.3 %

@@ -1,6 +1,6 @@
-"""The state of a model."""
+"""The state of a model, which is read anew at each use, because ``.to()`` and FSDP may replace tensors."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
 from functools import _lru_cache_wrapper, partial
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -17,25 +17,19 @@ from calrobust._checks import check_instance
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
-def unwrapped(names: Collection[str], owner: str) -> dict[str, str]:
+def unwrapped(names: Mapping[str, Any], owner: str) -> dict[str, str]:
     """Maps each name without the words of wrappers to the name itself."""
-    own = {}
-    for name in names:
-        parts = name.split(".")
-        own[name if _WRAPPERS.isdisjoint(parts) else ".".join(part for part in parts if part not in _WRAPPERS)] = name
+    own = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in names}
     if len(own) < len(names):
         raise ValueError(
-            f"names in the {owner} must differ without the words of wrappers, such as 'module' and '_orig_mod', "
-            f"got {len(names) - len(own)} that do not; rename the submodule that is called 'module'"
+            f"names in the {owner} must differ without the words of wrappers, such as 'module' and '_orig_mod', got "
+            f"{len(names) - len(own)} that do not; rename the submodule that is called 'module'"
         )
     return own
 
 
 def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """Parameters and persistent buffers by unwrapped name, and the names of those that are averaged.
-
-    Read them anew at every use, because ``.to()`` and FSDP may replace them.
-    """
+    """Parameters and persistent buffers by unwrapped name, and the names of those that are averaged."""
     found: dict[str, tuple[Tensor, bool]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         if method := getattr(type(owner), "reshard", None):
@@ -51,14 +45,14 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 
 
 def parts(module: nn.Module) -> list[Any]:
-    """The module, and all modules, parameters and buffers in it, without their names."""
+    """The module and its modules, parameters and buffers."""
     modules: list[Any] = [module]
     found: list[Any] = []
     for one in modules:  # which grows
-        if isinstance(one, nn.Module):
+        if one is not None:
             modules += one._modules.values()
-            found += one._parameters.values() if one._parameters else ()
-            found += one._buffers.values() if one._buffers else ()
+            found += one._parameters.values()
+            found += one._buffers.values()
     return modules + found
 
 
@@ -76,20 +70,20 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
     check_values(teacher=teacher, student=student)
     check_same_state(teacher=teacher, student=student)
     pairs: dict[int, Pair] = {}
-    for name, tensor in teacher.items():
-        if tensor is student[name]:
+    for name, own in teacher.items():
+        if own is student[name]:
             continue
-        pair = pairs.setdefault(id(tensor), Pair(name, tensor, student[name], name in averaged))
+        pair = pairs.setdefault(id(own), Pair(name, own, student[name], name in averaged))
         if pair.theirs is not student[name]:
             raise ValueError(
-                f"{name} is tied to another parameter in the teacher but not in the student; "
-                "tie the student's parameters before the teacher copies it, and keep them tied"
+                f"{name} is tied to another parameter in the teacher but not in the student; tie the student's "
+                "parameters before the teacher copies it, and keep them tied"
             )
-        if hasattr(type(tensor), "full_tensor") != hasattr(type(student[name]), "full_tensor"):
-            kinds = ["sharded" if hasattr(one, "full_tensor") else "whole" for one in (tensor, student[name])]
+        mine, other = ("sharded" if hasattr(type(one), "full_tensor") else "whole" for one in (own, student[name]))
+        if mine != other:
             raise ValueError(
-                f"teacher and student must be sharded alike, got {name} {kinds[0]} in the teacher and {kinds[1]} in "
-                "the student; give teacher.module and teacher.masters the fully_shard calls of the student"
+                f"teacher and student must be sharded alike, got {name} {mine} in the teacher and {other} in the "
+                "student; give teacher.module and teacher.masters the fully_shard calls of the student"
             )
     return list(pairs.values())
 
@@ -143,12 +137,17 @@ _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no f
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
-def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """A deep copy of the student, except what is ``shared``, by its id."""
+def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Follows a ``move`` to another device, but not to another dtype."""
+    return lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device)
+
+
+def copied(student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
+    """A deep copy of the student, except what is shared."""
     check_values(student=tensors(student)[0])
     _check_functions(student)
     try:
-        return deepcopy(student, shared.copy())
+        return deepcopy(student, {id(one): one for one in shared})
     except Exception as error:
         raise TypeError(
             f"student must be a model that deepcopy can copy, got {_obstacle(student)}, where it raises "
@@ -156,15 +155,15 @@ def copied(student: nn.Module, shared: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def filled(copy: nn.Module, student: nn.Module, shared: dict[int, Any]) -> nn.Module:
+def filled(copy: nn.Module, student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
     """The second model with the student's state."""
     check_instance(nn.Module, "pass a model like the student", copy=copy)
     pairs = paired(copy, student)
-    if {*map(id, tensors(copy)[0].values())} & {*map(id, tensors(student)[0].values())}:
+    if {*tensors(copy)[0].values()} & {*tensors(student)[0].values()}:
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
-    replaced = {id(pair.ours): shared[id(pair.theirs)] for pair in pairs if id(pair.theirs) in shared}
+    replaced: dict[Any, Any] = {pair.ours: pair.theirs for pair in pairs if pair.theirs in shared}
     for owner in copy.modules():
-        owner._parameters.update({n: replaced[id(p)] for n, p in owner._parameters.items() if id(p) in replaced})
+        owner._parameters.update({name: replaced.get(own, own) for name, own in owner._parameters.items()})
     write([(pair.ours, pair.theirs) for pair in pairs])
     return copy
 
@@ -194,7 +193,7 @@ def _check_functions(student: nn.Module) -> None:
 
 
 def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False) -> Iterator[object]:
-    """What is reached through functions, which deepcopy does not copy."""
+    """What functions hold, which deepcopy does not copy."""
     if (id(value), captured) in seen:
         return
     seen.add((id(value), captured))

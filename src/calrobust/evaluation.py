@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from calrobust._checks import check_float64, check_floating, check_instance, check_predictions
+from calrobust._state import keeping_dtype
 from calrobust.functional.fitting import fit_line, fit_temperature
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -32,12 +33,12 @@ def collect_logits(
     The model runs in eval mode and without gradient. Afterwards every submodule is in its earlier mode.
 
     Args:
-        model: gives logits ``[B, C]``, or ``[B, C, ...]``, which give a row for each label, or an output that has them
-            as ``logits`` or ``logits_per_image``.
-        loader: yields ``(inputs, target)``, a dict of inputs with a target ``labels`` or ``label``, or what
-            ``forward`` takes. A dict of inputs is passed as keyword arguments. Labels are integers.
-        forward: ``forward(model, batch) -> (logits, target)``, for other kinds of batches and outputs.
-        device: where to move the tensors of each batch to, if given.
+        model: returns logits ``[B, C]``, or ``[B, C, ...]`` with a row for each label, or an output that has them as
+            ``logits`` or ``logits_per_image``.
+        loader: yields ``(inputs, target)``, a dict of keyword arguments with the target as ``labels`` or ``label``, or
+            what ``forward`` takes. Targets are integers.
+        forward: ``forward(model, batch) -> (logits, target)``, for other batches and outputs.
+        device: where to move each batch to, if given.
         progress: whether to show a bar, if tqdm is installed.
 
     Raises:
@@ -54,8 +55,8 @@ def collect_logits(
     """
     check_instance(nn.Module, "pass the model itself", model=model)
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        fix = "pass a DataLoader or a list of batches"
-        raise TypeError(f"loader must be something to iterate over, got {_kind(loader)}; {fix}")
+        kind = _kind(loader)
+        raise TypeError(f"loader must be something to iterate over, got {kind}; pass a DataLoader or a list of batches")
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be callable, got {_kind(forward)}; pass {_FORWARD}")
     if progress:
@@ -69,8 +70,10 @@ def collect_logits(
             found.append(_rows(model, batch if device is None else _to(batch, device), forward))
             before, now = found[0][0].shape[1], found[-1][0].shape[1]
             if before != now:
-                rule, fix = "the same number of classes in every batch", "is the loader one of a single data set?"
-                raise ValueError(f"logits must have {rule}, got {before} and then {now}; {fix}")
+                raise ValueError(
+                    f"logits must have the same number of classes in every batch, got {before} and then {now}; is the "
+                    "loader one of a single data set?"
+                )
     if not found:
         raise ValueError("loader must yield at least one batch, got none; an exhausted generator, or drop_last?")
     logits, target = zip(*found, strict=True)
@@ -150,18 +153,18 @@ def zero_shot_classifier(
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    where :math:`x_{c,t}` is the unit-norm text feature of class name :math:`c` in template :math:`t`. Its logits are
-    ``logit_scale * image_features @ weight.T``. It is at least float32, on the model's device.
+    where :math:`x_{c,t}` is the unit-norm feature of class name :math:`c` in template :math:`t`. The logits are
+    ``logit_scale * image_features @ weight.T``. The weights are at least float32, on the model's device.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
-        tokenizer: the model's own, of open_clip or of Transformers, or the latter's processor.
+        tokenizer: the model's own, or its processor in Transformers.
         names: the class names, in the order of the logits.
         templates: a text with ``{}`` for the name, a function of the name, or a list of these.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: there is no name or no template, or a template has no ``{}``.
+        ValueError: there is no name or template, or a template has no ``{}``.
 
     Example:
         >>> import torch
@@ -215,7 +218,7 @@ class _Scaler(nn.Module):
     """Buffers that are fitted, and stay float64 when the module is cast."""
 
     is_fitted: bool
-    """Whether it was fitted, or a fitted state loaded."""
+    """Also true once a fitted state is loaded."""
 
     def __init__(self, **values: float) -> None:
         super().__init__()
@@ -243,13 +246,8 @@ class _Scaler(nn.Module):
         return ", ".join(numbers) if self.is_fitted else "not fitted"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .half() is for weights.
-        before = dict(self.named_buffers())
-        check_float64(scaler=fn(torch.empty(0, device=next(iter(before.values())).device)))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, moved in list(self.named_buffers()):
-            if moved.dtype != torch.float64:
-                setattr(self, name, before[name].to(moved.device))
+        check_float64(scaler=fn(torch.empty(0, device=next(self.buffers()).device)))
+        super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -258,12 +256,11 @@ class _Scaler(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = prefix + "is_fitted"
-        is_fitted = state_dict.pop(name, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if is_fitted is None:
+        if (value := state_dict.pop(name, None)) is None:
             args[2].append(name)  # missing names
         else:
-            self.is_fitted = bool(is_fitted)
+            self.is_fitted = bool(value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class TemperatureScaler(_Scaler):
@@ -271,7 +268,7 @@ class TemperatureScaler(_Scaler):
 
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
-    T is a buffer, not a parameter, and stays float64 when the module is cast. Fit on data that you do not report.
+    T is a buffer, and stays float64 when the module is cast. Fit on data that you do not report.
 
     Example:
         >>> import torch
@@ -305,13 +302,13 @@ class PlattScaler(_Scaler):
 
     .. math:: z \mapsto a z + b, \qquad a, b = \arg\min_{a > 0,\, b} \sum_i \log\bigl(1 + e^{\mp (a z_i + b)}\bigr)
 
-    with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. It holds for the share of
-    matching pairs in the data of the fit, which should be that of use. Newton's method needs about ten passes.
+    with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. The share of pairs that
+    match should be the same in the data of the fit and in use. Newton's method needs about ten passes.
 
     Data without a minimum give a :class:`UserWarning`. If a threshold separates :math:`n_+` matching pairs from
-    :math:`n_-` others, the probabilities aimed at are :math:`(n_+ + 1) / (n_+ + 2)` and :math:`1 / (n_- + 2)`, as in
-    Platt. If all pairs match, or none, or they are not more similar than others, a = 1 / (100 s), where s is the
-    standard deviation, or 1 if s = 0, and the odds at the mean are :math:`(n_+ + 1) / (n_- + 1)`.
+    :math:`n_-` others, the targets are :math:`(n_+ + 1) / (n_+ + 2)` and :math:`1 / (n_- + 2)`, as in Platt. If all
+    pairs match, or none, or they are not more similar than others, a = 1 / (100 s), where s is the standard deviation,
+    or 1 if s = 0, and the odds at the mean are :math:`(n_+ + 1) / (n_- + 1)`.
 
     Example:
         >>> import torch
@@ -336,8 +333,8 @@ class PlattScaler(_Scaler):
         """Sets a and b, and returns the scaler.
 
         Args:
-            similarities: any shape, such as ``[N, M]``, floating: cosines or logits of pairs.
-            matched: the same shape, bool: whether the pair matches.
+            similarities: cosines or logits of pairs, floating, of any shape, such as ``[N, M]``.
+            matched: whether each pair matches, bool.
 
         Raises:
             TypeError, ValueError: dtypes, shapes or devices are others, there is no pair, or one is not finite.

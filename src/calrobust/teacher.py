@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
-from calrobust._state import Pair, copied, filled, paired, parts, tensors, write
+from calrobust._state import Pair, copied, filled, keeping_dtype, paired, parts, tensors, write
 
 
 class EMATeacher(nn.Module):
@@ -24,22 +24,22 @@ class EMATeacher(nn.Module):
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Every
     other persistent buffer is the student's, and so is a value that is not finite (:doc:`/guides/weights`).
 
-    The copy has no gradient and is always in eval mode. A parent that holds the teacher moves it with ``.to()`` and
-    saves it in its ``state_dict``, but ``parent.parameters()`` and ``parent.train()`` do not reach it.
+    The copy has no gradient and stays in eval mode. ``.to()`` and ``state_dict`` of a parent reach it, but
+    ``parent.parameters()`` and ``parent.train()`` do not.
 
     Args:
-        student: the model to copy, or a ``DistributedDataParallel`` or compiled module around it.
-        decay: :math:`\alpha` in ``[0, 1]``, or a function of ``n = 0, 1, ...``, the index of the update that acts, as
-            in :mod:`calrobust.schedules`.
-        update_every: how many calls of :meth:`update` there are for each that moves the copy.
-        device: where to keep the copy; by default beside the student.
+        student: the model to copy, also in a ``DistributedDataParallel`` or compiled.
+        decay: :math:`\alpha` in ``[0, 1]``, or a function of the index ``n = 0, 1, ...`` of the update that acts, as in
+            :mod:`calrobust.schedules`.
+        update_every: the copy moves at each ``update_every``-th call of :meth:`update`.
+        device: of the copy; by default the student's.
         copy: a second model to become the copy, where ``deepcopy`` cannot make one.
-        share_frozen: whether the copy holds the student's own tensors for parameters that need no gradient now. They
-            must stay frozen, and are not in the ``state_dict``. FSDP2 needs False.
+        share_frozen: whether the copy holds the student's own frozen parameters. They must stay frozen, and are not in
+            the ``state_dict``. FSDP2 needs False.
 
     Attributes:
         module: the copy.
-        masters: the float32 copy that is averaged for a student of low precision, or ``None``.
+        masters: the float32 copy that is averaged for a student of low precision.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
@@ -88,8 +88,8 @@ class EMATeacher(nn.Module):
         self._places: list[tuple[str, int, int, bool]] = []
         named = tensors(student)[0].items() if share_frozen else ()
         self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
-        shared = self._shared_by_id()
-        if device is not None and any(torch.empty(0, device=device).device != one.device for one in shared.values()):
+        shared = {*self._shared.values()}
+        if device is not None and any(torch.empty(0, device=device).device != one.device for one in shared):
             fix = "leave out device or share_frozen"
             raise ValueError(f"device must be the student's, whose tensors share_frozen=True uses, got {device}; {fix}")
         with torch.inference_mode(False), torch.no_grad():
@@ -110,11 +110,11 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Counts a training step and, on every ``update_every``-th, moves the copy towards ``student``.
+        """Counts a training step, and moves the copy if it is its turn.
 
         Raises:
-            ValueError: the student does not fit the copy, a shared parameter is not frozen any more, or the decay is
-                outside ``[0, 1]``. Nothing has changed then.
+            ValueError: the student does not fit, a shared parameter is not frozen any more, or the decay is outside
+                ``[0, 1]``. Nothing has changed then.
             RuntimeError: called inside :meth:`swapped_into`.
         """
         if self._swapped:
@@ -144,7 +144,7 @@ class EMATeacher(nn.Module):
             self.step += 1
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
-        """Pairs by name once, and then by place while no part of the two models is replaced."""
+        """Pairs by name, and then by place while no part is replaced."""
         ours = self.module if self.masters is None else self.masters
         if torch.compiler.is_compiling():
             return paired(ours, student)
@@ -161,10 +161,9 @@ class EMATeacher(nn.Module):
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
-        """Lends the averaged weights to the student in a ``with`` block, and gives its own back at the end.
+        """Lends the averaged weights to the student in a ``with`` block.
 
-        Values change in place and come back bit for bit, also after an exception. The block holds a copy of them. It
-        raises the errors of :meth:`update`.
+        Its own come back bit for bit, also after an exception. They are copied meanwhile. Raises as :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -191,11 +190,11 @@ class EMATeacher(nn.Module):
     # Only `state_dict` sees the copy and its masters.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those that were added to the teacher."""
+        """Modules that were added to the teacher."""
         return ((name, child) for name, child in super().named_children() if name not in ("module", "masters"))
 
     def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The teacher and those that were added to it."""
+        """The teacher and what was added."""
         memo = set() if memo is None else memo
         hidden = {self.module, self.masters} - memo
         memo |= hidden
@@ -204,54 +203,47 @@ class EMATeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        shared = self._shared_by_id()
+        shared = {*self._shared.values()}
 
         def move(own: Tensor) -> Tensor:
-            return own if id(own) in shared else fn(own)
+            return own if own in shared else fn(own)
 
         self.module._apply(move, recurse)
         if self.masters is None:
             self.register_module("masters", _float32_masters(self.module, shared))
-        else:  # their dtypes stay
-            self.masters._apply(lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device))
+        else:
+            self.masters._apply(keeping_dtype(move))
         return self
 
     def _replicate_for_data_parallel(self) -> EMATeacher:
         raise TypeError(
-            "DataParallel must wrap a model without a teacher in it, got an EMATeacher; keep the teacher outside, and "
-            "run torch.nn.DataParallel(teacher.module) under torch.no_grad()"
+            "DataParallel must wrap a model without a teacher, got an EMATeacher; keep it outside, and run "
+            "torch.nn.DataParallel(teacher.module) under torch.no_grad()"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("module", "masters") and value is not self._modules.get(name, value):
             raise AttributeError(
-                f"teacher.{name} must stay the module it is, got {type(value).__name__}, which would change the names "
-                f"in checkpoints; to compile it, call teacher.{name}.compile()"
+                f"teacher.{name} must stay the module it is, got {type(value).__name__}, which would rename what "
+                f"checkpoints hold; to compile it, call teacher.{name}.compile()"
             )
         super().__setattr__(name, value)
 
-    def _shared_by_id(self) -> dict[int, nn.Parameter]:
-        return {id(one): one for one in self._shared.values()}
-
-    def _shared_by_key(self) -> dict[str, nn.Parameter]:
-        shared, owners = self._shared_by_id(), super().named_modules(remove_duplicate=False)
+    def _shared_by_key(self, prefix: str) -> dict[str, Tensor]:
+        shared, owners = {*self._shared.values()}, super().named_modules(prefix=prefix[:-1], remove_duplicate=False)
         named = ((f"{path}.{name}", one) for path, owner in owners for name, one in owner._parameters.items())
-        return {key: shared[id(parameter)] for key, parameter in named if id(parameter) in shared}
+        return {key: one for key, one in named if one in shared}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """The state without what is shared with the student."""
+        """The state with the counters, and without what is shared."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for key in self._shared_by_key():
-            del state[prefix + key]
+        for key in self._shared_by_key(prefix):
+            del state[key]
+        state.update({prefix + counter: torch.tensor(getattr(self, counter)) for counter in ("step", "updates")})
         return state
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for counter in ("step", "updates"):
-            destination[prefix + counter] = torch.tensor(getattr(self, counter))
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        shared = {prefix + key: parameter for key, parameter in self._shared_by_key().items()}
+        shared = self._shared_by_key(prefix)
         if given := [key for key in shared if key in state_dict]:
             args[4].append(
                 f"the state must not have what share_frozen=True shares with the student, got {given[0]} and "
@@ -261,7 +253,7 @@ class EMATeacher(nn.Module):
         if self.masters is None:  # those of a teacher of lower precision have the digits
             masters = f"{prefix}masters."
             for key in [key for key in state_dict if key.startswith(masters)]:
-                state_dict[f"{prefix}module.{key.removeprefix(masters)}"] = state_dict.pop(key)
+                state_dict[key.replace(masters, f"{prefix}module.", 1)] = state_dict.pop(key)
         for counter in ("step", "updates"):
             if (value := state_dict.pop(prefix + counter, None)) is None:
                 args[2].append(prefix + counter)  # missing names
@@ -272,12 +264,12 @@ class EMATeacher(nn.Module):
 
 def _inner(module: nn.Module) -> nn.Module:
     while isinstance(module, (DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
-        module = module.get_submodule("_orig_mod" if "_orig_mod" in module._modules else "module")
+        module = next(module.children())
     return module
 
 
 def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
-    """Does with the teacher what DDP did with its student."""
+    """Does what DDP did with the student."""
     for module in student.modules():
         if isinstance(module, DistributedDataParallel):
             for pair in pairs:
@@ -287,7 +279,7 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
 
 
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
-    """Moves ours towards theirs, all the way if they are not averaged."""
+    """Moves ours towards theirs, or copies what is not averaged."""
     fused = []
     for name, ours, theirs, averaged in pairs:
         if not averaged or weight == 1:
@@ -307,13 +299,13 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
         torch._foreach_lerp_(teachers, students, weight)
 
 
-def _float32_masters(module: nn.Module, shared: dict[int, Any]) -> nn.Module | None:
+def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module | None:
     """A copy with float32 in place of lower precisions, if there are any."""
-    own = {name: one for name, one in tensors(module)[0].items() if id(one) not in shared}
-    low = {name for name, one in own.items() if one.is_floating_point() and torch.finfo(one.dtype).bits < 32}
+    own = tensors(module)[0].items()
+    low = {name for name, one in own if one.is_floating_point() and one.itemsize < 4 and one not in shared}
     if not low:
         return None
-    masters = deepcopy(module, shared.copy())
+    masters = deepcopy(module, {id(one): one for one in shared})
     for name, tensor in tensors(masters)[0].items():
         if name in low:
             tensor.data = tensor.data.float()

@@ -1,4 +1,4 @@
-"""Checks of arguments: errors name the argument, the rule, what came and the likely fix."""
+"""Errors name the argument, the rule, what came and the likely fix."""
 
 import sys
 from collections.abc import Sequence
@@ -63,9 +63,8 @@ def check_float64(**tensors: Tensor) -> None:
 
 
 def check_one_device(**tensors: Tensor) -> None:
-    devices = [str(value.device) for value in tensors.values()]
+    devices, both = [str(value.device) for value in tensors.values()], " and ".join
     if len(set(devices)) > 1:
-        both = " and ".join
         raise ValueError(f"{both(tensors)} must be on one device, got {both(devices)}; move one with .to()")
 
 
@@ -175,15 +174,13 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 
 
 def _cannot_be_logits(rows: Tensor) -> bool:
-    """Whether all rows may be probabilities, and logits would hardly look like that by chance.
+    """Whether all rows may be probabilities, and would hardly look like that by chance.
 
-    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C. With many classes a
-    larger chance is allowed.
+    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C.
     """
     n_classes = rows.shape[1]
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
         return False
-    # Numbers of low precision sum to exactly 1 more often.
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs().max().clamp(min=torch.finfo(precision).eps / 4)
@@ -193,7 +190,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
 
 
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
-    """Raises for logits ``[N, C]`` where probabilities are due and the reverse. Reads values."""
+    """Tells logits ``[N, C]`` from probabilities. Reads values."""
     for name, value in scores.items():
         value = value.detach()
         if from_logits and len(value) and _cannot_be_logits(value):

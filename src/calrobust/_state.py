@@ -1,4 +1,4 @@
-"""The state of a model, which is read anew at each use, because ``.to()`` and FSDP may replace tensors."""
+"""The state of a model, read anew at each use, since ``.to()`` and FSDP replace tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from calrobust._checks import check_instance
 
-# What DDP, torch.compile, activation checkpointing and FSDP1 add to names.
+# Of DDP, torch.compile, activation checkpointing and FSDP1.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 def unwrapped(names: Mapping[str, Any], owner: str) -> dict[str, str]:
-    """Maps each name without the words of wrappers to the name itself."""
+    """Maps names without words of wrappers to the names."""
     own = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in names}
     if len(own) < len(names):
         raise ValueError(
@@ -29,11 +29,11 @@ def unwrapped(names: Mapping[str, Any], owner: str) -> dict[str, str]:
 
 
 def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """Parameters and persistent buffers by unwrapped name, and the names of those that are averaged."""
+    """Parameters and persistent buffers by unwrapped name, and the names to average."""
     found: dict[str, tuple[Tensor, bool]] = {}
     for path, owner in module.named_modules(remove_duplicate=False):
         if method := getattr(type(owner), "reshard", None):
-            method(owner)  # FSDP2's root may have kept gathered parameters
+            method(owner)  # FSDP2 may have kept gathered parameters
         statistics = ("running_mean", "running_var") if isinstance(owner, _NormBase) else ()
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
@@ -137,8 +137,27 @@ _TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no f
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
+class Keeping(nn.Module):
+    """Its state has the attributes ``_kept``, which as buffers would make the CPU wait."""
+
+    _kept: tuple[str, ...]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._kept:
+            destination[prefix + name] = torch.tensor(getattr(self, name))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._kept:
+            if (value := state_dict.pop(prefix + name, None)) is None:
+                args[2].append(prefix + name)  # missing names
+            else:
+                setattr(self, name, type(getattr(self, name))(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Follows a ``move`` to another device, but not to another dtype."""
+    """Moves to another device only."""
     return lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device)
 
 

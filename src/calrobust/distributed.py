@@ -15,22 +15,19 @@ else:
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-REFUSED = -1  # in place of a number of rows
+REFUSED = -1  # for a number of rows
 
 
 class Ranks:
-    """The ranks that hold a batch, and the number of rows of each. All ranks call the same methods."""
+    """The ranks that hold a batch, and the rows of each. All ranks call the same methods."""
 
     def __init__(self, sizes: list[int], rank: int = 0, group: ProcessGroup | None = None) -> None:
-        self.sizes = sizes
-        self.rank = rank
-        self.group = group
-        self.total = sum(sizes)
-        start = sum(sizes[:rank])
+        self.sizes, self.rank, self.group = sizes, rank, group
+        self.total, start = sum(sizes), sum(sizes[:rank])
         self.here = slice(start, start + sizes[rank])
 
     def gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, in which the gradient is summed."""
+        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, also of the gradient's sum."""
         if len(self.sizes) == 1:
             return rows.to(dtype)
         gathered: Tensor = _Gather.apply(rows, self, dtype)
@@ -44,7 +41,7 @@ class Ranks:
         return own
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks. Its gradient is exact once gradients are averaged over ranks."""
+        """The sum over ranks, with a gradient for training that averages gradients over ranks."""
         if len(self.sizes) == 1:
             return value
         total: Tensor = _Sum.apply(value, self)
@@ -52,7 +49,7 @@ class Ranks:
 
     @torch.no_grad()
     def maximum(self, values: Tensor) -> Tensor:
-        """The largest entries over ranks, without gradient."""
+        """The largest over ranks."""
         values = values.detach().clone()
         if len(self.sizes) > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
@@ -62,9 +59,9 @@ class Ranks:
 def agree(
     here: Sequence[int], group: ProcessGroup | None, facts: dict[str, object], device: torch.device
 ) -> tuple[Ranks, ...]:
-    """Tells all ranks how many rows of each batch are here, and returns the ranks of each batch.
+    """Tells all ranks how many rows of each batch are here, for the ranks of each.
 
-    All ranks raise ``ValueError`` if ``facts`` differ or a rank tells `REFUSED`, so that none waits.
+    All ranks raise if ``facts`` differ or one tells `REFUSED`, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)
@@ -139,6 +136,5 @@ class _Sum(torch.autograd.Function):
 
 def _pad(rows: Tensor, length: int) -> Tensor:
     """Adds rows of zeros."""
-    if rows.shape[0] == length:
-        return rows.contiguous()
-    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
+    more = length - len(rows)
+    return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]) if more else rows.contiguous()

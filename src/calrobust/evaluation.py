@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from calrobust._checks import check_float64, check_floating, check_instance, check_predictions
-from calrobust._state import keeping_dtype
+from calrobust._state import Keeping, keeping_dtype
 from calrobust.functional.fitting import fit_line, fit_temperature
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -30,15 +30,15 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Collects the logits ``[N, C]`` of a model and the labels ``[N]``, int64, on the CPU.
 
-    The model runs in eval mode and without gradient. Afterwards every submodule is in its earlier mode.
+    The model runs in eval mode without gradient, and gets its modes back.
 
     Args:
-        model: returns logits ``[B, C]``, or ``[B, C, ...]`` with a row for each label, or an output that has them as
-            ``logits`` or ``logits_per_image``.
-        loader: yields ``(inputs, target)``, a dict of keyword arguments with the target as ``labels`` or ``label``, or
-            what ``forward`` takes. Targets are integers.
+        model: returns logits ``[B, C]`` or ``[B, C, ...]``, or has them as ``logits`` or ``logits_per_image`` of its
+            output.
+        loader: yields ``(inputs, target)``, or keyword arguments with the target as ``labels`` or ``label``. Targets
+            are integers.
         forward: ``forward(model, batch) -> (logits, target)``, for other batches and outputs.
-        device: where to move each batch to, if given.
+        device: moves each batch there.
         progress: whether to show a bar, if tqdm is installed.
 
     Raises:
@@ -111,7 +111,7 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
                 f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
             )
     check_predictions(target, logits=logits)
-    # Copies, since loaders and models may write into the same memory again.
+    # Copies, since loaders and models may reuse memory.
     return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()
 
 
@@ -149,12 +149,12 @@ def zero_shot_classifier(
     names: Sequence[str],
     templates: Template | Sequence[Template] = "a photo of a {}.",
 ) -> Tensor:
-    r"""The weights ``[C, D]`` of a linear classifier, made from captions of each class.
+    r"""The weights ``[C, D]`` of a linear classifier from captions.
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    where :math:`x_{c,t}` is the unit-norm feature of class name :math:`c` in template :math:`t`. The logits are
-    ``logit_scale * image_features @ weight.T``. The weights are at least float32, on the model's device.
+    where :math:`x_{c,t}` is the unit-norm feature of class :math:`c` in template :math:`t`. Logits are ``logit_scale *
+    image_features @ weight.T``. The weights are at least float32, on the model's device.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
@@ -214,15 +214,16 @@ def _captions(names: Any, templates: Any) -> list[str]:
     return [t.format(name) if isinstance(t, str) else t(name) for name in names for t in several]
 
 
-class _Scaler(nn.Module):
-    """Buffers that are fitted, and stay float64 when the module is cast."""
+class _Scaler(Keeping):
+    """Fitted buffers, always float64."""
 
     is_fitted: bool
     """Also true once a fitted state is loaded."""
+    _kept = ("is_fitted",)
 
     def __init__(self, **values: float) -> None:
         super().__init__()
-        self.is_fitted = False  # a buffer would make forward wait
+        self.is_fitted = False
         for name, value in values.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
@@ -250,18 +251,6 @@ class _Scaler(nn.Module):
         super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "is_fitted"] = torch.tensor(self.is_fitted)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = prefix + "is_fitted"
-        if (value := state_dict.pop(name, None)) is None:
-            args[2].append(name)  # missing names
-        else:
-            self.is_fitted = bool(value)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class TemperatureScaler(_Scaler):
     r"""Divides logits by a temperature that was fitted on held-out data.
@@ -288,11 +277,11 @@ class TemperatureScaler(_Scaler):
     def fit(
         self, logits: Tensor, target: Tensor, *, ignore_index: int | None = None, weight: Tensor | None = None
     ) -> Self:
-        """Sets T to that of :func:`~calrobust.functional.fit_temperature`, and returns the scaler."""
+        """Sets T by :func:`~calrobust.functional.fit_temperature`, and returns the scaler."""
         return self._set(fit_temperature(logits, target, ignore_index=ignore_index, weight=weight))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Divides floating logits by T and keeps their dtype. Raises ``RuntimeError`` before :meth:`fit`."""
+        """Divides floating logits and keeps their dtype. Raises ``RuntimeError`` before :meth:`fit`."""
         self._check(logits=logits)
         return logits / self.temperature
 

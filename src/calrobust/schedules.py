@@ -1,7 +1,6 @@
-"""Schedules for :class:`~calrobust.EMATeacher`: from the index of an update to its decay.
+"""Decays for :class:`~calrobust.EMATeacher` by the index ``n = 0, 1, ...`` of the update, as any function may give.
 
-Arguments out of range raise ``ValueError``, those of another type ``TypeError``. Any function from ``n = 0, 1, ...`` to
-a float in ``[0, 1]`` serves too.
+Arguments out of range raise ``ValueError``, those of another type ``TypeError``.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ class _Schedule:
 
 @dataclass(frozen=True)
 class constant(_Schedule):
-    """The same decay at every update: 1 freezes the teacher, 0 makes it the student.
+    """One decay: 1 freezes the teacher, 0 makes it the student.
 
     Example:
         >>> from calrobust import schedules
@@ -49,8 +48,7 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    Here ``updates`` ≥ 1. The example is the paper's, over the first 20 % of training: one update makes the teacher
-    95 % student, and ten leave 2e-5 of the pre-trained model.
+    The example is the paper's, over the first 20 % of training: ten updates leave 2e-5 of the pre-trained model.
 
     Example:
         >>> from calrobust import schedules
@@ -79,7 +77,7 @@ class power(_Schedule):
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
-    Here ``exponent`` and ``scale`` are > 0, and ``start <= end``. It is the warm-up of timm's ``ModelEmaV3``.
+    It is the warm-up of timm's ``ModelEmaV3``. ``exponent`` and ``scale`` are > 0, and ``start <= end``.
 
     Example:
         >>> from calrobust import schedules
@@ -105,7 +103,7 @@ class power(_Schedule):
 
 @dataclass(frozen=True)
 class uniform(_Schedule):
-    r"""The mean of the trajectory with the pre-trained model: stochastic weight averaging.
+    r"""The mean of the trajectory, the pre-trained model included: stochastic weight averaging.
 
     .. math:: \alpha_n = \frac{n + 1}{n + 2}
 
@@ -123,17 +121,16 @@ class uniform(_Schedule):
 
 @dataclass(frozen=True)
 class beta(_Schedule):
-    r"""A mean of the trajectory with the pre-trained model, weighted by the density of a Beta distribution.
+    r"""The mean of the trajectory, weighted by the density of a Beta distribution.
 
     .. math::
         w_t \propto x_t^{a - 1} (1 - x_t)^{b - 1}, \qquad x_t = \frac{t + 1/2}{T + 1}, \quad t = 0, \dots, T
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
-    Here :math:`T` is ``updates``, from 1 to ten million, model 0 the pre-trained one, and model :math:`n + 1` the
-    student at update ``n``. From :math:`T` on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained
-    model, ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. Do not compile the update: each decay
-    would be compiled.
+    Model 0 is the pre-trained one, and model :math:`n + 1` the student at update ``n``. :math:`T` is ``updates``, at
+    most ten million; from there on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained model,
+    ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. A compiled update would compile for each decay.
 
     Example:
         >>> from calrobust import schedules
@@ -154,8 +151,7 @@ class beta(_Schedule):
     @cached_property
     def _decays(self) -> list[float]:
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
-        # In logarithms, because weights may underflow.
-        log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)
+        log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)  # no underflow
         decays: list[float] = (log_sums[:-1] - log_sums[1:]).exp().tolist()
         return decays
 
@@ -165,10 +161,9 @@ class beta(_Schedule):
 
 @dataclass(frozen=True)
 class every(_Schedule):
-    """A schedule by training step: the teacher moves at steps 0, k, 2k, ... only.
+    """By training step: the teacher moves at steps 0, k, 2k, ... only, where k is ``steps``.
 
-    Here k is ``steps`` ≥ 1, and ``decay`` is a float in ``[0, 1]`` or a schedule, which is called with the step. The
-    teacher needs ``update_every=1``.
+    ``decay`` is a float in ``[0, 1]`` or a schedule, called with the step. The teacher needs ``update_every=1``.
 
     Example:
         >>> from calrobust import schedules

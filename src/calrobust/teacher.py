@@ -13,28 +13,28 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
-from calrobust._state import Pair, copied, filled, keeping_dtype, paired, parts, tensors, write
+from calrobust._state import Keeping, Pair, copied, filled, keeping_dtype, paired, parts, tensors, write
 
 
-class EMATeacher(nn.Module):
-    r"""Frozen copy :math:`\psi` of a student :math:`\theta` that follows it by an exponential moving average.
+class EMATeacher(Keeping):
+    r"""Frozen copy :math:`\psi` of a student :math:`\theta`, its exponential moving average.
 
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Every
-    other persistent buffer is the student's, and so is a value that is not finite (:doc:`/guides/weights`).
+    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Other
+    persistent buffers, and values that are not finite, are the student's (:doc:`/guides/weights`).
 
-    The copy has no gradient and stays in eval mode. ``.to()`` and ``state_dict`` of a parent reach it, but
-    ``parent.parameters()`` and ``parent.train()`` do not.
+    The copy has no gradient and stays in eval mode. ``.to()`` and ``state_dict`` of a parent reach it, ``parameters()``
+    and ``train()`` do not.
 
     Args:
         student: the model to copy, also in a ``DistributedDataParallel`` or compiled.
-        decay: :math:`\alpha` in ``[0, 1]``, or a function of the index ``n = 0, 1, ...`` of the update that acts, as in
-            :mod:`calrobust.schedules`.
+        decay: :math:`\alpha` in ``[0, 1]``, or a function of the index 0, 1, ... of the update that acts, such as those
+            of :mod:`calrobust.schedules`.
         update_every: the copy moves at each ``update_every``-th call of :meth:`update`.
         device: of the copy; by default the student's.
-        copy: a second model to become the copy, where ``deepcopy`` cannot make one.
-        share_frozen: whether the copy holds the student's own frozen parameters. They must stay frozen, and are not in
+        copy: a second model to become the copy, where ``deepcopy`` fails.
+        share_frozen: whether the copy holds the student's own frozen parameters, which must stay frozen and are not in
             the ``state_dict``. FSDP2 needs False.
 
     Attributes:
@@ -63,6 +63,7 @@ class EMATeacher(nn.Module):
 
     module: nn.Module
     masters: nn.Module | None
+    _kept = ("step", "updates")
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class EMATeacher(nn.Module):
         Raises:
             ValueError: the student does not fit, a shared parameter is not frozen any more, or the decay is outside
                 ``[0, 1]``. Nothing has changed then.
-            RuntimeError: called inside :meth:`swapped_into`.
+            RuntimeError: inside :meth:`swapped_into`.
         """
         if self._swapped:
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
@@ -235,11 +236,10 @@ class EMATeacher(nn.Module):
         return {key: one for key, one in named if one in shared}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """The state with the counters, and without what is shared."""
+        """The state without what is shared."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for key in self._shared_by_key(prefix):
             del state[key]
-        state.update({prefix + counter: torch.tensor(getattr(self, counter)) for counter in ("step", "updates")})
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -254,11 +254,6 @@ class EMATeacher(nn.Module):
             masters = f"{prefix}masters."
             for key in [key for key in state_dict if key.startswith(masters)]:
                 state_dict[key.replace(masters, f"{prefix}module.", 1)] = state_dict.pop(key)
-        for counter in ("step", "updates"):
-            if (value := state_dict.pop(prefix + counter, None)) is None:
-                args[2].append(prefix + counter)  # missing names
-            else:
-                setattr(self, counter, int(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -300,7 +295,7 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
 
 
 def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module | None:
-    """A copy with float32 in place of lower precisions, if there are any."""
+    """A copy with float32 for lower precisions, if any."""
     own = tensors(module)[0].items()
     low = {name for name, one in own if one.is_floating_point() and one.itemsize < 4 and one not in shared}
     if not low:

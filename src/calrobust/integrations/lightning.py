@@ -20,20 +20,18 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Callback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
 
-    The teacher is updated after each batch in which an optimiser made a step. It gets the trainer's device and
-    precision. If the module holds the teacher, as in ``self.teacher = teacher``, the module saves it. See also
-    :doc:`/guides/lightning`.
+    The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser.
+    A module that holds it, as in ``self.teacher = teacher``, saves it. See also :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
         student: the ``LightningModule``, or the part of it that was copied.
         evaluate_teacher: whether validation, test and prediction run with the averaged weights.
-        name: tells several callbacks of one trainer apart in its checkpoints.
+        name: tells callbacks of one trainer apart in its checkpoints.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: when the trainer starts, if two callbacks would evaluate one student, or its checkpoint holds no
-            teacher.
+        ValueError: in training, if two callbacks would evaluate one student, or a checkpoint holds no teacher.
 
     Example:
         >>> from types import SimpleNamespace
@@ -71,7 +69,7 @@ class EMATeacherCallback(Callback):
         trainer.precision_plugin.convert_module(self.teacher)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         lenders = [c for c in callbacks if isinstance(c, EMATeacherCallback) and c.evaluate_teacher]
-        lent = [parameter for lender in lenders for parameter in set(lender.student.parameters())]
+        lent = [parameter for lender in lenders for parameter in lender.student.parameters()]
         if len(lent) > len(set(lent)):
             fix = "pass evaluate_teacher=False to one of them"
             raise ValueError(f"evaluate_teacher must be True in one callback of a student, got two; {fix}")

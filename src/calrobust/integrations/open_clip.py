@@ -20,13 +20,12 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called like open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    For the trainer of open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``. A task of
-    open_clip 4 takes it as ``CLIPTask(model, loss=loss)``. Terms include the criterion's weights. See also
-    :doc:`/guides/open_clip`.
+    In open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``; in 4, ``CLIPTask(model,
+    loss=loss)``. Terms include the criterion's weights. See also :doc:`/guides/open_clip`.
 
     Args:
-        criterion: a loss on pairs, or a sum of them, with ``reduction="mean"`` or ``"sum"``.
-        caption_weight: weight of the caption loss of a CoCa model, which needs one.
+        criterion: a loss on pairs, or a sum, with ``reduction="mean"`` or ``"sum"``.
+        caption_weight: of the caption loss of a CoCa model, which needs one.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -54,17 +53,17 @@ class OpenClipLoss(nn.Module):
             warnings.warn(f"the trainer of open_clip 4 never calls create_loss; {fix}", stacklevel=2)
 
     def forward(self, *outputs: Any, output_dict: bool = False, **named: Any) -> Tensor | dict[str, Tensor]:
-        """A scalar, or with ``output_dict`` its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
+        """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
-            *outputs: what the student returned, and then the teacher: image and text features ``[N, D]`` of unit norm,
-                the exponentiated logit scale, and the logit bias of a model that has one.
+            *outputs: of the student, and then the teacher: image and text features ``[N, D]`` of unit norm, the
+                exponentiated logit scale, and the logit bias if there is one.
             output_dict: whether to return the terms.
-            **named: the same by name, with ``dist_image_features`` and so on for the teacher, and the ``logits`` and
-                ``labels`` of captions. Other names are ignored.
+            **named: the same by name, ``dist_image_features`` and so on of the teacher, and ``logits`` and ``labels``
+                of captions. Other names are ignored.
 
         Raises:
-            TypeError: a teacher or the weight of captions is missing, or there is a teacher too many.
+            TypeError: a teacher or caption weight is missing, or a teacher is too many.
         """
         alone = "gather=True" not in repr(self.criterion)
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

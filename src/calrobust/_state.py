@@ -57,9 +57,9 @@ def parts(module: nn.Module) -> list[Any]:
 
 
 class Pair(NamedTuple):
-    name: str
     ours: Tensor
     theirs: Tensor
+    name: str
     averaged: bool
 
 
@@ -73,7 +73,7 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
     for name, own in teacher.items():
         if own is student[name]:
             continue
-        pair = pairs.setdefault(id(own), Pair(name, own, student[name], name in averaged))
+        pair = pairs.setdefault(id(own), Pair(own, student[name], name, name in averaged))
         if pair.theirs is not student[name]:
             raise ValueError(
                 f"{name} is tied to another parameter in the teacher but not in the student; tie the student's "
@@ -122,9 +122,9 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def write(pairs: Iterable[tuple[Tensor, Tensor, *tuple[Any, ...]]]) -> None:
     """Copies the second of each pair into the first."""
-    for target, source in pairs:
+    for target, source, *_ in pairs:
         for dim, stride in enumerate(target.stride() if target.layout == torch.strided else ()):
             if stride == 0 and target.shape[dim] > 1:  # expanded
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
@@ -183,7 +183,7 @@ def filled(copy: nn.Module, student: nn.Module, shared: set[nn.Parameter]) -> nn
     replaced: dict[Any, Any] = {pair.ours: pair.theirs for pair in pairs if pair.theirs in shared}
     for owner in copy.modules():
         owner._parameters.update({name: replaced.get(own, own) for name, own in owner._parameters.items()})
-    write([(pair.ours, pair.theirs) for pair in pairs])
+    write(pairs)
     return copy
 
 

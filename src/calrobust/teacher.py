@@ -86,7 +86,7 @@ class EMATeacher(Keeping):
         self.step = self.updates = 0
         self._swapped = False
         self._seen: list[int] = []
-        self._places: list[tuple[str, int, int, bool]] = []
+        self._places: list[tuple[int, int, str, bool]] = []
         named = tensors(student)[0].items() if share_frozen else ()
         self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
         shared = {*self._shared.values()}
@@ -141,7 +141,7 @@ class EMATeacher(Keeping):
                     _average_(pairs, 1 - float(decay), self._not_finite)
                     self.updates += 1
                 if self.masters is not None:
-                    write([(pair.ours, pair.theirs) for pair in paired(self.module, self.masters)])
+                    write(paired(self.module, self.masters))
             self.step += 1
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
@@ -151,13 +151,13 @@ class EMATeacher(Keeping):
             return paired(ours, student)
         found = parts(ours) + parts(student)
         if [*map(id, found)] == self._seen:
-            pairs = [Pair(name, found[i], found[j], averaged) for name, i, j, averaged in self._places]
+            pairs = [Pair(found[i], found[j], name, averaged) for i, j, name, averaged in self._places]
             if all(pair.ours.shape == pair.theirs.shape for pair in pairs):
                 return pairs
         pairs = paired(ours, student)  # FSDP2 may have replaced parameters
         self._seen = [*map(id, parts(ours) + parts(student))]
         place = {one: i for i, one in enumerate(self._seen)}
-        self._places = [(name, place[id(mine)], place[id(theirs)], averaged) for name, mine, theirs, averaged in pairs]
+        self._places = [(place[id(mine)], place[id(theirs)], name, averaged) for mine, theirs, name, averaged in pairs]
         return pairs
 
     @contextmanager
@@ -276,7 +276,7 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
     """Moves ours towards theirs, or copies what is not averaged."""
     fused = []
-    for name, ours, theirs, averaged in pairs:
+    for ours, theirs, name, averaged in pairs:
         if not averaged or weight == 1:
             write([(ours, theirs)])
         elif weight == 0:

@@ -45,7 +45,6 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 
 
 def parts(module: nn.Module) -> list[Any]:
-    """The module and its modules, parameters and buffers."""
     modules: list[Any] = [module]
     found: list[Any] = []
     for one in modules:  # which grows
@@ -123,7 +122,6 @@ def check_values(**states: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def write(pairs: Iterable[tuple[Tensor, Tensor, *tuple[Any, ...]]]) -> None:
-    """Copies the second of each pair into the first."""
     for target, source, *_ in pairs:
         for dim, stride in enumerate(target.stride() if target.layout == torch.strided else ()):
             if stride == 0 and target.shape[dim] > 1:  # expanded
@@ -157,12 +155,10 @@ class Keeping(nn.Module):
 
 
 def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Moves to another device only."""
     return lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device)
 
 
 def copied(student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
-    """A deep copy of the student, except what is shared."""
     check_values(student=tensors(student)[0])
     _check_functions(student)
     try:
@@ -175,7 +171,6 @@ def copied(student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
 
 
 def filled(copy: nn.Module, student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
-    """The second model with the student's state."""
     check_instance(nn.Module, "pass a model like the student", copy=copy)
     pairs = paired(copy, student)
     if {*tensors(copy)[0].values()} & {*tensors(student)[0].values()}:

@@ -91,8 +91,6 @@ def agree(
 
 
 class _Gather(torch.autograd.Function):
-    """Its backward is `_ScatterSum`, and the reverse."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
         ctx.ranks, ctx.dtype = ranks, rows.dtype
@@ -135,6 +133,5 @@ class _Sum(torch.autograd.Function):
 
 
 def _pad(rows: Tensor, length: int) -> Tensor:
-    """Adds rows of zeros."""
     more = length - len(rows)
     return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]) if more else rows.contiguous()

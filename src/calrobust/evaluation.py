@@ -153,8 +153,8 @@ def zero_shot_classifier(
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    where :math:`x_{c,t}` is the unit-norm feature of class :math:`c` in template :math:`t`. Logits are ``logit_scale *
-    image_features @ weight.T``. The weights are at least float32, on the model's device.
+    where :math:`x_{c,t}` is the unit-norm feature of class :math:`c` in template :math:`t`. Weights are at least
+    float32, on the model's device; logits are ``logit_scale * image_features @ weight.T``.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).

@@ -48,7 +48,8 @@ class linear_warmup(_Schedule):
 
     .. math:: \alpha_n = \text{start} + (\text{end} - \text{start}) \min(n / \text{updates}, 1)
 
-    The example is the paper's, over the first 20 % of training: ten updates leave 2e-5 of the pre-trained model.
+    The example is the paper's, over the first 20 % of training: one update makes the teacher 95 % student, and ten
+    leave 2e-5 of the pre-trained model.
 
     Example:
         >>> from calrobust import schedules

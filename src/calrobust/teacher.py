@@ -1,11 +1,9 @@
 """EMATeacher: a frozen copy that follows a student."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -90,7 +88,8 @@ class EMATeacher(Keeping):
         named = tensors(student)[0].items() if share_frozen else ()
         self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
         shared = {*self._shared.values()}
-        if device is not None and any(torch.empty(0, device=device).device != one.device for one in shared):
+        devices = {one.device for one in shared}
+        if shared and device is not None and devices != {torch.empty(0, device=device).device}:
             fix = "leave out device or share_frozen"
             raise ValueError(f"device must be the student's, whose tensors share_frozen=True uses, got {device}; {fix}")
         with torch.inference_mode(False), torch.no_grad():
@@ -179,7 +178,7 @@ class EMATeacher(Keeping):
             tensors(student)  # drops what FSDP2 gathered
             write(own)
 
-    def train(self, mode: bool = True) -> EMATeacher:
+    def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
         return super().train(False)
 
@@ -202,7 +201,7 @@ class EMATeacher(Keeping):
         yield from super().named_modules(memo, *args, **kwargs)
         memo -= hidden
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         shared = {*self._shared.values()}
 
@@ -216,7 +215,7 @@ class EMATeacher(Keeping):
             self.masters._apply(keeping_dtype(move))
         return self
 
-    def _replicate_for_data_parallel(self) -> EMATeacher:
+    def _replicate_for_data_parallel(self) -> Self:
         raise TypeError(
             "DataParallel must wrap a model without a teacher, got an EMATeacher; keep it outside, and run "
             "torch.nn.DataParallel(teacher.module) under torch.no_grad()"
@@ -225,8 +224,8 @@ class EMATeacher(Keeping):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("module", "masters") and value is not self._modules.get(name, value):
             raise AttributeError(
-                f"teacher.{name} must stay the module it is, got {type(value).__name__}, which would rename what "
-                f"checkpoints hold; to compile it, call teacher.{name}.compile()"
+                f"teacher.{name} must stay the module that checkpoints name, got {type(value).__name__}; to compile it "
+                f"call teacher.{name}.compile()"
             )
         super().__setattr__(name, value)
 
@@ -274,7 +273,6 @@ def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
 
 
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
-    """Moves ours towards theirs, or copies what is not averaged."""
     fused = []
     for ours, theirs, name, averaged in pairs:
         if not averaged or weight == 1:
@@ -295,7 +293,6 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
 
 
 def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module | None:
-    """A copy with float32 for lower precisions, if any."""
     own = tensors(module)[0].items()
     low = {name for name, one in own if one.is_floating_point() and one.itemsize < 4 and one not in shared}
     if not low:

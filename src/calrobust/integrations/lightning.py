@@ -1,4 +1,4 @@
-"""Lightning: an EMA teacher beside its ``Trainer``."""
+"""Lightning: an EMA teacher."""
 
 from contextlib import ExitStack
 from typing import Any

@@ -1,4 +1,4 @@
-"""Transformers: an EMA teacher beside its ``Trainer``, and CLIP features."""
+"""Transformers: an EMA teacher and CLIP features."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ __all__ = ["EMATeacherCallback", "clip_features"]
 class EMATeacherCallback(TrainerCallback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
 
-    The teacher moves to the trainer's device and is updated after each step of the optimiser. Each checkpoint gets a
-    ``teacher.pt``, which is loaded when training resumes, or with ``load_best_model_at_end``. ``student`` is the
-    trainer's model, or the part of it that was copied. See also :doc:`/guides/transformers`.
+    The teacher gets the trainer's device and is updated after each step of the optimiser. Each checkpoint has it as
+    ``teacher.pt``, for resuming and ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it
+    that was copied. See also :doc:`/guides/transformers`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -82,10 +82,10 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from what a model of two towers returns.
 
-    They are image and text features ``[N, D]``, the logit scale that multiplies their products, and the logit bias of a
-    model that has one. The model's own logits are these products times the scale, plus the bias. Features have unit
-    norm, except those of PE-video, whose videos stand for images. The ``model`` may be in a
-    ``DistributedDataParallel`` or EMA teacher. What lacks these raises ``TypeError``.
+    They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one: its own
+    logits are the products of features times the scale, plus the bias. Features have unit norm, except those of
+    PE-video, whose videos stand for images. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. What
+    lacks these raises ``TypeError``.
 
     Example:
         >>> import torch

@@ -291,13 +291,8 @@ class PlattScaler(_Scaler):
 
     .. math:: z \mapsto a z + b, \qquad a, b = \arg\min_{a > 0,\, b} \sum_i \log\bigl(1 + e^{\mp (a z_i + b)}\bigr)
 
-    with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. The share of pairs that
-    match should be the same in the data of the fit and in use. Newton's method needs about ten passes.
-
-    Data without a minimum give a :class:`UserWarning`. If a threshold separates :math:`n_+` matching pairs from
-    :math:`n_-` others, the targets are :math:`(n_+ + 1) / (n_+ + 2)` and :math:`1 / (n_- + 2)`, as in Platt. If all
-    pairs match, or none, or they are not more similar than others, a = 1 / (100 s), where s is the standard deviation,
-    or 1 if s = 0, and the odds at the mean are :math:`(n_+ + 1) / (n_- + 1)`.
+    with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. Fit on pairs that match as
+    often as those in use. Data without a minimum give a :class:`UserWarning` (:doc:`/guides/temperature`).
 
     Example:
         >>> import torch

@@ -14,7 +14,7 @@ from calrobust._state import check_same_state, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
-Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and where they may be combined
+Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and what may be combined
 _INTEGER = re.compile(r"torch\.(bool|u?int(8|16|32|64))")
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
@@ -26,8 +26,8 @@ def interpolate(
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    ``alpha`` is in [0, 1], or any finite number with ``extrapolate=True``, or a function that gives it for the name of
-    each floating tensor, as in LiNeS (:doc:`/guides/recipes`). The ends are exact. Models, result and errors are as for
+    ``alpha`` is in [0, 1], any finite number with ``extrapolate=True``, or a function of the name of each floating
+    tensor, as in LiNeS (:doc:`/guides/recipes`). The ends are exact. Models, result and errors are as for
     :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
@@ -60,7 +60,7 @@ def interpolate(
 
 
 def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -> StateDict:
-    r"""The weighted mean of models, by default the uniform one (a model soup).
+    r"""The weighted or uniform mean of models (a model soup).
 
     .. math:: \theta = \sum_k w_k\, \theta_k \Big/ \sum_k w_k
 
@@ -102,14 +102,14 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
 
 def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
-    r"""The mean of models, drawn towards the pre-trained one as far as they disagree (Model Stock).
+    r"""The mean of models, drawn to the pre-trained one if they disagree (Model Stock).
 
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
-    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine
-    of any two of their differences from the pre-trained :math:`\theta_0`, at least 0. Models, result and errors are as
-    for :func:`average` of ``[pretrained, *models]``.
+    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine of
+    any two of their differences from the pre-trained :math:`\theta_0`, at least 0. Models, result and errors are as for
+    :func:`average` of ``[pretrained, *models]``.
 
     Example:
         >>> import torch

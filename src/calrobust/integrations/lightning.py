@@ -20,8 +20,8 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Callback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
 
-    The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser.
-    A module that holds it, as in ``self.teacher = teacher``, saves it. See also :doc:`/guides/lightning`.
+    The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser. A
+    module that holds it saves it. See also :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
@@ -64,7 +64,7 @@ class EMATeacherCallback(Callback):
         return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the teacher the trainer's precision."""
+        """Casts the teacher."""
         self._saved_by_module = self._restored = any(module is self.teacher for module in pl_module.modules())
         trainer.precision_plugin.convert_module(self.teacher)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ class EMATeacherCallback(Callback):
             raise ValueError(f"evaluate_teacher must be True in one callback of a student, got two; {fix}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the teacher to the module's device."""
+        """Moves the teacher."""
         self.teacher.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,13 +91,13 @@ class EMATeacherCallback(Callback):
             self.teacher.update(self.student)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the averaged weights into the student."""
+        """Lends the averaged weights."""
         if self.evaluate_teacher:
             self._check_restored(trainer)
             self._swap.enter_context(self.teacher.swapped_into(self.student))
 
     def on_validation_end(self, *_: Any, **__: Any) -> None:
-        """Gives the student its own weights back."""
+        """Takes them back."""
         self._swap.close()
 
     on_test_start = on_predict_start = on_validation_start

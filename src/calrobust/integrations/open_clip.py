@@ -20,8 +20,8 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called like open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    In open_clip 3, assign ``open_clip_train.main.create_loss = lambda args: loss``; in 4, ``CLIPTask(model,
-    loss=loss)``. Terms include the criterion's weights. See also :doc:`/guides/open_clip`.
+    The guide says how the trainers of open_clip 3 and 4 take it (:doc:`/guides/open_clip`). Terms include the
+    criterion's weights.
 
     Args:
         criterion: a loss on pairs, or a sum, with ``reduction="mean"`` or ``"sum"``.

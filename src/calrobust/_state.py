@@ -48,10 +48,10 @@ def parts(module: nn.Module) -> list[Any]:
     modules: list[Any] = [module]
     found: list[Any] = []
     for one in modules:  # which grows
-        if one is not None:
+        if isinstance(one, nn.Module):
             modules += one._modules.values()
-            found += one._parameters.values()
-            found += one._buffers.values()
+            found += one._parameters.values() if one._parameters else ()
+            found += one._buffers.values() if one._buffers else ()
     return modules + found
 
 

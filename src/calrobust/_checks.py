@@ -176,7 +176,8 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 def _cannot_be_logits(rows: Tensor) -> bool:
     """Whether all rows may be probabilities, and would hardly look like that by chance.
 
-    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C.
+    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C. With many classes a larger
+    chance is allowed.
     """
     n_classes = rows.shape[1]
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():

@@ -1,4 +1,4 @@
-"""Decays for :class:`~calrobust.EMATeacher` by the index ``n = 0, 1, ...`` of the update, as any function may give.
+"""Decays for :class:`~calrobust.EMATeacher` by the index ``n = 0, 1, ...`` of the update.
 
 Arguments out of range raise ``ValueError``, those of another type ``TypeError``.
 """
@@ -162,7 +162,7 @@ class beta(_Schedule):
 
 @dataclass(frozen=True)
 class every(_Schedule):
-    """By training step: the teacher moves at steps 0, k, 2k, ... only, where k is ``steps``.
+    """The teacher moves at steps 0, k, 2k, ... of training only, where k is ``steps``.
 
     ``decay`` is a float in ``[0, 1]`` or a schedule, called with the step. The teacher needs ``update_every=1``.
 

@@ -27,8 +27,8 @@ class EMATeacher(Keeping):
 
     Args:
         student: the model to copy, also in a ``DistributedDataParallel`` or compiled.
-        decay: :math:`\alpha` in ``[0, 1]``, or a function of the index 0, 1, ... of the update that acts, such as those
-            of :mod:`calrobust.schedules`.
+        decay: :math:`\alpha` in ``[0, 1]``, or a function of the index 0, 1, ... of the update that acts, as in
+            :mod:`calrobust.schedules`.
         update_every: the copy moves at each ``update_every``-th call of :meth:`update`.
         device: of the copy; by default the student's.
         copy: a second model to become the copy, where ``deepcopy`` fails.
@@ -163,7 +163,7 @@ class EMATeacher(Keeping):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block.
 
-        Its own come back bit for bit, also after an exception. They are copied meanwhile. Raises as :meth:`update`.
+        Its own, which are copied, come back bit for bit, also after an exception. Raises as :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")

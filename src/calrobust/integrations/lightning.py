@@ -18,7 +18,7 @@ __all__ = ["EMATeacherCallback"]
 
 
 class EMATeacherCallback(Callback):
-    """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
+    """Lets a teacher follow the student of a ``Trainer``, and keeps it in checkpoints.
 
     The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser. A
     module that holds it saves it. See also :doc:`/guides/lightning`.
@@ -27,7 +27,7 @@ class EMATeacherCallback(Callback):
         teacher: the :class:`~calrobust.EMATeacher`.
         student: the ``LightningModule``, or the part of it that was copied.
         evaluate_teacher: whether validation, test and prediction run with the averaged weights.
-        name: tells callbacks of one trainer apart in its checkpoints.
+        name: tells several callbacks apart in checkpoints.
 
     Raises:
         TypeError: an argument has the wrong type.

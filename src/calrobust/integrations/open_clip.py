@@ -20,8 +20,7 @@ ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}
 class OpenClipLoss(nn.Module):
     """A loss on pairs that is called like open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
-    The guide says how the trainers of open_clip 3 and 4 take it (:doc:`/guides/open_clip`). Terms include the
-    criterion's weights.
+    Terms include the criterion's weights. See also :doc:`/guides/open_clip`.
 
     Args:
         criterion: a loss on pairs, or a sum, with ``reduction="mean"`` or ``"sum"``.

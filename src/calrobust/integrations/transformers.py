@@ -19,11 +19,11 @@ __all__ = ["EMATeacherCallback", "clip_features"]
 
 
 class EMATeacherCallback(TrainerCallback):
-    """Lets a teacher follow the student of a ``Trainer``, and keeps it in the trainer's checkpoints.
+    """Lets a teacher follow the student of a ``Trainer``, and keeps it in checkpoints.
 
-    The teacher gets the trainer's device and is updated after each step of the optimiser. Each checkpoint has it as
-    ``teacher.pt``, for resuming and ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it
-    that was copied. See also :doc:`/guides/transformers`.
+    The teacher gets the trainer's device and is updated after each step of the optimiser. It is loaded when training
+    resumes, or with ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that was copied.
+    See also :doc:`/guides/transformers`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -80,12 +80,12 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
-    """The arguments of a loss on pairs, from what a model of two towers returns.
+    """The arguments of a loss on pairs, from the output of a model of two towers.
 
     They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one: its own
-    logits are the products of features times the scale, plus the bias. Features have unit norm, except those of
-    PE-video, whose videos stand for images. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. What
-    lacks these raises ``TypeError``.
+    logits are scaled products of features, plus the bias. Features have unit norm, except those of PE-video, whose
+    videos stand for images. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. What lacks these
+    raises ``TypeError``.
 
     Example:
         >>> import torch

@@ -135,7 +135,7 @@ class EMATeacher(Keeping):
                         "or with share_frozen=False"
                     )
                 if self.step == 0:
-                    _share_first_rank(pairs, student)
+                    _broadcast(pairs, student)
                 if acts:
                     _average_(pairs, 1 - float(decay), self._not_finite)
                     self.updates += 1
@@ -262,7 +262,7 @@ def _inner(module: nn.Module) -> nn.Module:
     return module
 
 
-def _share_first_rank(pairs: list[Pair], student: nn.Module) -> None:
+def _broadcast(pairs: list[Pair], student: nn.Module) -> None:
     """Does what DDP did with the student."""
     for module in student.modules():
         if isinstance(module, DistributedDataParallel):
@@ -302,3 +302,32 @@ def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module 
         if name in low:
             tensor.data = tensor.data.float()
     return masters
+
+
+# For other people's training loops.
+
+
+def whole_state(teacher: EMATeacher) -> dict[str, Any]:
+    """The state dict of whole tensors; every rank has to call it."""
+    state = teacher.state_dict()
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
+
+
+def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
+    """Loads what ``whole_state`` gave."""
+    state = dict(state)
+    for name, own in teacher.state_dict().items():
+        if hasattr(own, "full_tensor") and name in state:
+            from torch.distributed.tensor import distribute_tensor
+
+            state[name] = distribute_tensor(state[name].to(own.device), own.device_mesh, own.placements)
+    teacher.load_state_dict(state)
+
+
+def share_first_rank(teacher: EMATeacher) -> None:
+    """Gives every rank the new teacher of the first."""
+    if teacher.step == 0 and dist.is_available() and dist.is_initialized():
+        whole = whole_state(teacher).items()
+        states = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole}]
+        dist.broadcast_object_list(states)
+        load_whole_state(teacher, states[0])

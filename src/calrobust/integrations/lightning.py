@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from calrobust import EMATeacher
 from calrobust._checks import check_instance
-from calrobust.integrations import load_whole_state, share_first_rank, whole_state
+from calrobust.teacher import EMATeacher, load_whole_state, share_first_rank, whole_state
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

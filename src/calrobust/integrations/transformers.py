@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calrobust import EMATeacher
 from calrobust._checks import check_instance
-from calrobust.integrations import load_whole_state, share_first_rank, whole_state
+from calrobust.teacher import EMATeacher, load_whole_state, share_first_rank, whole_state
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments

@@ -68,8 +68,7 @@ def collect_logits(
     with _evaluating(model):
         for batch in loader:
             found.append(_rows(model, batch if device is None else _to(batch, device), forward))
-            before, now = found[0][0].shape[1], found[-1][0].shape[1]
-            if before != now:
+            if (before := found[0][0].shape[1]) != (now := found[-1][0].shape[1]):
                 raise ValueError(
                     f"logits must have the same number of classes in every batch, got {before} and then {now}; is the "
                     "loader one of a single data set?"
@@ -196,8 +195,8 @@ def zero_shot_classifier(
             else:
                 features.append(tower.encode_text(tokenizer(part).to(device)))
     found = torch.cat(features)
-    unit = normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=1)
-    return normalize(unit.unflatten(0, (len(names), -1)).mean(1), dim=1)
+    unit = normalize(found.to(torch.promote_types(found.dtype, torch.float32)))
+    return normalize(unit.unflatten(0, (len(names), -1)).mean(1))
 
 
 def _captions(names: Any, templates: Any) -> list[str]:
@@ -229,16 +228,15 @@ class _Scaler(Keeping):
 
     def _set(self, *values: Tensor) -> Self:
         with torch.inference_mode(False):  # else it could not be used outside
-            for (name, old), new in zip(list(self.named_buffers()), values, strict=True):
-                setattr(self, name, new.clone().to(old.device))
+            for name, new in zip(list(self._buffers), values, strict=True):
+                setattr(self, name, new.to(getattr(self, name), copy=True))
         self.is_fitted = True
         return self
 
     def _check(self, **tensors: Tensor) -> None:
         if not self.is_fitted:
-            raise RuntimeError(
-                f"{type(self).__name__} is not fitted; call fit with validation data or load a fitted state"
-            )
+            kind = type(self).__name__
+            raise RuntimeError(f"{kind} is not fitted; call fit with validation data or load a fitted state")
         check_floating(**tensors)
 
     def extra_repr(self) -> str:

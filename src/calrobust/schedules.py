@@ -131,7 +131,7 @@ class beta(_Schedule):
 
     Model 0 is the pre-trained one, and model :math:`n + 1` the student at update ``n``. :math:`T` is ``updates``, at
     most ten million; from there on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained model,
-    ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`. A compiled update would compile for each decay.
+    ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`.
 
     Example:
         >>> from calrobust import schedules

@@ -74,13 +74,14 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "teacher": {"_checks", "_state"},
     "schedules": {"_checks"},
     "weights": {"_checks", "_state"},
-    "evaluation": {"_checks", "functional"},
+    "evaluation": {"_checks", "_state", "functional"},
     "report": {"_checks", "functional", "report"},
     "plotting": {"_checks", "functional", "report"},
     "integrations": {
         "_checks",
         *calrobust.__all__,
         "losses",
+        "teacher",
         "integrations",
     },  # outside the house, they see what users see
 }

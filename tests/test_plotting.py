@@ -91,6 +91,20 @@ def test_a_curve_of_risk_ends_at_the_error_rate() -> None:
     assert [str(line.get_label())[:3] for line in risk_coverage(report).lines] == ["ZS ", "FT ", "FT "]
 
 
+def test_the_legend_of_the_curves_fits_into_the_figure() -> None:
+    """It would narrow the axes and be cut: names of three methods with their AURC take two columns."""
+    report = ShiftReport(id_domain="photo")
+    for name in ("calibrated", "overconfident", "unsure at random"):
+        report.add(name, "photo", *classifier(50, 5, 0))
+    ax = risk_coverage(report)
+    figure = cast(Figure, ax.figure)
+    figure.canvas.draw()
+    legend = cast(Legend, ax.get_legend()).get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.width
+    assert ax.get_window_extent().width > 0.7 * figure.bbox.width
+
+
 def test_differences_are_those_of_the_comparison() -> None:
     """A row for each other method, a column for each figure; filled where the interval excludes 0."""
     report, columns = ShiftReport(id_domain="photo"), ["id_nll", "ood_accuracy", "ood_ece"]

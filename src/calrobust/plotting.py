@@ -204,7 +204,7 @@ def risk_coverage(
     ax.set(xlim=(0, 100), ylim=(0, None))
     ax.set_xlabel("Coverage (%)", fontsize=FONT)
     ax.set_ylabel("Error rate (%)", fontsize=FONT)
-    ax.legend(title="AURC in brackets", title_fontsize=FONT - 1, bbox_to_anchor=(-0.15, 1), ncols=3, **ABOVE)
+    ax.legend(title="AURC in brackets", title_fontsize=FONT - 1, bbox_to_anchor=(-0.15, 1), ncols=2, **ABOVE)
     _style(ax)
     return ax
 

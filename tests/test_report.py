@@ -23,7 +23,7 @@ from strategies import Predictions, classifier, predictions, seeds
 from torch.testing import assert_close
 
 from calrobust.functional.calibration import bin_confidences, calibration_error
-from calrobust.functional.fitting import fit_temperature
+from calrobust.functional.fitting import best_temperature, fit_temperature
 from calrobust.functional.intervals import calibration_interval
 from calrobust.functional.scoring import risk_coverage_curve, top_label
 from calrobust.report import ShiftReport
@@ -110,6 +110,18 @@ class TestFigures:
                 {name: float(value) for name, value in expected.items()}, abs=tolerance
             )
             assert row["nll_own_t"] <= min(row["nll"], row["nll_ts"])
+
+    @given(p=predictions(min_samples=2), seed=seeds())
+    def test_no_temperature_is_better_than_a_domains_own(self, p: Predictions, seed: int) -> None:
+        """The NLL as given, and at the T of other data, unless the data have no best T."""
+        report = ShiftReport(id_domain="photo")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the held-out data need not determine T
+            report.fit_temperature("FT", *classifier(30, p.logits.shape[1], seed, spread=1.0))
+        report.add("FT", "photo", *p)
+        row = report.summary()[0]
+        if not best_temperature(*p)[1]:
+            assert row["id_nll_own_t"] <= min(row["id_nll"], row["id_nll_ts"]) + 1e-7  # float32 losses
 
     def test_scores_have_intervals_and_a_mean_over_domains(self) -> None:
         """As wide as the normal one on average, and the mean of two domains of one size varies by 1/√2 of one."""

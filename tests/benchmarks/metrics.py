@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from calrobust import ShiftReport
 from calrobust.functional import bin_confidences, binned_error, calibration_error, top_label
-from calrobust.metrics import CalibrationError, CalibrationSummary, ClasswiseCalibrationError
+from calrobust.metrics import CalibrationError, CalibrationSummary, ClasswiseCalibrationError, SelectiveRisk
 
 ROWS, CLASSES, N_BINS = 50_000, 1_000, 15
 BATCH = 512
@@ -49,6 +49,8 @@ def _speed(logits: Tensor, target: Tensor) -> Table:
         "ClasswiseCalibrationError": lambda: _fed(
             ClasswiseCalibrationError(num_classes=CLASSES, n_bins=N_BINS), logits, target, ROWS
         ),
+        "SelectiveRisk": lambda: _fed(SelectiveRisk(), logits, target, BATCH),
+        "SelectiveRisk, compute": _computing(SelectiveRisk, logits, target),
         "softmax and max in 1,024s": lambda: [block.softmax(1).max(1) for block in logits.split(1024)],
         "softmax and amax in 1,024s": lambda: [block.softmax(1).amax(1) for block in logits.split(1024)],
         "torchmetrics' functional": lambda: multiclass_calibration_error(logits, target, CLASSES, N_BINS),
@@ -63,6 +65,8 @@ def _speed(logits: Tensor, target: Tensor) -> Table:
         calls["torch-uncertainty's classwise"] = lambda: _fed(
             uncertainty.ClasswiseCalibrationError(CLASSES, N_BINS), logits.softmax(1), target, ROWS
         )
+        calls["torch-uncertainty's AURC"] = lambda: _fed(uncertainty.AURC(), logits.softmax(1), target, BATCH)
+        calls["torch-uncertainty's AURC, compute"] = _computing(uncertainty.AURC, logits.softmax(1), target)
     seconds = in_turn(calls, REPEATS)
     ours, batched = seconds["CalibrationError"], seconds["CalibrationError in 512s"]
     blocks = "softmax and max in 1,024s", "softmax and amax in 1,024s"
@@ -95,6 +99,16 @@ def _speed(logits: Tensor, target: Tensor) -> Table:
             100,
             note=missing("torch_uncertainty.metrics.classification"),
         ),
+        *(
+            share(
+                f"SelectiveRisk{what} / torch-uncertainty's AURC{what}",
+                seconds[f"SelectiveRisk{part}"],
+                seconds.get(f"torch-uncertainty's AURC{part}"),
+                1,
+                note=missing("torch_uncertainty.metrics.classification"),
+            )
+            for what, part in ((f", updates in {BATCH}s and compute", ""), (", compute", ", compute"))
+        ),
         share("CalibrationSummary / CalibrationError", seconds["CalibrationSummary"], ours, 1.3),
     ]
     table.rows += _report(logits, target)
@@ -105,6 +119,13 @@ def _fed(metric: Any, preds: Tensor, target: Tensor, rows: int) -> Any:
     for batch, labels in zip(preds.split(rows), target.split(rows), strict=True):
         metric.update(batch, labels)
     return metric.compute()
+
+
+def _computing(metric: Callable[..., Any], preds: Tensor, target: Tensor) -> Call:
+    """Computes again and again from the state after all samples."""
+    fed = metric(compute_with_cache=False)
+    fed.update(preds, target)
+    return lambda: fed.compute()
 
 
 def _report(logits: Tensor, target: Tensor) -> list[Row]:

@@ -15,6 +15,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import brier_score_loss, log_loss
 from strategies import classifier, seeds
 
+from calrobust import ShiftReport
 from calrobust import functional as F
 
 
@@ -44,6 +45,35 @@ def test_beta_is_one_over_our_temperature(seed: int) -> None:
     (fold,) = calibrated.calibrated_classifiers_
     (scaling,) = fold.calibrators
     assert float(scaling.beta_) == pytest.approx(1 / F.fit_temperature(logits, target).item(), rel=1e-4)
+
+
+@given(seed=seeds())
+def test_the_likelihood_at_a_domains_own_temperature_is_theirs(seed: int) -> None:
+    """Their log loss after their temperature, fitted on the very data: refinement over temperatures."""
+    logits, target = classifier(400, 4, seed, sharpness=0.5, dtype=torch.float64)
+    arrays = logits.numpy(), target.numpy()
+    calibrated = CalibratedClassifierCV(FrozenEstimator(Given().fit(*arrays)), method="temperature").fit(*arrays)
+    report = ShiftReport(id_domain="photo")
+    report.add("FT", "photo", logits, target)
+    expected = log_loss(arrays[1], calibrated.predict_proba(arrays[0]), labels=range(4))
+    assert report.summary()[0]["id_nll_own_t"] == pytest.approx(expected, abs=1e-7)
+
+
+@given(seed=seeds())
+def test_the_parts_of_a_brier_score_are_theirs_up_to_what_bins_hide(seed: int) -> None:
+    """Their score of the top label, less the variance of confidences within bins, plus twice the covariance."""
+    confidences, correct = F.top_label(*classifier(300, 4, seed, sharpness=0.5, dtype=torch.float64))
+    reliability, resolution, uncertainty = F.brier_decomposition(F.bin_confidences(confidences, correct, n_bins=10))
+    p, hits = confidences.numpy(), correct.double().numpy()
+    hidden, index = np.zeros(2), np.floor(10 * p)
+    for inside in (index == b for b in range(10)):
+        if inside.any():
+            distances = p[inside] - p[inside].mean()
+            hidden += distances @ distances, 2 * (distances @ hits[inside])
+    variance, covariance = hidden / len(p)
+    assert variance > 1e-4
+    parts = float(reliability - resolution + uncertainty)
+    assert parts + variance - covariance == pytest.approx(brier_score_loss(correct.numpy(), p), abs=1e-12)
 
 
 @given(seed=seeds())

@@ -79,5 +79,6 @@ sphinx_gallery_conf = {
 # Names of other projects: the build must be green without a network, so their inventories cannot be fetched.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|torchmetrics|nn|matplotlib|pandas|numpy|transformers|lightning|collections|typing|os)(\..*)?"),
-    ("py:class", r"Axes|Figure|Impl|Norm|ProcessGroup|Reduction|_Term"),  # aliases and private names in signatures
+    # Aliases, private names and strings in signatures.
+    ("py:class", r"Axes|Figure|Impl|Norm|ProcessGroup|Reduction|Tensor|_Term"),
 ]

@@ -83,11 +83,11 @@ def tables() -> Iterator[Table]:
         shares = [accuracy_coverage(accuracy, n, domains) for domains in (1, DOMAINS) for n in SIZES]
         table.rows += _rows(f"accuracy {accuracy}", shares)
     yield table
-    conditions = f"Per cent of {SCORED:,} data sets; N = {', '.join(f'{n:,}' for n in SCORED_SIZES)}; "
+    conditions = f"Per cent of {SCORED:,} data sets; N = {', '.join(f'{n:,}' for n in SCORED_SIZES)};"
     table = Table(
         "Coverage: scores",
         f"{conditions} all of {', '.join(CONFIDENCES)} confidences, where at least a tenth of the data sets has an "
-        f"interval; {CLASSES} classes, of which the top label leaves the same to all others.",
+        f"interval; {CLASSES} classes, of which the top label leaves the same to all others; float64.",
     )
     for model in SCORED_MODELS:
         found = [scores_coverage(model, kind, n) for kind in CONFIDENCES for n in SCORED_SIZES]
@@ -95,7 +95,8 @@ def tables() -> Iterator[Table]:
             table.rows += _rows(f"{score}, {model}", [each[score] for each in found if not math.isnan(each[score])])
     yield table
     table = Table(
-        "Coverage: paired differences", f"{conditions} two models of one latent difficulty, which agree mostly."
+        "Coverage: paired differences",
+        f"{conditions} two models of one latent difficulty, which agree mostly; float64.",
     )
     for kind, *models in PAIRS:
         found = [differences_coverage(kind, models, n, rho) for n in SCORED_SIZES for rho in (0.8, 0.98)]

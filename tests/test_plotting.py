@@ -21,7 +21,8 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from strategies import classifier
 
-from calrobust.functional.calibration import Bins, bin_confidences, binned_error
+from calrobust.functional.calibration import bin_confidences, binned_error
+from calrobust.functional.scoring import Bins
 from calrobust.plotting import (
     BLUE,
     FAINTEST,

@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from strategies import Predictions, classifier, predictions, seeds
 from torch.testing import assert_close
 
-from calrobust.functional.calibration import bin_confidences, calibration_error
+from calrobust.functional.calibration import bin_confidences, calibration_error, calibration_interval
 from calrobust.functional.fitting import best_temperature, fit_temperature
-from calrobust.functional.intervals import calibration_interval
 from calrobust.functional.scoring import risk_coverage_curve, top_label
 from calrobust.report import ShiftReport
-from calrobust.report.samples import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of
+from calrobust.report.figures import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of
 
 DOMAINS = ("photo", "sketch", "clipart")
 

@@ -1,18 +1,18 @@
-"""Reliability diagrams, and calibration against accuracy under shift, without pyplot."""
+"""Plots, without pyplot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_bins, check_choice, check_instance, check_tensor
-from calrobust.functional.calibration import Bins, binned_error
-from calrobust.functional.scoring import risk_coverage_curve
+from calrobust._checks import check_bins, check_choice, check_instance
+from calrobust.functional.calibration import binned_error
+from calrobust.functional.scoring import Bins, risk_coverage_curve
 from calrobust.report import ShiftReport
-from calrobust.report.tables import HEADINGS, check_columns, scale_of
+from calrobust.report.figures import HEADINGS, check_columns, scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ __all__ = ["differences", "reliability_diagram", "reliability_grid", "risk_cover
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe and Ito's
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
-MARKERS = "osD^v<>"  # pairs with colours repeat after 42 methods
+MARKERS = "osD^v<>"
 FONT, COLUMN = 7.5, 3.3  # points; inches
 BARS: dict[str, dict[str, Any]] = {
     "accuracy": {"facecolor": BLUE},
@@ -42,8 +42,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     The hatched part of a bar lies between accuracy and mean confidence. Bins with fewer samples are fainter.
 
     Args:
-        bins: sums of shape ``[n_bins]``, from :func:`~calrobust.functional.bin_confidences` or
-            :meth:`ShiftReport.bins <calrobust.ShiftReport.bins>`.
+        bins: sums ``[n_bins]`` from :func:`~calrobust.functional.bin_confidences`, or from a report.
         ax: axes to draw into, which are returned; None makes new ones.
 
     Raises:
@@ -66,8 +65,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
         )
     drawn = _axes(ax, COLUMN)
     if ax is None:
-        drawn.set_xlabel("Confidence", fontsize=FONT)
-        drawn.set_ylabel("Accuracy", fontsize=FONT)
+        _label(drawn, "Confidence", "Accuracy")
         drawn.legend(handles=_legend(), bbox_to_anchor=(-0.15, 1.05), ncols=3, **ABOVE)
     _draw_bins(drawn, Bins(*bins))
     return drawn
@@ -76,7 +74,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
     """Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
 
-    The ECE at the right is usually lower than the report's OOD ECE, because gaps of opposite sign cancel.
+    The ECE at the right is usually below the report's OOD ECE, because gaps of opposite sign cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
@@ -84,7 +82,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
 
     Raises:
         TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``methods`` is not a
-            sequence of its methods or is empty.
+            sequence of its methods.
 
     Example:
         >>> import torch
@@ -128,8 +126,8 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     Lines are 95 % intervals; only a single OOD domain has one of the ECE. A dash is the noise floor.
 
     Args:
-        report: with data of ``id_domain`` and at least one other domain for every method.
-        ax: axes to draw into, as for :func:`reliability_diagram`.
+        report: with data of ``id_domain`` and another domain for every method.
+        ax: as for :func:`reliability_diagram`.
 
     Raises:
         TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``ax`` is not axes.
@@ -147,8 +145,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     ax = _axes(ax, 0.8 * COLUMN)
     rows = report.summary()
-    ax.set_xlabel("OOD accuracy (%)", fontsize=FONT)
-    ax.set_ylabel("OOD ECE (%)", fontsize=FONT)
+    _label(ax, "OOD accuracy (%)", "OOD ECE (%)")
     for i, row in enumerate(rows):
         x, left, right = (100 * row[f"ood_accuracy{end}"] for end in ("", "_low", "_high"))
         y, bottom, top, floor = (100 * row[f"ood_ece{end}"] for end in ("", "_low", "_high", "_floor"))
@@ -170,14 +167,14 @@ def risk_coverage(
     """Error rate of the most confident predictions against how many they are, both in per cent.
 
     Args:
-        report: a curve for each method in ``domain``; or confidences, as for
-            :func:`~calrobust.functional.risk_coverage_curve`, and ``correct``.
-        correct: with confidences only.
+        report: with a curve for each method; or confidences ``[N]``, as for
+            :func:`~calrobust.functional.risk_coverage_curve`.
+        correct: with confidences only, ``[N]``.
         domain: of the report; None is ``id_domain``.
-        ax: axes to draw into, as for :func:`reliability_diagram`.
+        ax: as for :func:`reliability_diagram`.
 
     Raises:
-        TypeError, ValueError: a method lacks the domain, arguments are not those of the curve, or ``ax`` is not axes.
+        TypeError, ValueError: a method lacks the domain, data are invalid, or ``ax`` is not axes.
 
     Example:
         >>> import torch
@@ -191,10 +188,9 @@ def risk_coverage(
     if isinstance(report, ShiftReport):
         report._check_has_data()
         domain = report.id_domain if domain is None else domain
-        data = {method: report.confidences(method, domain) for method in report.methods}
+        data: dict[str, Any] = {method: report.confidences(method, domain) for method in report.methods}
     else:
-        check_tensor(confidences=report, correct=correct)
-        data = {"": (report, cast(Tensor, correct))}
+        data = {"": (report, correct)}
     curves = {method: 100 * risk_coverage_curve(*each) for method, each in data.items()}
     ax = _axes(ax, 0.8 * COLUMN)
     for i, (method, curve) in enumerate(curves.items()):
@@ -202,8 +198,7 @@ def risk_coverage(
         label = f"{method} ({curve.mean():.2f})".strip()
         ax.plot(coverages.numpy(), curve.cpu().numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1, label=label)
     ax.set(xlim=(0, 100), ylim=(0, None))
-    ax.set_xlabel("Coverage (%)", fontsize=FONT)
-    ax.set_ylabel("Error rate (%)", fontsize=FONT)
+    _label(ax, "Coverage (%)", "Error rate (%)")
     ax.legend(title="AURC in brackets", title_fontsize=FONT - 1, bbox_to_anchor=(-0.15, 1), ncols=2, **ABOVE)
     _style(ax)
     return ax
@@ -214,16 +209,16 @@ def differences(
 ) -> Figure:
     """Figures of the other methods minus those of one, a row for each method, with 95 % intervals.
 
-    A marker is filled if the interval excludes 0. Values and errors are those of
-    :meth:`ShiftReport.compare <calrobust.ShiftReport.compare>`.
+    Values are those of :meth:`ShiftReport.compare <calrobust.ShiftReport.compare>`. A marker is filled if the interval
+    excludes 0.
 
     Args:
         report: with the same samples for every method.
         method: what the others are compared with.
-        columns: names as for :meth:`ShiftReport.to_markdown <calrobust.ShiftReport.to_markdown>`.
+        columns: a list of names, as for ``report.to_markdown``.
 
     Raises:
-        TypeError, ValueError: as for the comparison, or ``columns`` is not a list of names.
+        TypeError, ValueError: as for these two methods.
 
     Example:
         >>> import torch
@@ -274,6 +269,11 @@ def _axes(ax: Axes | None, height: float) -> Axes:
 
     check_instance(Axes, "make them with figure.add_subplot()", ax=ax)
     return ax
+
+
+def _label(ax: Axes, x: str, y: str) -> None:
+    ax.set_xlabel(x, fontsize=FONT)
+    ax.set_ylabel(y, fontsize=FONT)
 
 
 def _style(ax: Axes) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from benchmarks.measure import Row, Table
 
-from calrobust.functional.intervals import FEWEST, mean_accuracy, mean_interval, n_deciding, score_interval
+from calrobust.functional.calibration import mean_interval
 from calrobust.functional.scoring import risk_contributions
+from calrobust.report.figures import FEWEST, mean_accuracy, n_deciding, score_interval
 
 SIZES = (300, 1_000, 2_000, 5_000, 50_000)
 DATA_SETS = 5_000  # the share that is measured has a standard error of 0.3 %
@@ -198,9 +199,7 @@ def scores_coverage(model: str, kind: str, n: int) -> dict[str, float]:
     right = found["accuracy"].sum(1)
     given = right.minimum(n - right) >= FEWEST
     scores = {name: rows for name, rows in found.items() if name != "accuracy"}
-    return {
-        name: _held([score_interval(row, LEVEL) for row in rows], given, truth[name]) for name, rows in scores.items()
-    }
+    return {name: _held([score_interval(row) for row in rows], given, truth[name]) for name, rows in scores.items()}
 
 
 def differences_coverage(kind: str, models: list[str], n: int, rho: float) -> dict[str, float]:
@@ -215,7 +214,7 @@ def differences_coverage(kind: str, models: list[str], n: int, rho: float) -> di
         rows = a[name] - b[name]
         deciding = a["accuracy"] - b["accuracy"] if name == "aurc" else rows
         given = torch.stack([n_deciding(row) for row in deciding]) >= FEWEST
-        intervals = [score_interval(row, LEVEL, paired=True) for row in rows]
+        intervals = [score_interval(row, paired=True) for row in rows]
         shares[name] = _held(intervals, given, truth[name] - other_truth[name])
     return shares
 
@@ -223,5 +222,5 @@ def differences_coverage(kind: str, models: list[str], n: int, rho: float) -> di
 def accuracy_coverage(accuracy: float, n: int, domains: int) -> float:
     """Per cent of data sets of ``domains`` times n samples whose interval for the mean accuracy holds the true one."""
     correct = torch.tensor(np.random.default_rng(0).binomial(n, accuracy, size=(DATA_SETS, domains))).double()
-    _, low, high = mean_accuracy(correct, torch.full_like(correct, n), LEVEL)
+    _, low, high = mean_accuracy(correct, torch.full_like(correct, n))
     return 100 * float(((low <= accuracy) & (accuracy <= high)).double().mean())

@@ -17,20 +17,18 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust.functional.calibration import (
-    Bins,
     Norm,
     adaptive_calibration_error,
     bin_classes,
     bin_confidences,
     bin_index,
     binned_error,
-    brier_decomposition,
     calibration_error,
     classwise_calibration_error,
     classwise_error,
     equal_mass_bins,
 )
-from calrobust.functional.scoring import probability_blocks, top_label
+from calrobust.functional.scoring import Bins, brier_decomposition, probability_blocks, top_label
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 ERRORS = [calibration_error, adaptive_calibration_error, classwise_calibration_error]

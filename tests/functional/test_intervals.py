@@ -11,7 +11,8 @@ from strategies import classifier, confidences_and_correct
 from torch import Tensor
 
 from calrobust.functional import CalibrationInterval, bin_confidences, binned_error, calibration_interval, top_label
-from calrobust.functional.intervals import bin_moments, mean_accuracy, mean_interval
+from calrobust.functional.calibration import bin_moments, mean_interval
+from calrobust.report.figures import mean_accuracy
 
 Samples = tuple[Tensor, Tensor]
 
@@ -205,9 +206,9 @@ def test_a_data_set_below_its_floor_lowers_the_mean_of_the_debiased_values() -> 
 
 def test_accuracy_has_wilsons_interval() -> None:
     """8 of 10: the textbook's 0.4902 to 0.9433; two such sets narrow it by the root of 2."""
-    value, low, high = mean_accuracy(torch.tensor([8.0]).double(), torch.tensor([10.0]).double(), 0.95)
+    value, low, high = mean_accuracy(torch.tensor([8.0]).double(), torch.tensor([10.0]).double())
     assert [float(value), float(low), float(high)] == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
-    _, low, high = mean_accuracy(torch.tensor([8.0, 8.0]).double(), torch.tensor([10.0, 10.0]).double(), 0.95)
+    _, low, high = mean_accuracy(torch.tensor([8.0, 8.0]).double(), torch.tensor([10.0, 10.0]).double())
     assert float(high - low) == pytest.approx((0.9433 - 0.4902) / math.sqrt(2), abs=1e-4)
 
 

@@ -1,16 +1,15 @@
 """The maths: pure functions of tensors."""
 
 from calrobust.functional.calibration import (
-    Bins,
+    CalibrationInterval,
     adaptive_calibration_error,
     bin_confidences,
     binned_error,
-    brier_decomposition,
     calibration_error,
+    calibration_interval,
     classwise_calibration_error,
 )
 from calrobust.functional.fitting import fit_temperature
-from calrobust.functional.intervals import CalibrationInterval, calibration_interval
 from calrobust.functional.losses import (
     carot_loss,
     feature_distillation_loss,
@@ -22,6 +21,8 @@ from calrobust.functional.losses import (
 )
 from calrobust.functional.pairs import PairOptions
 from calrobust.functional.scoring import (
+    Bins,
+    brier_decomposition,
     brier_score,
     negative_log_likelihood,
     risk_coverage_curve,

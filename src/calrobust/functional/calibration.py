@@ -1,47 +1,29 @@
-"""Calibration errors: logits -> confidences -> binned sums -> value."""
+"""Calibration errors and their intervals; docs/derivations.md has the formulas."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_bins, check_choice, check_flag, check_n_bins
+from calrobust._checks import check_bins, check_choice, check_flag, check_fraction, check_n_bins, check_positive
 from calrobust.functional.scoring import (
+    Bins,
     Block,
     as_rows,
     can_read_values,
-    check_confidences,
     probability_blocks,
     top_label,
+    valid_confidences,
 )
 
 Norm = Literal["l1", "l2", "max"]
 
-
-class Bins(NamedTuple):
-    """Sums over each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both.
-
-    Example:
-        >>> import torch
-        >>> from calrobust.functional import bin_confidences
-        >>> first = bin_confidences(torch.tensor([0.25]), torch.tensor([True]), n_bins=2)
-        >>> second = bin_confidences(torch.tensor([0.375, 0.75]), torch.tensor([True, False]), n_bins=2)
-        >>> (first + second).counts
-        tensor([2., 1.], dtype=torch.float64)
-    """
-
-    counts: Tensor
-    """Number of samples."""
-    confidence_sums: Tensor
-    """Sum of their confidences."""
-    correct_sums: Tensor
-    """Number of correct ones."""
-
-    def __add__(self, other: Bins) -> Bins:  # type: ignore[override]  # joining two tuples of sums has no meaning
-        return Bins(*(a + b for a, b in zip(self, other, strict=True)))
+BISECTIONS = 36
+LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an ECE has an interval
 
 
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
@@ -53,7 +35,7 @@ def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, for :func:`~calrobust.functional.binned_error`.
 
-    Bins are ``[lo, hi)``, and the last one is closed. The edges are ``arange(n_bins + 1) * (1 / n_bins)`` in float64.
+    Bins are ``[lo, hi)``, the last one closed, with edges ``arange(n_bins + 1) * (1 / n_bins)`` in float64.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1], else the value is NaN.
@@ -83,14 +65,6 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
     return Bins(*sum_by_bin(index, n_bins, confidences, correct[order]))
 
 
-def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Checks them; returns float64, with NaN outside [0, 1]."""
-    check_confidences(confidences, correct)
-    check_n_bins(n_bins)
-    confidences = confidences.detach().double()
-    return confidences.where((confidences - 0.5).abs() <= 0.5 + 1e-6, torch.nan)  # rounding
-
-
 def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:
     """float64 ``[1 + len(values), n_bins]``: counts and sums."""
     stacked = torch.stack((torch.ones_like(values[0]), *values))
@@ -113,7 +87,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         bins: sums of shape ``[..., n_bins]``, see :func:`~calrobust.functional.bin_confidences`.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
         debiased: only for ``"l2"``: subtract from each square what noise adds to it on average,
-            :math:`a_b (1 - a_b) / (n_b - 1)`. A bin of one sample counts 0. A negative sum gives 0.
+            :math:`a_b (1 - a_b) / (n_b - 1)`. Bins of one sample and negative sums count 0.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
@@ -145,36 +119,6 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
         noise = counts * accuracies * (1 - accuracies) / (counts - 1)
         squares = torch.where(counts > 1, squares - noise, 0 * squares)
     return (squares.sum(-1) / total).clamp(min=0).sqrt()
-
-
-def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Reliability, resolution and uncertainty, Murphy's parts of the Brier score of the top label.
-
-    .. math::
-        \sum_b \tfrac{n_b}{N} (a_b - c_b)^2, \quad \sum_b \tfrac{n_b}{N} (a_b - \bar a)^2, \quad \bar a (1 - \bar a)
-
-    with the accuracy :math:`\bar a`; other symbols, ``bins``, results and errors are those of
-    :func:`~calrobust.functional.binned_error`. Reliability - resolution + uncertainty is the mean squared distance of
-    the confidence from 1 for right and 0 for wrong predictions, after each confidence is replaced by the mean of its
-    bin. Reliability is better when low, resolution when high.
-
-    Example:
-        >>> import torch
-        >>> from calrobust.functional import bin_confidences, brier_decomposition
-        >>> bins = bin_confidences(torch.tensor([0.25, 0.75]), torch.tensor([False, True]), n_bins=2)
-        >>> reliability, resolution, uncertainty = brier_decomposition(bins)
-        >>> reliability - resolution + uncertainty  # 0.25²
-        tensor(0.0625, dtype=torch.float64)
-
-    Reference: Murphy, 1973, *A New Vector Partition of the Probability Score*, equation 12.
-    """
-    check_bins(bins)
-    counts, confidence_sums, correct_sums = bins
-    total = counts.sum(-1)
-    accuracy = correct_sums.sum(-1) / total
-    gaps = torch.stack((confidence_sums, counts * accuracy[..., None])) - correct_sums
-    reliability, resolution = (gaps.square() / counts.where(counts > 0, 1)).sum(-1) / total
-    return reliability, resolution, accuracy * (1 - accuracy)
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
@@ -241,8 +185,8 @@ def adaptive_calibration_error(
 
     .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
 
-    Samples of equal confidence share the bin of the middle one. Arguments, result and errors are those of
-    :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    Samples of equal confidence share the bin of the middle one.
+    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -252,7 +196,7 @@ def adaptive_calibration_error(
         >>> adaptive_calibration_error(probs, target, n_bins=2, from_logits=False)
         tensor(0.1250, dtype=torch.float64)
 
-    Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`, adaptive binning.
+    Reference: Nguyen and O'Connor, 2015, :arxiv:`1508.05154`.
     """
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     return binned_error(equal_mass_bins(confidences, correct, n_bins=n_bins), norm=norm)
@@ -267,8 +211,7 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All go into the first bin of their class, then the few high ones from there into their own bin. Half a bin's
-        # width keeps away from rounding at the edge.
+        # All go into the first bin of their class, then the few high ones move.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
@@ -302,8 +245,8 @@ def classwise_calibration_error(
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 
     where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and belong to it
-    with frequency :math:`a_{bc}`. Arguments, result and errors are those of
-    :func:`~calrobust.functional.calibration_error` without ``debiased``.
+    with frequency :math:`a_{bc}`.
+    Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
         >>> import torch
@@ -312,9 +255,143 @@ def classwise_calibration_error(
         >>> classwise_calibration_error(probs, torch.tensor([0, 1]), from_logits=False)
         tensor(0.2500, dtype=torch.float64)
 
-    Reference: Nixon et al., 2019, :arxiv:`1904.01685`, static calibration error.
+    Reference: Nixon et al., 2019, :arxiv:`1904.01685`.
     """
     check_n_bins(n_bins)
     check_norm(norm)
     blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
     return classwise_error(bin_classes(blocks, n_bins), norm)
+
+
+class CalibrationInterval(NamedTuple):
+    """An ECE, its interval and its noise floor, all float64.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import calibration_interval
+        >>> confidences, correct = torch.full((200,), 0.5), torch.arange(200) < 120  # 120 of 200 right, 100 expected
+        >>> calibration_interval(confidences, correct).value  # |100 - 120| / 200
+        tensor(0.1000, dtype=torch.float64)
+    """
+
+    value: Tensor
+    """The ECE of the samples."""
+    debiased: Tensor
+    """The value minus what noise adds on average; 0 below the noise floor."""
+    low: Tensor
+    """Lower end of the interval for the error without noise, or NaN."""
+    high: Tensor
+    """Upper end of the interval for the error without noise, or NaN."""
+    floor: Tensor
+    """The noise floor: the mean ECE of a perfectly calibrated model of these confidences."""
+    p_value: Tensor
+    """Chance that a perfectly calibrated model of these confidences shows an ECE at least as large."""
+
+
+def calibration_interval(
+    confidences: Tensor, correct: Tensor, *, n_bins: int = 15, level: float = 0.95
+) -> CalibrationInterval:
+    r"""Interval and noise floor of the ECE, and a test against perfect calibration.
+
+    The interval and the debiased value are about the ECE of infinitely many samples in the same bins, so the whole
+    interval may lie below the value. There is no interval if the sum of :math:`c (1 - c)` over the confidences c is
+    below 50, as for up to about 300 samples, or 1,400 of a very confident model. :doc:`/derivations` has formulas,
+    sources and simulated coverage.
+
+    Args:
+        confidences: shape ``[N]``, as for :func:`~calrobust.functional.bin_confidences`.
+        correct: shape ``[N]``, likewise.
+        n_bins: likewise.
+        level: share of data sets whose interval contains the true error, in (0, 1).
+
+    Returns:
+        Six float64 scalars; all NaN without samples.
+
+    Raises:
+        TypeError, ValueError: as for :func:`~calrobust.functional.bin_confidences`, or ``level`` is not in (0, 1).
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import calibration_interval
+        >>> confidences, correct = torch.full((200,), 0.5), torch.arange(200) < 120  # 120 of 200 right, 100 expected
+        >>> value, debiased, low, high, floor, p_value = calibration_interval(confidences, correct)
+        >>> value, floor  # |100 - 120| / 200, and sqrt(2 * 50 / pi) / 200
+        (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
+
+    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams*. Interval and debiased
+    value are our own.
+    """
+    check_positive(level=level)
+    check_fraction(closed=False, level=level)
+    return mean_interval(bin_moments(confidences, correct, n_bins)[:, None], level)
+
+
+def bin_moments(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
+    """float64 ``[4, n_bins]``: the three sums of ``bin_confidences``, and those of c * (1 - c)."""
+    confidences = valid_confidences(confidences, correct, n_bins)
+    variances = (confidences * (1 - confidences)).clamp(min=0)
+    return sum_by_bin(bin_index(confidences, n_bins), n_bins, confidences, correct, variances)
+
+
+def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
+    """:func:`calibration_interval` of the mean ECE of D data sets, from moments ``[4, ..., D, n_bins]``."""
+    counts, confidence_sums, correct_sums, variances = moments
+    total, n_sets = counts.sum(-1), counts.shape[-2]
+    values = (confidence_sums - correct_sums).abs().sum(-1) / total
+    floors = (2 / math.pi * variances).sqrt().sum(-1) / total
+    deviations = ((1 - 2 / math.pi) * variances.sum(-1)).clamp(min=1e-300).sqrt() / total
+    low, debiased, high = _errors(moments, level)
+    if n_sets > 1:
+        debiased = torch.where(values < floors, values - floors, debiased)  # not cut at 0, for the mean
+    value, floor = values.mean(-1), floors.mean(-1)
+    p_value = torch.special.ndtr((floor - value) / (deviations.norm(dim=-1) / n_sets))
+    has_interval = (variances.sum(-1) >= LEAST_VARIANCE).all(-1) & (n_sets == 1)
+    low, high = (torch.where(has_interval, end.mean(-1), math.nan) for end in (low, high))
+    return CalibrationInterval(value, debiased.mean(-1).clamp(min=0), low, high, floor, p_value)
+
+
+def _errors(moments: Tensor, level: float) -> Tensor:
+    """Lower end, debiased value and upper end, ``[3, ...]``, from moments ``[4, ..., n_bins]``."""
+    counts, confidence_sums, correct_sums, variances = moments
+    total, filled = counts.sum(-1), counts.clamp(min=1)
+    observed = (confidence_sums - correct_sums).abs()
+    # Underconfident bins are mirrored.
+    largest_gaps = torch.where(confidence_sums > correct_sums, confidence_sums, counts - confidence_sums)
+    confidences = largest_gaps / filled
+    equal = confidences * (1 - confidences)
+    effective = torch.where(equal > 0, variances / equal, counts).clamp(1e-6 * counts, counts)
+    accuracies = (largest_gaps - observed + 0.5) / (counts + 1)
+    deviations = (effective * accuracies * (1 - accuracies)).sqrt()
+    least = torch.minimum(0.5 / (counts + 1), confidences)
+
+    def gaps(t: Tensor) -> Tensor:
+        steps = t[..., None] * deviations
+        tried = torch.where(steps > 0, (observed - steps).clamp(min=0), observed.hypot(steps))
+        return tried.minimum(largest_gaps)
+
+    def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the sum of ``|d|``, and the deviation of its difference from the observed sum."""
+        accuracies = (confidences - gaps / filled).clamp(min=least)
+        variances = effective * accuracies * (1 - accuracies)
+        scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()
+        slopes, squares = torch.erf(scaled), gaps.square()  # d mean / d gap
+        means = (2 / math.pi * variances).sqrt() * (-scaled.square()).exp() + gaps * slopes
+        free = torch.where((gaps > 0) & (gaps < largest_gaps), deviations, 0)
+        slope = (slopes * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1e-300)
+        weights = torch.where(free > 0, 1 - slopes + slope, 1)
+        folded = weights.square() * (squares + variances - means.square()).clamp(min=0)
+        between = weights.square() * squares / filled  # how many samples fall into a bin varies
+        spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total
+        return means.sum(-1), spread.clamp(min=0).sqrt()
+
+    quantile = torch.special.ndtri(total.new_tensor((1 + level) / 2))
+    quantiles = torch.stack((quantile, 0 * quantile, -quantile)).view(3, *[1] * total.ndim)
+    positive = deviations.clamp(min=1e-12)
+    most = ((observed / positive).amax(-1) + 1).expand(3, *total.shape)  # there all gaps are 0
+    fewest = -(largest_gaps / positive).amax(-1).expand(3, *total.shape)  # there all gaps are as large as possible
+    for _ in range(BISECTIONS):
+        t = (fewest + most) / 2
+        mean, deviation = distribution(gaps(t))
+        too_small = mean + quantiles * deviation < observed.sum(-1)
+        fewest, most = torch.where(too_small, fewest, t), torch.where(too_small, t, most)
+    return torch.div(gaps(most).sum(-1), total)

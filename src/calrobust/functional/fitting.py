@@ -1,4 +1,4 @@
-"""Numbers that make probabilities of scores: the temperature of logits, and a line for similarities."""
+"""The temperature of logits, and the line of similarities."""
 
 import math
 import warnings
@@ -20,17 +20,17 @@ from calrobust._checks import (
 )
 from calrobust.functional.scoring import as_rows, block_rows
 
-FEW = 2**18  # logits; fewer are computed in float64
-SUBSET_ROWS = 4096  # enough for a start within about 1 %
-SMALL_STEP = 2e-5  # relative; the error after it is about its square
+FEW = 2**18  # logits that are computed in float64
+SUBSET_ROWS = 4096
+SMALL_STEP = 2e-5  # relative
 MAX_STEPS = 100
 LARGEST_RATIO = 10.0
 EXTREME = 100.0  # T of degenerate data, in units of the logits' spread
 HUGE = 1e20  # products of logits this far below the top could overflow
 FLOOR = -200.0  # replaces them once they are scaled
 GAP = 32.0  # masks are this many times as far below the top as other logits
-GAP_LOGITS = 4096  # how many are searched
-NEGLIGIBLE = 5.0  # nats; masks lie at least twice as far below the top
+GAP_LOGITS = 4096
+NEGLIGIBLE = 5.0  # nats
 BLOCK = 2**20  # pairs
 SMALL_LINE_STEP = 1e-9  # of standardised similarities
 
@@ -42,10 +42,10 @@ class _Data(NamedTuple):
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
     weight: Tensor  # [N]
-    huge: bool = False  # whether some logits are HUGE below the top
+    huge: bool = False  # some logits are HUGE below the top
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yields ``logits - top``; each block overwrites the one before."""
+        """Yields ``logits - top`` in one buffer."""
         step = block_rows(self.logits, dtype)
         buffer = self.logits.new_empty(step, self.logits.shape[1], dtype=dtype)
         for logits, top in zip(self.logits.split(step), self.top.split(step), strict=True):
@@ -57,26 +57,21 @@ def fit_temperature(
 ) -> Tensor:
     r"""The temperature T > 0 that minimises the negative log-likelihood of ``logits / T``.
 
-    .. math:: T = \arg\min_{T > 0} \sum_i w_{y_i} \Bigl(\log \sum_c e^{z_{ic} / T} - \frac{z_{i y_i}}{T}\Bigr)
+    .. math:: T = \arg\min_{T > 0} -\sum_i w_{y_i} \log \mathrm{softmax}(z_i / T)_{y_i}
 
-    Newton's method finds it in three or four passes over the logits. Data without a minimum give a
-    :class:`UserWarning` and, where s is the mean distance of a logit from the highest of its row, this T:
-
-    - separable (every label has the highest logit): ``min(1, s / 100)``
-    - anti-correlated (the labels' logits lie below average): ``max(1, 100 * s)``
-    - constant logits: 1
-
-    A single sample, or labels of one class only, are fitted with a warning.
+    Newton's method finds it in three or four passes over the logits. Data without a minimum (separable, anti-correlated
+    or constant logits) give a :class:`UserWarning` and the T that :doc:`/derivations` names. A single sample, or labels
+    of one class only, are fitted with a warning.
 
     Args:
         logits: shape ``[N, C]`` or ``[N, C, ...]``, floating; ``-inf``, or a far lower number, masks a class.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
         ignore_index: samples with this label are left out.
-        weight: shape ``[C]``, floating, >= 0: the weight of the samples of each class, as in
-            :func:`torch.nn.functional.cross_entropy`; None weighs all alike.
+        weight: shape ``[C]``, floating, >= 0: of the samples of each class, as in
+            :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
-        A float64 scalar without gradient, exact to about 1e-7 relative, or 1e-5 where logits hardly differ.
+        A float64 scalar, exact to about 1e-7 relative, or 1e-5 where logits hardly differ.
 
     Raises:
         TypeError, ValueError: as for :func:`~calrobust.functional.calibration_error`, or there are no samples, a logit
@@ -163,7 +158,7 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
     """How far below the top finite masks begin, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
-    some = torch.cat((some, means.argmin()[None]))  # the row with the lowest mean has masks, if any row has
+    some = torch.cat((some, means.argmin()[None]))  # has masks, if any row has
     distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
     below = (distances > 0) & distances.isfinite()
     usual = distances.where(below, math.inf).amin(1).median()
@@ -187,7 +182,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
     if step >= 4:
         subset = _Data(data.logits[::step], data.top[::step], data.own[::step], data.weight[::step], data.huge)
         beta, _ = _newton(subset, beta, max_steps=8)
-        beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # the subset itself may be degenerate
+        beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # it may be degenerate
     beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
     return 1 / beta, [] if converged else [f"Newton's method did not converge in {MAX_STEPS} steps"]
 
@@ -211,8 +206,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """First and second derivative of the negative log-likelihood in β = 1/T, times β and β²."""
-    # With d = logit - top: sum of (E[β d] - β d of the label), and of Var[β d], under the softmax of β d.
+    """First and second derivative of the negative log-likelihood in β = 1/T, times β and β²; see the derivations."""
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))

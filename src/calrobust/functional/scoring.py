@@ -1,5 +1,7 @@
 """Scores of predictions, in blocks of rows."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import (
+    check_bins,
     check_bool,
     check_flag,
     check_float64,
@@ -14,6 +17,7 @@ from calrobust._checks import (
     check_ignore_index,
     check_kind,
     check_label_values,
+    check_n_bins,
     check_one_device,
     check_predictions,
 )
@@ -23,7 +27,7 @@ GPU_BLOCK_BYTES = 2**26
 
 
 class Block(NamedTuple):
-    """Some rows, to be read before the next block is taken."""
+    """Some rows, valid until the next block."""
 
     target: Tensor  # [n]
     scores: Tensor  # [n, C] logits or probabilities
@@ -34,8 +38,31 @@ class Block(NamedTuple):
     correct: Tensor  # [n]
 
 
+class Bins(NamedTuple):
+    """Sums over each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import bin_confidences
+        >>> first = bin_confidences(torch.tensor([0.25]), torch.tensor([True]), n_bins=2)
+        >>> second = bin_confidences(torch.tensor([0.375, 0.75]), torch.tensor([True, False]), n_bins=2)
+        >>> (first + second).counts
+        tensor([2., 1.], dtype=torch.float64)
+    """
+
+    counts: Tensor
+    """Number of samples."""
+    confidence_sums: Tensor
+    """Sum of their confidences."""
+    correct_sums: Tensor
+    """Number of correct ones."""
+
+    def __add__(self, other: Bins) -> Bins:  # type: ignore[override]
+        return Bins(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks scores ``[N, C, ...]`` and labels; returns those to keep as ``[M, C]`` and ``[M]``."""
+    """Checked scores ``[M, C]`` and labels ``[M]``, without ignored ones."""
     check_predictions(target, **preds)
     check_float64(**preds)
     check_ignore_index(ignore_index)
@@ -53,7 +80,7 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
-    """How many rows of ``scores`` make a block when held in ``dtype``."""
+    """How many rows of ``scores`` make a block in ``dtype``."""
     rows = len(scores)
     if not torch.compiler.is_compiling():  # the compiler fuses the passes itself
         size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
@@ -68,10 +95,7 @@ def probability_blocks(
     validate: bool | None = None,
     temperature: float | None = None,
 ) -> Iterator[Block]:
-    """Yields one block or more; ``validate`` says whether values are checked, None where that is free.
-
-    Logits are divided by ``temperature``.
-    """
+    """Yields one block or more, of logits / ``temperature``; ``validate`` checks values, None where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
@@ -128,8 +152,8 @@ def top_label(
 
     .. math:: \hat p_i = \max_c p_{ic}
 
-    Both are ``[N]`` without ignored samples; the first is float32, or float64 for float64 ``preds``. Of equal scores
-    the first counts. Arguments and errors are those of :func:`~calrobust.functional.calibration_error`.
+    Both are ``[N]`` without ignored samples; the first is at least float32. Of equal scores the first counts.
+    Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -158,13 +182,21 @@ def check_confidences(confidences: Tensor, correct: Tensor) -> None:
     check_one_device(confidences=confidences, correct=correct)
 
 
+def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
+    """In float64, with NaN outside [0, 1]."""
+    check_confidences(confidences, correct)
+    check_n_bins(n_bins)
+    confidences = confidences.detach().double()
+    return confidences.where((confidences - 0.5).abs() <= 0.5 + 1e-6, torch.nan)  # rounding
+
+
 def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None) -> Tensor:
     r"""Mean squared distance of the probabilities from the label's indicator (multiclass Brier score).
 
     .. math:: \frac{1}{N} \sum_i \sum_c (p_{ic} - \mathbb{1}[y_i = c])^2
 
-    With two classes this is twice the binary score of one class. The result is a float64 scalar in [0, 2]. NaN,
-    arguments and errors are as for :func:`~calrobust.functional.calibration_error`.
+    With two classes this is twice the binary score. The result is a float64 scalar in [0, 2].
+    Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -178,6 +210,36 @@ def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, igno
     return torch.cat([squared_errors(block) for block in blocks]).double().mean()
 
 
+def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Reliability, resolution and uncertainty, Murphy's parts of the Brier score of the top label.
+
+    .. math::
+        \sum_b \tfrac{n_b}{N} (a_b - c_b)^2, \quad \sum_b \tfrac{n_b}{N} (a_b - \bar a)^2, \quad \bar a (1 - \bar a)
+
+    with the accuracy :math:`\bar a`; other symbols, ``bins``, results and errors are those of
+    :func:`~calrobust.functional.binned_error`. Reliability - resolution + uncertainty is the mean of
+    :math:`(1 - c_b)^2` for right and :math:`c_b^2` for wrong predictions. Reliability is better when low, resolution
+    when high.
+
+    Example:
+        >>> import torch
+        >>> from calrobust.functional import bin_confidences, brier_decomposition
+        >>> bins = bin_confidences(torch.tensor([0.25, 0.75]), torch.tensor([False, True]), n_bins=2)
+        >>> reliability, resolution, uncertainty = brier_decomposition(bins)
+        >>> reliability - resolution + uncertainty  # 0.25²
+        tensor(0.0625, dtype=torch.float64)
+
+    Reference: Murphy, 1973, *A New Vector Partition of the Probability Score*, equation 12.
+    """
+    check_bins(bins)
+    counts, confidence_sums, correct_sums = bins
+    total = counts.sum(-1)
+    accuracy = correct_sums.sum(-1) / total
+    gaps = torch.stack((confidence_sums, counts * accuracy[..., None])) - correct_sums
+    reliability, resolution = (gaps.square() / counts.where(counts > 0, 1)).sum(-1) / total
+    return reliability, resolution, accuracy * (1 - accuracy)
+
+
 def negative_log_likelihood(
     preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None
 ) -> Tensor:
@@ -185,8 +247,8 @@ def negative_log_likelihood(
 
     .. math:: -\frac{1}{N} \sum_i \log p_{i y_i}
 
-    A label of probability 0, or of logit ``-inf``, makes the value inf. The result is a float64 scalar ≥ 0. NaN,
-    arguments and errors are as for :func:`~calrobust.functional.calibration_error`.
+    A label of probability 0, or of logit ``-inf``, makes it inf. The result is a float64 scalar ≥ 0.
+    Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -213,10 +275,9 @@ def selective_risk(
     .. math:: \mathrm{AURC} = \frac{1}{N} \sum_{k=1}^N r_k, \qquad
         \mathrm{AUGRC} = \frac{1}{N} \sum_{k=1}^N \tfrac{k}{N} r_k
 
-    where :math:`r_k` is the share of errors among the k most confident predictions, see
-    :func:`~calrobust.functional.risk_coverage_curve`. ``generalized`` gives AUGRC, in which an error counts the same at
-    every rank. The result is a float64 scalar in [0, 1]. NaN, other arguments and errors are as for
-    :func:`~calrobust.functional.calibration_error`.
+    where :math:`r_k` is :func:`~calrobust.functional.risk_coverage_curve`. ``generalized`` gives AUGRC, in which an
+    error counts the same at every rank. The result is a float64 scalar in [0, 1].
+    Other arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
         >>> import torch
@@ -235,10 +296,10 @@ def selective_risk(
 def risk_coverage_curve(confidences: Tensor, correct: Tensor) -> Tensor:
     """``[N]``: the share of errors among the k most confident predictions, k = 1 ... N.
 
-    Equal confidences have no order, so each value is the mean over all their orders, exactly.
+    With equal confidences each value is the mean over all their orders, exactly.
 
     Args:
-        confidences: shape ``[N]``, floating; any score that is higher for what is accepted first. NaN gives NaN.
+        confidences: shape ``[N]``, floating; any score, higher for what is accepted first. NaN gives NaN.
         correct: shape ``[N]``, bool.
 
     Raises:
@@ -253,7 +314,6 @@ def risk_coverage_curve(confidences: Tensor, correct: Tensor) -> Tensor:
     Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, section 2.
     """
     ordered, ties, wrong = _ranked(confidences, correct)[1:]
-    # The expected number of errors is linear in k within a tie, as if each had the mean error.
     return _shared(wrong, ties).cumsum(0) / _ranks(ordered)
 
 
@@ -263,7 +323,7 @@ def area(curve: Tensor, generalized: bool) -> Tensor:
 
 
 def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
-    """float64 ``[N]``: AURC plus the influence of each sample on it, whose mean is the AURC."""
+    """float64 ``[N]``: AURC plus the influence of each sample on it."""
     order, ordered, ties, wrong = _ranked(confidences, correct)
     shares = _shared(wrong, ties) / _ranks(ordered)
     weights = (1 / _ranks(ordered)).flip(0).cumsum(0).flip(0)
@@ -272,7 +332,7 @@ def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
 
 
 def _ranked(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The order, and in this order confidences, the number of the tie, and errors, which are NaN for NaN."""
+    """The order, and in it confidences, numbers of ties, and errors, NaN for NaN."""
     check_confidences(confidences, correct)
     ordered, order = confidences.detach().sort(descending=True)
     changes = torch.ones_like(ordered, dtype=torch.int64)

@@ -1,7 +1,6 @@
 """Calibration metrics for ``torchmetrics``.
 
-``update(preds, target)`` takes what the functions of the same names in :mod:`calrobust.functional` take, which have the
-formulas. ``compute()`` gives float64 scalars, and NaN before the first ``update``.
+:mod:`calrobust.functional` has the formulas. ``compute()`` gives float64 scalars, and NaN before the first ``update``.
 """
 
 from collections.abc import Iterable
@@ -37,12 +36,11 @@ __all__ = [
 class CalibrationError(BinnedMetric):
     """Expected calibration error of the top label (ECE), streaming.
 
-    The formula is that of :func:`~calrobust.functional.calibration_error`. The state is three float64 sums for each
-    bin: ``metric.bins``, for :func:`~calrobust.plotting.reliability_diagram`.
+    The state is three float64 sums for each bin: ``metric.bins``, for :func:`~calrobust.plotting.reliability_diagram`.
 
     Args:
         n_bins, norm, debiased, from_logits, ignore_index: as for :func:`~calrobust.functional.calibration_error`.
-        validate_args: check the values of each batch, which reads them back from the device.
+        validate_args: check values, which reads them back from the device.
         **kwargs: of :class:`torchmetrics.Metric`.
 
     Example:
@@ -75,15 +73,15 @@ class CalibrationError(BinnedMetric):
         return bin_confidences(*top_labels(blocks), n_bins=self.n_bins)._asdict()
 
     def compute(self) -> Tensor:
-        """The error over all batches and ranks."""
+        """The value over all batches and ranks."""
         return binned_error(self.bins, norm=self.norm, debiased=self.debiased)
 
 
 class AdaptiveCalibrationError(SampledMetric):
-    """Calibration error over bins of equally many samples.
+    """:func:`~calrobust.functional.adaptive_calibration_error` of all batches.
 
-    The formula is that of :func:`~calrobust.functional.adaptive_calibration_error`. The state is eight bytes for each
-    sample. The arguments are those of :class:`CalibrationError` without ``debiased``.
+    The state is eight bytes for each sample.
+    Arguments are those of :class:`CalibrationError` without ``debiased``.
 
     Example:
         >>> import torch
@@ -110,16 +108,15 @@ class AdaptiveCalibrationError(SampledMetric):
         self.n_bins, self.norm = n_bins, norm
 
     def compute(self) -> Tensor:
-        """The error over all batches and ranks."""
+        """The value over all batches and ranks."""
         return binned_error(equal_mass_bins(*self._all_samples(), n_bins=self.n_bins), norm=self.norm)
 
 
 class ClasswiseCalibrationError(BinnedMetric):
-    """Calibration error of the probabilities of all classes (static calibration error), streaming.
+    """:func:`~calrobust.functional.classwise_calibration_error` of all batches, streaming.
 
-    The formula is that of :func:`~calrobust.functional.classwise_calibration_error`. The state is three float64 sums
-    for each bin of each class. The arguments are ``num_classes`` ≥ 2 and those of :class:`CalibrationError` without
-    ``debiased``.
+    The state is three float64 sums for each bin of each class.
+    Arguments are those of :class:`CalibrationError` without ``debiased``, and ``num_classes`` ≥ 2.
 
     Example:
         >>> import torch
@@ -158,15 +155,14 @@ class ClasswiseCalibrationError(BinnedMetric):
         return bins._asdict()
 
     def compute(self) -> Tensor:
-        """The error over all batches and ranks."""
+        """The value over all batches and ranks."""
         return classwise_error(self.bins, self.norm)
 
 
 class BrierScore(MeanMetric):
-    """Mean squared distance of the probabilities from the label's indicator, in [0, 2], streaming.
+    """:func:`~calrobust.functional.brier_score` of all batches, in [0, 2], streaming.
 
-    The formula is that of :func:`~calrobust.functional.brier_score`. The arguments are those of
-    :class:`CalibrationError` that are not about bins.
+    Arguments are those of :class:`CalibrationError` that are not about bins.
 
     Example:
         >>> import torch
@@ -181,10 +177,9 @@ class BrierScore(MeanMetric):
 
 
 class NegativeLogLikelihood(MeanMetric):
-    """Mean negative log-likelihood of the labels in nats, streaming.
+    """:func:`~calrobust.functional.negative_log_likelihood` of all batches, in nats, streaming.
 
-    The formula is that of :func:`~calrobust.functional.negative_log_likelihood`. The arguments are those of
-    :class:`CalibrationError` that are not about bins.
+    Arguments are those of :class:`CalibrationError` that are not about bins.
 
     Example:
         >>> import torch
@@ -198,10 +193,10 @@ class NegativeLogLikelihood(MeanMetric):
 
 
 class SelectiveRisk(SampledMetric):
-    """Area under the risk-coverage curve (AURC), or AUGRC if ``generalized``.
+    """:func:`~calrobust.functional.selective_risk` of all batches: AURC, or AUGRC if ``generalized``.
 
-    The formulas are those of :func:`~calrobust.functional.selective_risk`. The state is eight bytes for each sample.
-    The other arguments are those of :class:`CalibrationError` that are not about bins.
+    The state is eight bytes for each sample.
+    Arguments are those of :class:`CalibrationError` that are not about bins, and ``generalized``.
 
     Example:
         >>> import torch
@@ -217,15 +212,15 @@ class SelectiveRisk(SampledMetric):
         self.generalized = generalized
 
     def compute(self) -> Tensor:
-        """The area over all batches and ranks."""
+        """The value over all batches and ranks."""
         return area(risk_coverage_curve(*self._all_samples()), self.generalized)
 
 
 class CalibrationSummary(BinnedMetric):
     """Accuracy, mean confidence, proper scores and calibration errors in one pass, streaming.
 
-    ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` in nats, ``brier``, ``ece``, ``rmsce``, ``mce``. The
-    arguments are those of :class:`CalibrationError` without ``norm`` and ``debiased``.
+    ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` in nats, ``brier``, ``ece``, ``rmsce``, ``mce``.
+    Arguments are those of :class:`CalibrationError` without ``norm`` and ``debiased``.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
 """What the metrics share."""
 
-# No `from __future__ import annotations` in the metrics: TorchScript cannot read annotations that are strings.
+# TorchScript cannot read `from __future__ import annotations`.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,12 +17,11 @@ from calrobust._checks import (
     check_softmax_exists,
     check_tensor,
 )
-from calrobust.functional.calibration import Bins
-from calrobust.functional.scoring import Block, as_rows, probability_blocks, top_labels
+from calrobust.functional.scoring import Bins, Block, as_rows, probability_blocks, top_labels
 
 
 class PredictionMetric(Metric):
-    """A metric of float64 sums, which a refused batch leaves as they were."""
+    """A metric of float64 sums, which a refused batch leaves alone."""
 
     __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "bins"]
     higher_is_better: bool | None = False
@@ -30,7 +29,7 @@ class PredictionMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot = Metric._plot
-    scalar_sums: tuple[str, ...] = ()  # names differ, because MetricCollection shares states of equal name
+    scalar_sums: tuple[str, ...] = ()  # MetricCollection shares states of equal name
 
     def __init__(
         self, *, from_logits: bool = True, ignore_index: int | None = None, validate_args: bool = True, **kwargs: Any
@@ -41,7 +40,7 @@ class PredictionMetric(Metric):
         self.from_logits, self.ignore_index, self.validate_args = from_logits, ignore_index, validate_args
         self._dtype = torch.float64
         self._add_sums(self.scalar_sums)
-        if ignore_index is not None:  # an empty state, so that MetricCollection shares none with other labels' metrics
+        if ignore_index is not None:  # so that MetricCollection shares no state with other labels' metrics
             self._add_sums([f"without_{ignore_index}".replace("-", "minus_")], 0)
 
     def _add_sums(self, names: Iterable[str], *shape: int) -> None:
@@ -55,8 +54,8 @@ class PredictionMetric(Metric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch.
 
-        Arguments and errors are those of :func:`~calrobust.functional.calibration_error`. With ``validate_args`` values
-        are checked on every device, and NaN, +inf, and rows of -inf raise ``ValueError`` as well.
+        As for :func:`~calrobust.functional.calibration_error`. With ``validate_args`` values are checked on every
+        device, and NaN, +inf and rows of -inf raise ``ValueError``.
         """
         try:
             preds, target = as_rows(target, self.ignore_index, preds=preds)
@@ -86,12 +85,12 @@ class PredictionMetric(Metric):
             raise
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds another metric of the same kind, or its ``metric_state``; ``TypeError`` or ``ValueError`` for others."""
+        """Adds a metric of the same kind, or its ``metric_state``; ``TypeError`` or ``ValueError`` for others."""
         metric = incoming_state if isinstance(incoming_state, Metric) else None
         own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
         seen = metric.update_count if metric else _any_samples(incoming)
         states = {name: own[name] + state for name, state in incoming.items()}
-        # torchmetrics' own merge_state would keep the value that was computed before.
+        # torchmetrics would keep the computed value.
         self.__dict__.update(states, _computed=None, _update_count=self._update_count + seen)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
@@ -108,7 +107,7 @@ class PredictionMetric(Metric):
             self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
 
     def _as_states(self, states: Any) -> dict[str, Any]:
-        """Other states on this device; raises where names or shapes differ from ours."""
+        """Other states on this device; raises where they do not fit ours."""
         if not isinstance(states, Mapping):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}
@@ -190,7 +189,7 @@ class SampledMetric(PredictionMetric):
         return {"samples": confidences.where(correct, -confidences).double()}
 
     def _all_samples(self) -> tuple[Tensor, Tensor]:
-        """Confidences, and whether each is that of a correct prediction."""
+        """Confidences, and whether each is of a correct prediction."""
         nothing = torch.empty(0, dtype=torch.float64, device=self.device)
         samples = torch.cat([nothing, *self._as_states(self.metric_state)["samples"]])
         return samples.abs(), ~samples.signbit()
@@ -208,12 +207,12 @@ class MeanMetric(PredictionMetric):
         return dict(zip(self.scalar_sums, (values.sum(), values.new_tensor(len(values))), strict=True))
 
     def compute(self) -> Tensor:
-        """The mean over all batches and ranks."""
+        """The value over all batches and ranks."""
         total, count = (getattr(self, name) for name in self.scalar_sums)
         mean: Tensor = total / count
         return mean
 
 
 def _any_samples(states: dict[str, Any]) -> int:
-    """1 if there are samples in the states, else 0."""
+    """1 if states hold samples, else 0."""
     return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))

@@ -1,4 +1,4 @@
-"""Accuracy and calibration of methods under distribution shift, as one table."""
+"""Accuracy and calibration of methods under distribution shift."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import check_choice, check_flag, check_n_bins, check_softmax_exists
-from calrobust.functional.calibration import Bins, bin_confidences
+from calrobust.functional.calibration import bin_confidences
 from calrobust.functional.fitting import fit_temperature
-from calrobust.report.samples import (
+from calrobust.functional.scoring import Bins
+from calrobust.report.figures import (
+    DEFAULT,
+    HEADINGS,
     Fit,
     Samples,
+    caption,
+    cells,
     check_held_out,
     columns_of,
     differences,
     fingerprints_of,
+    latex,
+    markdown,
     mean_figures,
     on_cpu,
 )
-from calrobust.report.tables import DEFAULT, HEADINGS, caption, cells, latex, markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,18 +42,16 @@ class ShiftReport:
 
     OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
     :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE of several domains has no interval.
-    Accuracies have Wilson's interval, other scores Hall's if each data set has ten right and ten wrong predictions.
-    Domains are assumed to have no samples in common.
+    :doc:`/derivations` has the other intervals. Domains are assumed to have no samples in common.
 
-    Figures are fractions; only printed tables are in per cent. Whatever makes a table raises ``ValueError`` if a method
-    lacks data of a domain that others have, or of ``id_domain``. A report keeps about 40 bytes for each sample, and the
-    logits on the CPU, from which ``nll_own_t`` and the figures at T are computed when they are read.
+    Figures are fractions; only printed tables are in per cent. Tables raise ``ValueError`` if a method lacks data of
+    ``id_domain`` or of a domain that others have. A report keeps about 40 bytes for each sample, and logits on the CPU.
 
     Args:
         id_domain: the domain that is in distribution.
         n_bins: number of bins of equal width of the ECE.
-        keep_logits: False keeps logits only until there is a temperature, and ``nll_own_t`` is NaN. It saves memory
-            if :meth:`fit_temperature` is called before :meth:`add`.
+        keep_logits: False keeps logits only until there is a temperature, so that :meth:`fit_temperature` before
+            :meth:`add` saves memory; ``nll_own_t`` is NaN.
 
     Raises:
         TypeError, ValueError: an argument is of another type, ``id_domain`` is blank or ``n_bins`` < 1.
@@ -82,7 +86,7 @@ class ShiftReport:
         return sorted(known, key=lambda domain: domain != self.id_domain)
 
     def add(self, method: str, domain: str, logits: Tensor, target: Tensor) -> None:
-        """Adds predictions; further calls with the same names add to them.
+        """Adds predictions to those of the same names.
 
         Args:
             method: the row of the table.
@@ -161,9 +165,9 @@ class ShiftReport:
         Returns:
             Dicts of ``method``, ``temperature`` and, after ``id_`` and ``ood_``, with ``…_low`` and ``…_high``:
             ``accuracy``, ``ece`` and ``ece_ts`` (with ``…_debiased``, ``…_floor`` and ``…_p`` as well), ``nll`` in
-            nats, ``nll_ts``, ``nll_own_t`` (at the T that is best for each domain itself: a diagnosis that no method
-            may claim as its result), ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN
-            where there is no temperature, OOD domain, interval or logits.
+            nats, ``nll_ts``, ``nll_own_t`` (at the T that is best for each domain itself, a diagnosis and no result),
+            ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN where there is no
+            temperature, OOD domain, interval or logits.
         """
         self._check_complete()
         return [
@@ -179,9 +183,8 @@ class ShiftReport:
     def compare(self, a: str, b: str) -> dict[str, Any]:
         """The figures of one method minus those of another, from the same samples.
 
-        Intervals are those of the mean of what differs for each sample, which tells methods apart that agree on most
-        samples. A difference of ECEs has none, because an unknown amount of noise adds to each ECE.
-        :doc:`/derivations` has the formulas.
+        Intervals are those of what differs for each sample, which tells methods apart that agree on most samples. A
+        difference of ECEs has none. :doc:`/derivations` has the formulas.
 
         Args:
             a: a method.
@@ -189,8 +192,8 @@ class ShiftReport:
 
         Returns:
             ``a``, ``b``, and the differences of the figures of :meth:`summary` but ``temperature``, with ``…_low`` and
-            ``…_high``. NaN where :meth:`summary` has NaN; ends are NaN as well if fewer than about ten samples make the
-            difference. All are 0 if predictions are equal.
+            ``…_high``; 0 if predictions are equal. NaN as there, and ends also if fewer than about ten samples make the
+            difference.
 
         Raises:
             ValueError: a name is no method's, targets differ, or the report is incomplete.
@@ -239,7 +242,7 @@ class ShiftReport:
         """The summary in Markdown.
 
         Args:
-            columns: names of :meth:`summary` without endings, such as ``"ood_nll"``; by default accuracies and ECEs.
+            columns: names of :meth:`summary` without endings, such as ``"ood_nll"``.
             intervals: whether to add intervals, noise floors and p-values.
 
         Raises:
@@ -259,7 +262,7 @@ class ShiftReport:
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(map(_without_nan, rows))
+                writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -343,9 +346,5 @@ def _check_names(**names: Any) -> None:
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
 
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value != value else value for name, value in row.items()}
-
-
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value in (math.inf, -math.inf) else value for name, value in _without_nan(row).items()}
+    return {name: None if value != value or value in (math.inf, -math.inf) else value for name, value in row.items()}

@@ -443,8 +443,8 @@ def test_model_stock_takes_complex_weights() -> None:
 
 def test_a_variance_is_never_extrapolated_below_zero() -> None:
     """A negative one would make the model give NaN."""
-    states = [{"bn.running_var": torch.tensor([1.0, value])} for value in (1.0, 0.2)]
-    assert_close(interpolate(*states, 1.5, extrapolate=True)["bn.running_var"], torch.tensor([1.0, 0.0]))
+    first, second = ({"bn.running_var": torch.tensor([1.0, value])} for value in (1.0, 0.2))
+    assert_close(interpolate(first, second, 1.5, extrapolate=True)["bn.running_var"], torch.tensor([1.0, 0.0]))
 
 
 @combinations

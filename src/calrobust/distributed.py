@@ -19,7 +19,7 @@ REFUSED = -1  # for a number of rows
 
 
 class Ranks:
-    """The ranks that hold a batch, and the rows of each. All ranks call the same methods."""
+    """The ranks of a batch and their rows. All ranks call the same methods."""
 
     def __init__(self, sizes: list[int], rank: int = 0, group: ProcessGroup | None = None) -> None:
         self.sizes, self.rank, self.group = sizes, rank, group
@@ -41,7 +41,7 @@ class Ranks:
         return own
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, with a gradient for training that averages gradients over ranks."""
+        """The sum over ranks, for training that averages gradients over them."""
         if len(self.sizes) == 1:
             return value
         total: Tensor = _Sum.apply(value, self)
@@ -59,7 +59,7 @@ class Ranks:
 def agree(
     here: Sequence[int], group: ProcessGroup | None, facts: dict[str, object], device: torch.device
 ) -> tuple[Ranks, ...]:
-    """Tells all ranks how many rows of each batch are here, for the ranks of each.
+    """The ranks of each batch; ``here`` are the numbers of this rank's rows.
 
     All ranks raise if ``facts`` differ or one tells `REFUSED`, so that none waits.
     """
@@ -129,7 +129,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.world_size, None  # by which DDP and FSDP divide
+        return gradient * ctx.world_size, None  # DDP and FSDP divide by it
 
 
 def _pad(rows: Tensor, length: int) -> Tensor:

@@ -90,7 +90,7 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Term:
-    """A summand of a loss, with its arguments, checked."""
+    """A summand of a loss."""
 
     kind: str  # a key of `PASSES`
     label_smoothing: float = 0.0
@@ -106,12 +106,12 @@ class Term:
 
     @property
     def distils(self) -> bool:
-        """From a teacher; all others contrast positives with the rest."""
+        """Whether it has a teacher."""
         return "contrastive" not in self.kind
 
     @property
     def anchors(self) -> str:
-        """Whose values it has, as a modality."""
+        """The modality whose values it has."""
         if "sigmoid" in self.kind:
             return "image"
         return self.modality if self.kind == "feature" else self.direction.partition("_")[0]
@@ -127,7 +127,7 @@ class Request(NamedTuple):
     student: Outputs
     teacher: Outputs | None = None
     labels: Labels | None = None
-    apart: bool = False  # each value is wanted, not only their sum, which costs less for sigmoids
+    apart: bool = False  # each value is wanted; the sum alone costs less for sigmoids
 
     def models(self) -> list[dict[str, Any]]:
         """Their outputs by name."""
@@ -146,7 +146,7 @@ class Shared:
         self._batches: dict[bool, PairBatch] = {}
 
     def batch(self, *, swapped: bool = False) -> PairBatch:
-        """The batch, with images as rows and texts as columns, or ``swapped``."""
+        """The batch, made once."""
         if swapped not in self._batches:
             _, student, teacher, labels, _ = self.request
             taught = teacher and teacher[:3]
@@ -154,7 +154,7 @@ class Shared:
         return self._batches[swapped]
 
     def reduce(self, each: Sequence[tuple[Tensor, Tensor | int]]) -> Tensor:
-        """The sum over directions, each with values and the number of anchors over all ranks."""
+        """The sum over directions, each with values and the number of anchors."""
         reduction = self.options["reduction"]
         if reduction == "none":
             return torch.stack([values for values, _ in each]).sum(0)
@@ -164,7 +164,7 @@ class Shared:
 
 def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
     terms = [term for _, term in sharing]
-    # Text to image alone is image to text with the two exchanged.
+    # Text to image alone is image to text, swapped.
     swapped = all(term.direction == "text_to_image" for term in terms)
     batch = shared.batch(swapped=swapped)
     if any(not term.distils and term.direction != "text_to_image" for term in terms):
@@ -187,7 +187,6 @@ def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
 
 
 def _of_anchors(term: Term, statistics: Direction) -> tuple[Tensor, Tensor | int]:
-    """The values of the anchors of a direction, and their number over all ranks."""
     if term.distils:
         return statistics.divergence, statistics.total
     smoothing = float(term.label_smoothing)
@@ -246,9 +245,9 @@ PASSES = {
 
 
 def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
-    """Each term times its weight, reduced over all ranks; terms of one temperature share one pass.
+    """Each term times its weight, reduced over all ranks.
 
-    The request is a function because with ``gather`` all ranks are told of its errors, or they would wait forever.
+    The request is a function so that with ``gather`` all ranks are told of its errors, and none waits forever.
     """
     if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(
@@ -353,7 +352,7 @@ def _check_scalar(name: str, value: Any, *, positive: bool) -> None:
             f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
             f"{list(value.shape)}; pass the model's own"
         )
-    # Elsewhere, a look at the value would wait for the device.
+    # Elsewhere a look would wait for the device.
     if positive and value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
         raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")
 

@@ -1,8 +1,4 @@
-"""The statistics of a pair matrix that losses need, as vectors. No other code sees the matrix.
-
-``docs/derivations.md`` defines the words. `tiled.backward` or a kernel of `triton.softmax` forms the gradient in S, and
-`tiled.FeatureGradients` turns it into those of the features.
-"""
+"""The statistics of a pair matrix that losses need. ``docs/derivations.md`` defines the words."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,9 +12,9 @@ from calrobust.kernels.dense import EXCLUDED, Factors, Part, divergence_terms, m
 
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
-MEMORY_BUDGET = 256 * 2**20  # bytes of temporary logits
+MEMORY_BUDGET = 256 * 2**20  # bytes of logits
 ABSENT = EXCLUDED, 0.0, EXCLUDED  # a part without entries
-Features = tuple[Tensor, Tensor, Tensor | float]  # of images and of texts, and the logit scale
+Features = tuple[Tensor, Tensor, Tensor | float]  # images, texts, logit scale
 Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 
 
@@ -31,18 +27,18 @@ class Anchors(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """Statistics of each anchor, of shape ``[length]`` and in the dtype of `dense.wide`."""
+    """Statistics ``[length]`` of each anchor."""
 
     negative_log_likelihood: Tensor  # −log of the softmax at the own entries; 0 without any
     above_positives: Tensor  # lse of the own entries (without any: of all entries) − mean logit of the positives
     above_mean: Tensor  # the same − mean logit
-    divergence: Tensor  # as in `Part`
+    divergence: Tensor
     anchors: Anchors
-    total: int  # number of anchors over all ranks, with and without positives
+    total: int  # of anchors over all ranks, with or without positives
 
 
 class PairBatch:
-    """Images and texts of this rank and of all ranks, seen by a student and maybe by a teacher.
+    """Images and texts of this rank and of all ranks.
 
     Rows are images, or texts if ``swapped``. They stay on their rank, and columns are gathered. The partner of image i
     is text i of its rank, or with labels for both sides the first text of the same label.
@@ -57,7 +53,7 @@ class PairBatch:
         *,
         swapped: bool = False,
     ) -> None:
-        """Casts to float32 or float64 and gathers; ``ranks`` are those of images and of texts."""
+        """The ``ranks`` are of images and of texts."""
         images, texts, _ = student
         self.operands = torch.promote_types(images.dtype, (teacher or student)[0].dtype)
         self.dtype = torch.promote_types(self.operands, torch.float32)
@@ -70,9 +66,9 @@ class PairBatch:
                 with torch.no_grad():
                     self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher)))
         n, m = images.shape[0], texts.shape[0]
-        self.pairs = n if n <= m else 0  # of this rank, in order; a bank of few texts has none
+        self.pairs = n if n <= m else 0  # in order; a bank of few texts has none
         self.in_order = not isinstance(labels, tuple)
-        self.classes: tuple[Tensor, Tensor] | None = None  # of rows and of columns, if there are labels
+        self.classes: tuple[Tensor, Tensor] | None = None  # of rows and of columns
         rows, columns = (torch.arange(k, device=images.device) for k in ((m, n) if swapped else (n, m)))
         self.partner = torch.where(rows < self.pairs, rows + self.columns.here.start, -1)
         self.of_rows = _anchors((rows < self.pairs).long(), ranks[0].total, are_images=not swapped)
@@ -109,14 +105,14 @@ class PairBatch:
         return Factors(x.to(self.dtype), self.columns.gather(y, self.dtype), self.scalar(scale, x.device))
 
     def scalar(self, value: Tensor | float, device: torch.device) -> Tensor:
-        """A number, or a tensor of equal entries, as a tensor of shape ``[]``."""
+        """A number, or equal entries, as a tensor ``[]``."""
         if isinstance(value, Tensor):
             return _tracked(value).mean().to(device, self.dtype)
-        # In a product what the dtype cannot hold becomes infinite, and the loss NaN; torch.full would raise.
+        # What the dtype cannot hold becomes infinite; torch.full would raise.
         return torch.ones((), dtype=self.dtype, device=device) * float(value)
 
     def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:
-        """Rows and columns of equal labels are positives. No shape depends on a value, so no device is waited for."""
+        """No shape depends on a value, so no device is waited for."""
         of_rows, of_columns = self.rows.gather(of_rows, torch.int64), self.columns.gather(of_columns, torch.int64)
         row_classes, of_row, order = _occurrences(of_columns, of_rows)
         column_classes, _, _ = _occurrences(of_columns, of_columns)
@@ -138,10 +134,9 @@ def _anchors(positives: Tensor, number: Tensor | int, *, are_images: bool) -> An
 def pair_statistics(
     batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
 ) -> tuple[Direction, Direction | None]:
-    """The statistics of ``S = scale / temperature · x yᵀ`` of this rank's rows, and of its columns if asked for.
+    """The statistics of ``S = scale / temperature · x yᵀ``, for this rank's rows and maybe its columns.
 
-    Autograd differentiates what is linear in ``S``: products of feature sums, in O(N·D + M·D). The rest comes from
-    `dense`, `tiled` or `triton`.
+    What is linear in ``S`` is left to autograd: products of feature sums.
     """
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
@@ -178,7 +173,7 @@ def pair_statistics(
 
 
 def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:
-    """From own and other entries, and from sums of logits: over all candidates, and maybe over the positives."""
+    """``sums`` are of logits: over all candidates, and maybe over the positives."""
     has_own = own.lse != EXCLUDED
     base = torch.where(has_own, own.lse, other.lse)
     mean, *positive = sums.to(base.dtype)
@@ -233,7 +228,7 @@ def _total(parts: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _tracked(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if it was made in inference mode: autograd may not keep such tensors."""
+    """Copies what was made in inference mode, since autograd may not keep it."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # is_inference() cannot be traced
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
@@ -254,4 +249,4 @@ def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor, absent: int) -> Tensor:
     """The sum of features ``[K, D]`` of each of the ``wanted`` classes ``[K]``."""
     sums = features.new_zeros(absent + 1, features.shape[1])
-    return sums.index_add(0, classes, features).index_select(0, wanted)  # its backward is cheaper than that of indexing
+    return sums.index_add(0, classes, features).index_select(0, wanted)  # cheaper in backward than indexing

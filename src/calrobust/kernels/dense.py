@@ -1,7 +1,4 @@
-"""The softmax statistics of a pair matrix by definition, and how they merge. Tests compare every form with it.
-
-``docs/derivations.md`` has the rules of merging, and why a divergence is a sum of terms of which none is negative.
-"""
+"""The softmax statistics of a pair matrix by definition, and how they merge: see ``docs/derivations.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from calrobust._checks import WITHOUT_FLOAT64
 
-EXCLUDED = -1e38  # the logit of an entry that does not count; finite, so that the difference of two is 0
+EXCLUDED = -1e38  # the logit of what does not count; finite, so that two of them differ by 0
 
 
 class Part(NamedTuple):
@@ -21,7 +18,7 @@ class Part(NamedTuple):
 
     lse: Tensor
     divergence: Tensor  # from the teacher's softmax over these candidates to the student's, in nats
-    teacher_lse: Tensor  # [0] if there is no teacher, like the divergence
+    teacher_lse: Tensor  # [0] without a teacher, like the divergence
 
     @classmethod
     def without_teacher(cls, lse: Tensor) -> Part:
@@ -34,10 +31,10 @@ class Part(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Statistics of some rows of the pair matrix and, over these rows, of its columns; own entries are left out."""
+    """Statistics of some rows and, over these, of the columns, without own entries."""
 
     rows: Part
-    columns: Part  # of no anchors if they were not asked for
+    columns: Part  # [0] if not asked for
 
 
 class Factors(NamedTuple):

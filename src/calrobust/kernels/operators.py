@@ -1,8 +1,4 @@
-"""Torch operators around the forms that need not hold the pair matrix, and their autograd function.
-
-A form of the softmax statistics is a module with functions ``forward`` and ``backward``: `tiled`, to be read
-first, or `triton.softmax`. One of the sigmoid sums has a function ``sweep``.
-"""
+"""Torch operators around the forms that hold no pair matrix, and their autograd function; read `tiled` first."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +18,7 @@ from calrobust.kernels.tiled import CAPABILITY, Softmaxes
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
 ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the problem that they are compared on
-TOLERANCE = 1e-2  # relative, in the Frobenius norm; what is broken is off by more
+TOLERANCE = 1e-2  # relative, in the Frobenius norm
 
 
 def softmax_statistics(
@@ -37,8 +33,8 @@ def softmax_statistics(
 ) -> Strip:
     """What `dense.softmax_statistics` gives, without a pair matrix.
 
-    ``"auto"`` is Triton where `kernels` has it, except for float64. Elsewhere it is tiled, and keeps the logits for
-    backward if they fit into ``memory_budget`` bytes. Features that came as ``operands`` may be multiplied as such.
+    ``"auto"`` is Triton where `kernels` has it, except for float64, and else tiled. The tiled form keeps logits that
+    fit into ``memory_budget`` bytes for backward. Features may be multiplied as ``operands``.
     """
     x, y, _ = student
     factors = [*student, *(teacher or ())]
@@ -72,14 +68,14 @@ def may_take_triton(impl: str, x: Tensor) -> bool:
 
 
 def kernels(form: str, impl: str, x: Tensor, operands: torch.dtype, *, teacher: bool) -> Any:
-    """Triton's module of a form, ``"softmax"`` or ``"sigmoid"``, or None if the form is tiled.
+    """Triton's module of a form, ``"softmax"`` or ``"sigmoid"``, or None for the tiled form.
 
-    On first use the two are compared. If they differ, it warns once, or raises if ``impl`` insists on Triton.
+    On first use the two are compared. If they differ, it warns once, or raises for ``impl="triton"``.
     """
     if not may_take_triton(impl, x):
         return None
     key = x.device, operands, form, teacher
-    # While a CUDA graph is captured nothing can be compared; a step before it has done so.
+    # Nothing can be compared while a CUDA graph is captured; a step before has done so.
     if key not in FAULTS and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         FAULTS[key] = fault(*key)
     reason = FAULTS.get(key)
@@ -113,7 +109,7 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
         try:
             pairs = zip(results(factors, "triton", operands), results(factors, "tiled", operands), strict=True)
             worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs if b.numel()]).max())
-        except Exception as error:  # of a compiler, a driver, a launch: whatever it is, the tiled form still works
+        except Exception as error:  # whatever it is, the tiled form works
             return f"{type(error).__name__}: {error}"
     return "" if worst <= TOLERANCE else f"they differ from the tiled form by {worst:.1g} of its results"
 
@@ -138,7 +134,7 @@ def _sigmoid(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Te
 def _forward(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
     """Lse, divergence and teacher's lse, each of rows and of columns, then the kept logits of both; empty if absent.
 
-    ``tensors`` are the factors of a student and maybe of a teacher, and the partners.
+    ``tensors`` are the factors of a student and maybe a teacher, and the partners.
     """
     *factors, partner = tensors
     form = kernels("softmax", impl, factors[0], operands, teacher=len(factors) == 6)
@@ -173,7 +169,7 @@ def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: tor
             Softmaxes(row_lse, column_lse, a + c, b + d, logits),
             Softmaxes(teacher_lses[0], teacher_lses[1], -c, -d, teacher_logits),
         ]
-    with torch.autocast(a.device.type, enabled=False):  # a loss may be differentiated inside of it
+    with torch.autocast(a.device.type, enabled=False):  # it may be on in backward
         form = kernels("softmax", impl, a, operands, teacher=has_teacher) or tiled
         return list(form.backward(_models(factors), softmaxes, partner, operands, needs))
 
@@ -208,8 +204,8 @@ def differentiable(
 ) -> Any:
     """The results of an operator, the first ``number`` of them with a gradient.
 
-    ``backward`` takes the options, which gradients are needed, the upstream gradients, the results and the tensors. It
-    gives the gradients of the first tensors.
+    ``backward`` takes options, needs, upstream gradients, results and tensors, and gives the gradients of the first
+    tensors.
     """
     if not torch.compiler.is_compiling():
         return _Eager.apply(forward, backward, number, options, *tensors)
@@ -241,13 +237,13 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.derivative, ctx.number, ctx.options, *tensors = inputs
-        ctx.set_materialize_grads(False)  # logits that are kept have no gradient, which would be a matrix of zeros
+        ctx.set_materialize_grads(False)  # the gradient of kept logits would be a matrix of zeros
         ctx.mark_non_differentiable(*output[ctx.number :])
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: hooks of checkpointing unpack them at each reading
+        saved = ctx.saved_tensors  # read once: each reading runs the hooks of checkpointing
         needs = list(ctx.needs_input_grad[4:])
         inputs = ctx.derivative, ctx.options, needs, *upstream[: ctx.number], *saved
         found = _call(*inputs) if torch.compiler.is_compiling() else _Once.apply(*inputs)
@@ -256,7 +252,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _Eager(_Compiled):
-    """It refuses other derivatives, which the compiler does not accept of a function."""
+    """It refuses other derivatives, which the compiler does not accept."""
 
     jvp = vmap = staticmethod(refuse)
 
@@ -266,8 +262,6 @@ def _call(function: Callable[..., Any], *inputs: Any) -> tuple[Tensor, ...]:
 
 
 class _Once(torch.autograd.Function):
-    """It refuses to be differentiated."""
-
     forward = staticmethod(_call)
     backward = jvp = vmap = staticmethod(refuse)
 

@@ -1,7 +1,7 @@
 """The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows; ``docs/derivations.md`` has the formulas.
 
-The gradient in Z depends on the entry alone. So one sweep over the tiles gives sums and gradients if the weights of the
-sums are known, for 3 units, or 4 with a teacher. Otherwise backward makes a second sweep.
+The gradient in Z depends on the entry alone. So one sweep, of 3 units or 4 with a teacher, gives sums and gradients if
+the weights of the sums are known. Otherwise backward makes a second.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from calrobust.kernels.dense import divergence_terms, wide
 from calrobust.kernels.operators import differentiable, kernels, like
 from calrobust.kernels.tiled import FeatureGradients, are_narrow
 
-BAND_BYTES = 2**17  # as in `tiled`; there are more buffers here
+BAND_BYTES = 2**17  # as in `tiled`, for more buffers
 
 
 class Model(NamedTuple):
-    """What a matrix ``Z = scale · x yᵀ + bias`` is made of."""
+    """The `dense.Factors` of Z, and its bias."""
 
-    x: Tensor  # [N, D]
-    y: Tensor  # [M, D]
-    scale: Tensor  # []
-    bias: Tensor  # []
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
 
 
 class Classes(NamedTuple):
@@ -36,10 +36,10 @@ class Classes(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over each row of Z, of shape ``[N]`` and in the dtype of `dense.wide`."""
+    """Over each row of Z, ``[N]``."""
 
     negative_log_likelihood: Tensor
-    divergence: Tensor  # from the teacher's entries to the student's, in nats; [0] without a teacher
+    divergence: Tensor  # in nats; [0] without a teacher
 
 
 def sigmoid_sums(
@@ -51,9 +51,9 @@ def sigmoid_sums(
     operands: torch.dtype | None = None,
     totalled: bool = True,
 ) -> tuple[Sums, Tensor]:
-    """The sums for a student and maybe a teacher, and their weighted total over all rows, all with a gradient.
+    """The sums and their weighted total over all rows, with gradients.
 
-    If ``totalled``, the forward pass makes the gradient of the total, which is cheaper if only that is differentiated.
+    If ``totalled``, forward makes the gradient of the total: cheaper if only that is differentiated.
     """
     x, *_ = models[0]
     if impl == "dense":
@@ -69,7 +69,7 @@ def sigmoid_sums(
 
 
 def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
-    """The sums by their definition, the oracle of every other form."""
+    """The sums by definition."""
     z, *teacher = (scale * x @ y.T + bias for x, y, scale, bias in models)
     precise = wide(z.device)
     positive = classes.rows[:, None] == classes.columns
@@ -86,10 +86,10 @@ def sweep(
 ) -> tuple[Sums, list[Tensor]]:
     """The sums, and the gradients of the student's x, y, scale and bias; those that ``needs`` excludes are empty.
 
-    ``weights`` are those of the sums in what is differentiated, ``[1, N]``, or with a teacher ``[2, N]``.
+    ``weights`` of the sums in what is differentiated are ``[1, N]``, or with a teacher ``[2, N]``.
     """
     x, y, *_ = models[0]
-    rows, columns = (each.to(x.dtype) for each in classes)  # comparing them takes a sixth of comparing integers
+    rows, columns = (each.to(x.dtype) for each in classes)  # faster to compare than integers
     nobody = torch.full_like(classes.rows, -1)
     matrices = [tiled.Matrix(model, nobody, operands) for model in models]
     biases = torch.stack([model.bias for model in models])[:, None, None]
@@ -118,7 +118,7 @@ def sweep(
 
 
 def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: Tensor) -> Sums:
-    """The sums of some rows of Z and of the teacher's matrix; given weights, Z becomes the gradient in it."""
+    """The sums of some rows; given weights, Z becomes the gradient in it."""
     softplus, one, two, *_ = scratch
     chances = scratch[3:5]  # of yes and of no
     z, *teacher = logits
@@ -126,13 +126,13 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
     torch.sigmoid(logits, out=chances[0])
     torch.neg(logits, out=chances[1]).sigmoid_()
     # log(1 + exp(−|z|)) is −log(1 − q) for the smaller chance q, and the larger one, r, is 1 − q rounded. So
-    # q + (r − 1) − log(r) has all its digits. torch's log1p takes ten times as long as its log.
+    # q + (r − 1) − log(r) has all its digits. log1p takes ten times as long.
     r = torch.maximum(*chances, out=one)
     torch.log(r, out=two)
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)
     divergence = z.new_empty(0, dtype=precise)
     if teacher:
-        ratio, excess = scratch[5:]  # the logarithm of the student's chances over the teacher's; their difference
+        ratio, excess = scratch[5:]  # the log of student's over teacher's chances; their difference
         torch.clamp(logits, max=0, out=one)
         torch.clamp(logits, min=0, out=two)
         torch.sub(one[0], one[1], out=ratio[0])
@@ -152,10 +152,10 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
 
 @torch.library.custom_op("calrobust::sigmoid_sums", mutates_args=())
 def _sums(tensors: list[Tensor], impl: str, operands: torch.dtype, needs: list[bool]) -> list[Tensor]:
-    """The weighted total, both sums, and the gradients of the total, from models, weights and classes."""
+    """The total, both sums and the gradients of the total, from models, weights and classes."""
     *factors, weights, rows, columns = tensors
     models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
-    with torch.autocast(weights.device.type, enabled=False):  # a loss may be differentiated inside of it
+    with torch.autocast(weights.device.type, enabled=False):  # it may be on in backward
         form = kernels("sigmoid", impl, weights, operands, teacher=len(models) == 2)
         sums, gradients = (form.sweep if form else sweep)(models, Classes(rows, columns), weights, operands, needs)
         total = torch.stack([(w * each).sum() for w, each in zip(weights, sums, strict=False)]).sum()

@@ -1,8 +1,7 @@
 """The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, with exact gradients.
 
-A step takes 4 units: forward 1 for S; backward 1 for S again, 1 for the gradient of x and 1 for that of y. A teacher
-adds 2, for T. Kept logits save the units of S and T in backward, and a frozen tower that of its gradient.
-``docs/derivations.md`` has the formulas of the statistics and of the gradient in S.
+A step takes 4 units: S in forward and again in backward, and the gradients of x and of y. A teacher adds 2. Kept logits
+save S and T in backward. ``docs/derivations.md`` has the formulas.
 """
 
 import math
@@ -15,11 +14,11 @@ from torch import Tensor
 from calrobust.kernels import dense
 from calrobust.kernels.dense import EXCLUDED, Factors, Part, Strip, merge, wide
 
-CAPABILITY = (8, 0)  # the least compute capability of a CUDA device that multiplies bfloat16 and TF32
+CAPABILITY = (8, 0)  # the least compute capability that multiplies bfloat16 and TF32
 TILE_BYTES = 8 * 2**20  # fits into the last cache
-DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: fills the device, and its kernels outlast their launches
-TILE_ROWS = 256  # at least: below, the matrix products slow down
-BAND_BYTES = 2**18  # of a band of rows, which is read several times: fits into the second cache
+DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: kernels outlast their launches
+TILE_ROWS = 256  # at least, for fast products
+BAND_BYTES = 2**18  # of a band of rows: fits into the second cache
 FAR = 6.0  # nats by which rows or columns may shift before sums over columns cancel too much
 
 
@@ -27,10 +26,10 @@ class Softmaxes(NamedTuple):
     """The row and column softmaxes of one matrix, with their weights in the gradient in S."""
 
     row_lse: Tensor  # [N]
-    column_lse: Tensor  # [M], or [0] if columns were not asked for
-    row_weights: Tensor  # [N]
-    column_weights: Tensor  # like column_lse
-    logits: Tensor  # [N, M] where they were kept for backward, else [0, M]
+    column_lse: Tensor  # [M], or [0] without columns
+    row_weights: Tensor
+    column_weights: Tensor
+    logits: Tensor  # [N, M] if kept, else [0, M]
 
 
 class Matrix:
@@ -169,7 +168,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Row softmaxes in ``out``; gives the log-sum-exp of the rows in the dtype of `wide`."""
+    """Row softmaxes in ``out``; gives the log-sum-exp of the rows."""
     torch.softmax(logits, 1, out=out)
     top, highest = (values.amax(1).to(wide(logits.device)) for values in (logits, out))
     return top - highest.log()  # the highest probability is exp(top − lse), and at least 1 / M
@@ -180,8 +179,8 @@ def divergence_terms_in_place(
 ) -> Tensor:
     """`dense.divergence_terms` from both probabilities and ``ratio``, the logarithm of their quotient.
 
-    Leaves ``probability − target`` in ``excess``, and uses ``ratio`` and ``probability`` as scratch. The difference
-    cancels where its series does not, and the larger of the two is right: see ``docs/derivations.md``.
+    Leaves ``probability − target`` in ``excess``; ``ratio`` and ``probability`` are scratch. Of the difference and its
+    series the larger is right: see ``docs/derivations.md``.
     """
     margin = 8 * torch.finfo(ratio.dtype).eps
     torch.sub(probability, target, out=excess)
@@ -233,7 +232,7 @@ def are_narrow(x: Tensor, operands: torch.dtype) -> bool:
 
 
 class FeatureGradients:
-    """The gradients of x, y and scale from tiles of the gradient in S, by one matrix product each for x and y."""
+    """The gradients of x, y and scale from tiles of the gradient in S."""
 
     def __init__(
         self,
@@ -259,7 +258,7 @@ class FeatureGradients:
         self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
-        """Adds rows of the gradient in S: as they are, or times ``gain`` in the parts that are multiplied."""
+        """Adds rows of the gradient in S, as they are or times ``gain`` in parts."""
         (x, y), (of_x, of_y) = self.operands, self.totals
         if gradient[0].dtype != x[0].dtype:
             gradient = (torch.mul(gradient[0], self.gain, out=torch.empty_like(gradient[0], dtype=x[0].dtype)),)
@@ -292,7 +291,7 @@ def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, a
 
 
 def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
-    """Each number as a sum of numbers of lower precision."""
+    """Numbers as sums of numbers of lower precision."""
     split = []
     for _ in range(parts):
         split.append(numbers.to(dtype))
@@ -301,5 +300,5 @@ def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
 
 
 def _gain(bound: Tensor) -> Tensor:
-    """The power of two that scales what is at most ``bound`` to the upper end of float16's range."""
+    """The power of two that brings ``bound`` to the upper end of float16's range."""
     return torch.ldexp(torch.ones_like(bound), 15 - torch.frexp(bound.clamp_min(1e-30)).exponent)

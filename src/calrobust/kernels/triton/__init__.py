@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None  # registers of a thread at most
 
 
-# By kernel, bytes of an operand and number of models. They fit into 99 KiB of shared memory, which every card has.
+# By kernel, bytes of an operand and number of models; for the 99 KiB of shared memory that every card has.
 BLOCKS = {
     ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
     ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
@@ -47,7 +47,7 @@ INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)
 
 @triton.jit
 def logits(matrix, row, column, n, m, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """A block of ``scale · x yᵀ``; outside, its last row or column again."""
+    """A block of ``scale · x yᵀ``; outside, the last row or column again."""
     x, y, scale, width = matrix
     total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
     x_row = x + tl.minimum(row, n - 1).to(tl.int64)[:, None] * width
@@ -86,7 +86,7 @@ def comparison(p, target, r, TEACHER: tl.constexpr):
 
 @triton.jit
 def store_parts(numbers, to, stride, inside, PARTS: tl.constexpr):
-    """Each number as the sum of ``PARTS`` of lower precision, for `tiled.FeatureGradients`."""
+    """Each number as the sum of ``PARTS`` of lower precision."""
     for _ in tl.static_range(PARTS):
         part = numbers.to(to.dtype.element_ty)
         tl.store(to, part, mask=inside)
@@ -101,10 +101,10 @@ class Launcher:
     """The matrices as kernels read them, and the blocks that fit."""
 
     def __init__(self, kernel: str, models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> None:
-        # Of the gradient in S: the dtype in which it is multiplied, and in how many parts.
+        # The dtype and number of parts in which the gradient in S is multiplied.
         self.split = (torch.float16, operands.itemsize // 2) if operands.itemsize < 8 else (operands, 1)
         if INTERPRETED and operands == torch.bfloat16:
-            operands = torch.float32  # the interpreter holds bfloat16 as bits, and would multiply those
+            operands = torch.float32  # the interpreter would multiply its bits
         self.matrices = [(*(t.to(operands).contiguous() for t in (x, y)), scale) for x, y, scale, *_ in models]
         widths = [x.shape[1] for x, *_ in models]
         blocks = BLOCKS[kernel, operands.itemsize, len(models)]
@@ -114,14 +114,14 @@ class Launcher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
     ) -> None:
-        """On a tile of the student's matrix and of the teacher's, or of the student's again."""
+        """Runs a kernel on a tile of both matrices, or of the student's twice."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
         with torch.cuda.device_of(self.matrices[0][0]):
             kernel[grid](matrices[0], matrices[-1], *arguments, **options, **(blocks or self.blocks)._asdict())
 
     def tiles(self, row_bytes: int, limit: int) -> list[slice]:
-        """Of as many blocks of rows as fit into ``limit`` bytes, and of one at least."""
+        """Tiles of as many blocks of rows as fit into ``limit`` bytes, at least one."""
         rows = self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS))
         return slices(len(self.matrices[0][0]), rows)
 

@@ -1,4 +1,4 @@
-"""The sigmoid sums of ``Z = scale · x yᵀ + bias``, and the gradient in Z, in one sweep over the tiles."""
+"""The sweep of `kernels.sigmoid` as a Triton kernel."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from calrobust.kernels.sigmoid import Classes, Model, Sums
 from calrobust.kernels.tiled import FeatureGradients
 from calrobust.kernels.triton import LOG2E, Launcher, comparison, logits, store_parts
 
-# log(1 + e) / e for e in [0, 1], within 4e-8: a polynomial, for divisions take as long as all else together.
+# log(1 + e) / e for e in [0, 1], within 4e-8: divisions would take as long as all else together.
 _CONSTANT_TO_CUBIC = (0.999999965, -0.499994357, 0.333179343, -0.248339455)
 POLYNOMIAL = tl.constexpr((*_CONSTANT_TO_CUBIC, 0.190713096, -0.135906002, 0.0773807384, -0.0289919564, 0.0051058258))
 
@@ -22,7 +22,7 @@ def _sigmoids(z):
     """``log(1 + exp(−|z|))``, ``σ(z)`` and ``σ(−z)``, each with all its digits."""
     e = tl.exp2(-tl.abs(z) * LOG2E)
     if z.dtype == tl.float64:
-        y = e / (2.0 + e)  # log(1 + e) = 2 artanh(y), whose series ends soon because y is at most 1/3
+        y = e / (2.0 + e)  # log(1 + e) = 2 artanh(y), and y is at most 1/3
         series = tl.full(z.shape, 1.0 / 33, z.dtype)
         for k in tl.static_range(16, 0, -1):
             series = tl.fma(series, y * y, tl.full(z.shape, 1.0 / (2 * k - 1), z.dtype))
@@ -49,7 +49,7 @@ def _sums_kernel(
     gain,
     sums,  # [likelihood, divergence, gradient; programs of a row; n]
     tiles,
-    stride,  # from part to part of the tiles
+    stride,  # from part to part
     n,
     m,
     PARTS: tl.constexpr,  # 0 if no gradient is wanted
@@ -57,7 +57,7 @@ def _sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,  # whether it divides all widths
+    EVEN: tl.constexpr,
 ):
     """A block of the gradient in Z, in parts of lower precision, and the sums over its rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -91,7 +91,7 @@ def _sums_kernel(
 def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
-    """The sums and gradients, as `kernels.sigmoid.sweep` gives them."""
+    """Does what `kernels.sigmoid.sweep` does."""
     x = models[0].x
     launch = Launcher("sigmoid", models, operands)
     gradients = FeatureGradients(models[0], weights, needs, *launch.split)

@@ -1,9 +1,8 @@
 """The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: logits stay on the chip.
 
 Rows and columns are sums of `comparison` at *references*, the largest logits of the row so far: see
-``docs/derivations.md``. The sums of a block's columns go to memory, and a second kernel merges them. If a sum has lost
-terms or digits, it forms the sums of that block again, at the columns' own references. No product is fused into
-``s − t``: a teacher equal to the student gives exactly zero.
+``docs/derivations.md``. A second kernel merges the sums of a block's columns. If one has lost terms or digits, it forms
+them again, at the columns' own references. No product is fused into ``s − t``, so equal models diverge by exactly zero.
 """
 
 import torch
@@ -17,27 +16,27 @@ from calrobust.kernels.tiled import FeatureGradients, Softmaxes
 from calrobust.kernels.triton import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
 
 SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
-PROGRAMS = 4  # for each multiprocessor, at least, if there are blocks enough
-SPANS = 16  # of columns, at least: programs of one block of rows run together, and share it in the cache
-COLUMN_SPAN = 32  # blocks of rows, of which one program merges the columns
+PROGRAMS = 4  # for each multiprocessor, at least
+SPANS = 16  # of columns, at least: their programs share a block of rows in the cache
+COLUMN_SPAN = 32  # blocks of rows whose columns a program merges
 
 EXCLUDED = tl.constexpr(dense.EXCLUDED)
-FLOOR = tl.constexpr(-(2.0**123))  # the least reference, beside which excluded entries are nothing
+FLOOR = tl.constexpr(-(2.0**123))  # the least reference; excluded entries vanish beside it
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
-FAR = tl.constexpr(12)  # base-2 logarithm of a change of p / p̃ from row to row at which sums over columns cancel
+FAR = tl.constexpr(12)  # change of log2(p / p̃) from row to row at which sums over columns cancel
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in the divergence of a column
 
 
 @triton.jit
 def _partners(partner, row, n, m):
-    """The partners of a block of rows, the first and the last of them, and where the rows end."""
+    """The partners of a block of rows, their first and last, and where the rows end."""
     own = tl.load(partner + row, mask=row < n, other=-1)
     return own, tl.min(tl.where(own < 0, m, own), 0), tl.max(own, 0), tl.max(row, 0) + 1
 
 
 @triton.jit
 def _others(matrix, partners, row, start, n, m, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """A block of logits without own entries and without what is outside. Most blocks have neither."""
+    """A block of logits without own entries and what is outside; most blocks have neither."""
     column = start + tl.arange(0, COLUMNS)
     block = logits(matrix, row, column, n, m, DEPTH, EVEN)
     own, first, last, end = partners
@@ -71,7 +70,7 @@ def _times(u, v, TEACHER: tl.constexpr):
 
 @triton.jit
 def _factors(shift, t_shift, TEACHER: tl.constexpr):
-    """The comparison of the factors that lower references by the shifts bring."""
+    """The comparison of the factors of shifted references."""
     return comparison(tl.exp2(shift), tl.exp2(t_shift), (shift - t_shift) * LN2, TEACHER)
 
 
@@ -104,7 +103,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,  # whether it divides all widths
+    EVEN: tl.constexpr,
 ):
     """The sums of a block of rows over a span of columns, and of these columns over the block."""
     part, block = tl.program_id(0), tl.program_id(1)
@@ -169,7 +168,7 @@ def _columns_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,  # whether it divides all widths
+    EVEN: tl.constexpr,
 ):
     """The sums of a block of columns over a span of blocks of rows."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -223,7 +222,7 @@ def _columns_kernel(
 
 @triton.jit
 def _weighted_softmaxes(softmaxes, s, row, column, n, m, WITH_COLUMNS: tl.constexpr):
-    """A block of the row and column softmaxes of S, times their weights and added up."""
+    """A block of what `tiled.Matrix.weighted_softmaxes` gives."""
     row_lse, column_lse, row_weights, column_weights = softmaxes
     p = tl.exp2((s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None]) * LOG2E)
     total = tl.load(row_weights + row, mask=row < n, other=0.0)[:, None] * p
@@ -251,7 +250,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,  # whether it divides all widths
+    EVEN: tl.constexpr,
 ):
     """A block of the gradient in S, which is 0 at own entries, in parts of lower precision."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -269,11 +268,11 @@ def _backward_kernel(
 
 
 def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> Strip:
-    """The statistics, as `tiled.forward` gives them."""
+    """Does what `tiled.forward` does."""
     x, y, _ = models[0]
     m = len(y)
     launch = Launcher("forward", models, operands)
-    # Few columns of a program, because taking sums again needs many registers.
+    # Few columns, because taking sums again needs many registers.
     narrow = launch.blocks._replace(COLUMNS=min(64, launch.blocks.COLUMNS), num_warps=4)
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
@@ -302,7 +301,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
 
 
 def _statistics(sums: Tensor) -> Part:
-    """Of what the kernels store ``[parts, 2 or 5, length]``: references and Z, of a teacher references, E and F."""
+    """From the kernels' ``[parts, 2 or 5, length]``: references and Z, of a teacher references, E and F."""
     reference, target, *teacher = sums.to(wide(sums.device)).unbind(1)
     if not teacher:
         return Part.without_teacher(_log_sum_exp(reference, target))
@@ -319,7 +318,7 @@ def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:
 def backward(
     models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the student's x, y and scale, as `tiled.backward` gives them."""
+    """Does what `tiled.backward` does."""
     launch = Launcher("backward", models, operands)
     columns = len(softmaxes[0].column_weights) > 0
     gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, *launch.split)

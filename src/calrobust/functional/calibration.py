@@ -283,7 +283,7 @@ class CalibrationInterval(NamedTuple):
     high: Tensor
     """Upper end of the interval for the error without noise, or NaN."""
     floor: Tensor
-    """The noise floor: the mean ECE of a perfectly calibrated model of these confidences."""
+    """The mean ECE of a perfectly calibrated model of these confidences, the noise floor."""
     p_value: Tensor
     """Chance that a perfectly calibrated model of these confidences shows an ECE at least as large."""
 

@@ -37,16 +37,16 @@ ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
-    """Accuracy against confidence in each bin and, below, a histogram of the confidences.
+    """Accuracy against confidence in each bin, above a histogram of confidences.
 
     The hatched part of a bar lies between accuracy and mean confidence. Bins with fewer samples are fainter.
 
     Args:
-        bins: sums ``[n_bins]`` from :func:`~calrobust.functional.bin_confidences`, or from a report.
-        ax: axes to draw into, which are returned; None makes new ones.
+        bins: sums ``[n_bins]`` from :func:`~calrobust.functional.bin_confidences`, a metric or a report.
+        ax: axes to draw into; None makes new ones.
 
     Raises:
-        TypeError, ValueError: ``bins`` are not three floating tensors ``[n_bins]``, or ``ax`` is not axes.
+        TypeError, ValueError: ``bins`` are not sums ``[n_bins]``, or ``ax`` is not axes.
 
     Example:
         >>> import torch
@@ -72,13 +72,13 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
-    """Reliability diagrams of some methods, in distribution (left) and of all OOD samples together (right).
+    """Reliability diagrams of methods, in distribution (left) and of all OOD samples (right).
 
-    The ECE at the right is usually below the report's OOD ECE, because gaps of opposite sign cancel.
+    The ECE at the right is usually below the report's, since gaps of opposite sign cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
-        methods: one for each row; None takes the first method of the report and its last two.
+        methods: one for each row; None takes the report's first and last two.
 
     Raises:
         TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``methods`` is not a
@@ -121,7 +121,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
 
 
 def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
-    """OOD ECE against OOD accuracy in per cent, one marker for each method; the best place is at the lower right.
+    """OOD ECE against OOD accuracy of each method in per cent; the lower right is best.
 
     Lines are 95 % intervals; only a single OOD domain has one of the ECE. A dash is the noise floor.
 
@@ -164,10 +164,10 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
 def risk_coverage(
     report: ShiftReport | Tensor, correct: Tensor | None = None, domain: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Error rate of the most confident predictions against how many they are, both in per cent.
+    """Error rate of the most confident predictions against their share, in per cent.
 
     Args:
-        report: with a curve for each method; or confidences ``[N]``, as for
+        report: a ``ShiftReport``, or confidences ``[N]`` as for
             :func:`~calrobust.functional.risk_coverage_curve`.
         correct: with confidences only, ``[N]``.
         domain: of the report; None is ``id_domain``.
@@ -182,8 +182,6 @@ def risk_coverage(
         >>> ax = risk_coverage(torch.tensor([0.9, 0.6]), torch.tensor([True, False]))
         >>> ax.lines[0].get_ydata()
         array([ 0., 50.])
-
-    Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, figure 1.
     """
     if isinstance(report, ShiftReport):
         report._check_has_data()
@@ -207,9 +205,9 @@ def risk_coverage(
 def differences(
     report: ShiftReport, method: str, columns: Sequence[str] = ("ood_accuracy", "ood_nll", "ood_nll_own_t", "ood_aurc")
 ) -> Figure:
-    """Figures of the other methods minus those of one, a row for each method, with 95 % intervals.
+    """Figures of the other methods minus those of one, with 95 % intervals.
 
-    Values are those of :meth:`ShiftReport.compare <calrobust.ShiftReport.compare>`. A marker is filled if the interval
+    Values are those of :meth:`~calrobust.ShiftReport.compare`. A marker is filled if the interval
     excludes 0.
 
     Args:

@@ -1,4 +1,4 @@
-"""Calibration errors and their intervals; docs/derivations.md has the formulas."""
+"""Calibration errors and their intervals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, for :func:`~calrobust.functional.binned_error`.
 
-    Bins are ``[lo, hi)``, the last one closed, with edges ``arange(n_bins + 1) * (1 / n_bins)`` in float64.
+    Bins are ``[lo, hi)`` with float64 edges, the last one closed.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1], else the value is NaN.
@@ -181,9 +181,7 @@ def adaptive_calibration_error(
     from_logits: bool = True,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Calibration error of the top label over bins that hold equally many samples.
-
-    .. math:: \sum_b \tfrac{n_b}{N} |a_b - c_b|, \qquad n_b \approx N / n_\mathrm{bins}
+    """Calibration error of the top label over bins that hold equally many samples.
 
     Samples of equal confidence share the bin of the middle one.
     Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
@@ -211,7 +209,7 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All go into the first bin of their class, then the few high ones move.
+        # All go into the first bin, then the few high ones move.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
@@ -281,7 +279,7 @@ class CalibrationInterval(NamedTuple):
     low: Tensor
     """Lower end of the interval for the error without noise, or NaN."""
     high: Tensor
-    """Upper end of the interval for the error without noise, or NaN."""
+    """Its upper end, or NaN."""
     floor: Tensor
     """The mean ECE of a perfectly calibrated model of these confidences, the noise floor."""
     p_value: Tensor
@@ -293,10 +291,9 @@ def calibration_interval(
 ) -> CalibrationInterval:
     r"""Interval and noise floor of the ECE, and a test against perfect calibration.
 
-    The interval and the debiased value are about the ECE of infinitely many samples in the same bins, so the whole
-    interval may lie below the value. There is no interval if the sum of :math:`c (1 - c)` over the confidences c is
-    below 50, as for up to about 300 samples, or 1,400 of a very confident model. :doc:`/derivations` has formulas,
-    sources and simulated coverage.
+    Interval and debiased value are about the ECE of infinitely many samples, so the whole interval may lie below the
+    value. There is no interval for up to about 300 samples, or 1,400 of a very confident model; :doc:`/derivations`
+    has formulas, sources and coverage.
 
     Args:
         confidences: shape ``[N]``, as for :func:`~calrobust.functional.bin_confidences`.
@@ -317,9 +314,6 @@ def calibration_interval(
         >>> value, debiased, low, high, floor, p_value = calibration_interval(confidences, correct)
         >>> value, floor  # |100 - 120| / 200, and sqrt(2 * 50 / pi) / 200
         (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
-
-    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams*. Interval and debiased
-    value are our own.
     """
     check_positive(level=level)
     check_fraction(closed=False, level=level)
@@ -351,7 +345,7 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
 
 
 def _errors(moments: Tensor, level: float) -> Tensor:
-    """Lower end, debiased value and upper end, ``[3, ...]``, from moments ``[4, ..., n_bins]``."""
+    """Lower end, debiased value and upper end, ``[3, ...]``."""
     counts, confidence_sums, correct_sums, variances = moments
     total, filled = counts.sum(-1), counts.clamp(min=1)
     observed = (confidence_sums - correct_sums).abs()
@@ -380,7 +374,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         slope = (slopes * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=1e-300)
         weights = torch.where(free > 0, 1 - slopes + slope, 1)
         folded = weights.square() * (squares + variances - means.square()).clamp(min=0)
-        between = weights.square() * squares / filled  # how many samples fall into a bin varies
+        between = weights.square() * squares / filled  # a bin's count varies
         spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total
         return means.sum(-1), spread.clamp(min=0).sqrt()
 
@@ -388,7 +382,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
     quantiles = torch.stack((quantile, 0 * quantile, -quantile)).view(3, *[1] * total.ndim)
     positive = deviations.clamp(min=1e-12)
     most = ((observed / positive).amax(-1) + 1).expand(3, *total.shape)  # there all gaps are 0
-    fewest = -(largest_gaps / positive).amax(-1).expand(3, *total.shape)  # there all gaps are as large as possible
+    fewest = -(largest_gaps / positive).amax(-1).expand(3, *total.shape)  # and here the largest
     for _ in range(BISECTIONS):
         t = (fewest + most) / 2
         mean, deviation = distribution(gaps(t))

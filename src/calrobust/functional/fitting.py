@@ -26,7 +26,7 @@ SMALL_STEP = 2e-5  # relative
 MAX_STEPS = 100
 LARGEST_RATIO = 10.0
 EXTREME = 100.0  # T of degenerate data, in units of the logits' spread
-HUGE = 1e20  # products of logits this far below the top could overflow
+HUGE = 1e20  # products of logits this far below the top overflow
 FLOOR = -200.0  # replaces them once they are scaled
 GAP = 32.0  # masks are this many times as far below the top as other logits
 GAP_LOGITS = 4096
@@ -36,8 +36,6 @@ SMALL_LINE_STEP = 1e-9  # of standardised similarities
 
 
 class _Data(NamedTuple):
-    """Logits, and what one pass over them has found."""
-
     logits: Tensor
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
@@ -59,23 +57,21 @@ def fit_temperature(
 
     .. math:: T = \arg\min_{T > 0} -\sum_i w_{y_i} \log \mathrm{softmax}(z_i / T)_{y_i}
 
-    Newton's method finds it in three or four passes over the logits. Data without a minimum (separable, anti-correlated
-    or constant logits) give a :class:`UserWarning` and the T that :doc:`/derivations` names. A single sample, or labels
-    of one class only, are fitted with a warning.
+    Data without a minimum (separable, anti-correlated or constant logits) give a :class:`UserWarning` and the T that
+    :doc:`/derivations` names. A single sample or class gives a warning too.
 
     Args:
         logits: shape ``[N, C]`` or ``[N, C, ...]``, floating; ``-inf``, or a far lower number, masks a class.
         target: shape ``[N]`` or ``[N, ...]``, int64 labels in [0, C).
         ignore_index: samples with this label are left out.
-        weight: shape ``[C]``, floating, >= 0: of the samples of each class, as in
-            :func:`torch.nn.functional.cross_entropy`.
+        weight: shape ``[C]``, floating, >= 0, as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
         A float64 scalar, exact to about 1e-7 relative, or 1e-5 where logits hardly differ.
 
     Raises:
         TypeError, ValueError: as for :func:`~calrobust.functional.calibration_error`, or there are no samples, a logit
-            is NaN or +inf, a label's logit is ``-inf``, or a weight is negative or not finite.
+            is NaN or +inf, a label's logit is ``-inf``, or a weight is invalid.
 
     Example:
         >>> import torch
@@ -146,7 +142,7 @@ def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
 
 
 def _visible_means(data: _Data, limit: float) -> Tensor:
-    """``[N]``: the mean of logit - top of each row, over classes less than ``limit`` below the top."""
+    """The means of :func:`_scan` over classes less than ``limit`` below the top."""
     means = []
     for differences in data.differences(torch.float64):
         hidden = differences <= -limit
@@ -168,7 +164,6 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
 
 
 def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
-    """T, and why the data do not determine it."""
     spread = -float(means.mean(dtype=torch.float64))
     if spread == 0:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
@@ -188,8 +183,8 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
 
 
 def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
-    """1/T, and whether the last step was a small one."""
-    low, high = 0.0, math.inf  # the gradient is negative at low and positive at high
+    """1/T, and whether it converged."""
+    low, high = 0.0, math.inf  # the gradient changes sign between them
     for _ in range(max_steps):
         gradient, curvature = _derivatives(data, beta)
         if gradient == 0:
@@ -206,7 +201,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """First and second derivative of the negative log-likelihood in β = 1/T, times β and β²; see the derivations."""
+    """First and second derivative of the loss in β = 1/T, times β and β²."""
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
@@ -224,7 +219,7 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
 
 
 def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
-    """``[2]``: the slope and the intercept of :class:`~calrobust.PlattScaler`."""
+    """``[2]``: slope and intercept of a ``PlattScaler``."""
     check_floating(similarities=similarities)
     check_bool(matched=matched)
     check_float64(similarities=similarities)
@@ -245,7 +240,6 @@ def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
 
 
 def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
-    """The line, and why the data do not determine it."""
     mean, others, cause = z.mean(dtype=torch.float64), z[~matched], ""
     squares = torch.stack([(block.double() - mean).square().sum() for block in z.split(BLOCK)])
     spread, hits = (squares.sum() / len(z)).sqrt(), z[matched]
@@ -268,7 +262,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
 def _newton_line(
     z: Tensor, matched: Tensor, mean: Tensor, spread: Tensor, low: float, high: float
 ) -> tuple[Tensor, bool]:
-    """The line for ``(z - mean) / spread``, and whether the last step was a small one."""
+    """The line for ``(z - mean) / spread``, and whether it converged."""
     line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), float("inf")
     for _ in range(MAX_STEPS):
         loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), 1e-9 * torch.eye(2).to(mean)

@@ -22,7 +22,7 @@ from calrobust._checks import (
     check_predictions,
 )
 
-CPU_BLOCK_BYTES = 2**20  # for each thread, so that a block stays in cache
+CPU_BLOCK_BYTES = 2**20  # for each thread, to stay in cache
 GPU_BLOCK_BYTES = 2**26
 
 
@@ -80,7 +80,7 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
-    """How many rows of ``scores`` make a block in ``dtype``."""
+    """How many rows make a block."""
     rows = len(scores)
     if not torch.compiler.is_compiling():  # the compiler fuses the passes itself
         size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
@@ -95,11 +95,11 @@ def probability_blocks(
     validate: bool | None = None,
     temperature: float | None = None,
 ) -> Iterator[Block]:
-    """Yields one block or more, of logits / ``temperature``; ``validate`` checks values, None where that is free."""
+    """Yields at least one block, of logits / ``temperature``; ``validate=None`` checks values where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
-    if validate or free:  # on a CPU a wrong label would be an error of indexing
+    if validate or free:  # on a CPU a wrong label breaks the indexing
         check_label_values(target, preds.shape[1])
     if validate:
         check_kind(from_logits=from_logits, preds=preds)
@@ -115,10 +115,9 @@ def probability_blocks(
 
 
 def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tensor) -> Tensor:
-    """Whether ``argmax`` of the scores gives the label."""
     if not can_read_values(scores):
         return scores.argmax(1) == labels
-    # argmax is slow on a CPU, so only rows that may have ties are searched.
+    # argmax is slow on a CPU, and needed only for ties.
     correct = own == confidences
     maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
     if len(maybe_tied):
@@ -140,7 +139,7 @@ def log_losses(block: Block) -> Tensor:
 
 def squared_errors(block: Block) -> Tensor:
     """``[n]``: squared distance of the probabilities from the label's indicator."""
-    # Subtracting the label's square after the sum would lose a small score.
+    # Subtracting after the sum would lose small scores.
     own = (block.own - 1).square()
     return block.probs.square().scatter_(1, block.target[:, None], own[:, None]).sum(1)
 
@@ -148,9 +147,7 @@ def squared_errors(block: Block) -> Tensor:
 def top_label(
     preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""The highest probability of each sample, and whether its class is the label.
-
-    .. math:: \hat p_i = \max_c p_{ic}
+    """The highest probability of each sample, and whether its class is the label.
 
     Both are ``[N]`` without ignored samples; the first is at least float32. Of equal scores the first counts.
     Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
@@ -165,7 +162,7 @@ def top_label(
 
 
 def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
-    """The result of :func:`top_label` for rows in blocks."""
+    """:func:`top_label` of blocks."""
     confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
     return torch.cat(confidences), torch.cat(correct)
 
@@ -218,8 +215,8 @@ def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
 
     with the accuracy :math:`\bar a`; other symbols, ``bins``, results and errors are those of
     :func:`~calrobust.functional.binned_error`. Reliability - resolution + uncertainty is the mean of
-    :math:`(1 - c_b)^2` for right and :math:`c_b^2` for wrong predictions. Reliability is better when low, resolution
-    when high.
+    :math:`(1 - c_b)^2` for right and :math:`c_b^2` for wrong predictions. Low reliability and high resolution
+    are good.
 
     Example:
         >>> import torch
@@ -296,7 +293,7 @@ def selective_risk(
 def risk_coverage_curve(confidences: Tensor, correct: Tensor) -> Tensor:
     """``[N]``: the share of errors among the k most confident predictions, k = 1 ... N.
 
-    With equal confidences each value is the mean over all their orders, exactly.
+    Each value is the mean over all orders of equal confidences.
 
     Args:
         confidences: shape ``[N]``, floating; any score, higher for what is accepted first. NaN gives NaN.
@@ -332,7 +329,7 @@ def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
 
 
 def _ranked(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The order, and in it confidences, numbers of ties, and errors, NaN for NaN."""
+    """The order, then the sorted confidences, their ties and errors."""
     check_confidences(confidences, correct)
     ordered, order = confidences.detach().sort(descending=True)
     changes = torch.ones_like(ordered, dtype=torch.int64)
@@ -346,7 +343,7 @@ def _ranks(like: Tensor) -> Tensor:
 
 
 def _shared(values: Tensor, ties: Tensor) -> Tensor:
-    """Each value replaced by the mean of its tie."""
+    """The mean of each value's tie."""
     sums, counts = torch.zeros(2, len(values), dtype=torch.float64, device=values.device)
     sums.index_add_(0, ties, values)
     counts.index_add_(0, ties, torch.ones_like(values))

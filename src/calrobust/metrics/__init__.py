@@ -1,6 +1,6 @@
 """Calibration metrics for ``torchmetrics``.
 
-:mod:`calrobust.functional` has the formulas. ``compute()`` gives float64 scalars, and NaN before the first ``update``.
+:mod:`calrobust.functional` has the formulas. ``compute()`` gives float64 scalars, NaN before an ``update``.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ __all__ = [
 class CalibrationError(BinnedMetric):
     """Expected calibration error of the top label (ECE), streaming.
 
-    The state is three float64 sums for each bin: ``metric.bins``, for :func:`~calrobust.plotting.reliability_diagram`.
+    The state is three float64 sums for each bin: ``metric.bins``.
 
     Args:
         n_bins, norm, debiased, from_logits, ignore_index: as for :func:`~calrobust.functional.calibration_error`.
@@ -217,7 +217,7 @@ class SelectiveRisk(SampledMetric):
 
 
 class CalibrationSummary(BinnedMetric):
-    """Accuracy, mean confidence, proper scores and calibration errors in one pass, streaming.
+    """Accuracy, confidence, scores and calibration errors, streaming.
 
     ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` in nats, ``brier``, ``ece``, ``rmsce``, ``mce``.
     Arguments are those of :class:`CalibrationError` without ``norm`` and ``debiased``.

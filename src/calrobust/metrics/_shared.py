@@ -1,6 +1,6 @@
 """What the metrics share."""
 
-# TorchScript cannot read `from __future__ import annotations`.
+# TorchScript cannot read postponed annotations.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class PredictionMetric(Metric):
         self.from_logits, self.ignore_index, self.validate_args = from_logits, ignore_index, validate_args
         self._dtype = torch.float64
         self._add_sums(self.scalar_sums)
-        if ignore_index is not None:  # so that MetricCollection shares no state with other labels' metrics
+        if ignore_index is not None:  # so that other labels' metrics share no state
             self._add_sums([f"without_{ignore_index}".replace("-", "minus_")], 0)
 
     def _add_sums(self, names: Iterable[str], *shape: int) -> None:
@@ -54,8 +54,8 @@ class PredictionMetric(Metric):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch.
 
-        As for :func:`~calrobust.functional.calibration_error`. With ``validate_args`` values are checked on every
-        device, and NaN, +inf and rows of -inf raise ``ValueError``.
+        As for :func:`~calrobust.functional.calibration_error`. ``validate_args`` checks values on every device; NaN,
+        +inf and rows of -inf raise ``ValueError``.
         """
         try:
             preds, target = as_rows(target, self.ignore_index, preds=preds)
@@ -68,7 +68,7 @@ class PredictionMetric(Metric):
             if self.validate_args and bool(torch.cat([each.flatten() for each in summands.values()]).isnan().any()):
                 check_softmax_exists(target, preds=preds)
         except BaseException:
-            self._update_count -= 1  # torchmetrics counts the call before it is made
+            self._update_count -= 1  # torchmetrics has counted the call
             raise
         for name, summand in summands.items():
             state = getattr(self, name)
@@ -76,7 +76,7 @@ class PredictionMetric(Metric):
 
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds a batch and returns the value of this batch alone."""
+        """Adds a batch and returns its own value."""
         before = {**self.__dict__, **self._copy_state_dict()}
         try:
             return super().forward(*args, **kwargs)
@@ -107,7 +107,7 @@ class PredictionMetric(Metric):
             self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
 
     def _as_states(self, states: Any) -> dict[str, Any]:
-        """Other states on this device; raises where they do not fit ours."""
+        """Other states on this device, if they fit."""
         if not isinstance(states, Mapping):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}
@@ -140,7 +140,6 @@ class PredictionMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PredictionMetric":
         check_float64(metric=fn(torch.empty(0, device=self.device)))
 
-        # Sums never take a lower precision.
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -189,7 +188,6 @@ class SampledMetric(PredictionMetric):
         return {"samples": confidences.where(correct, -confidences).double()}
 
     def _all_samples(self) -> tuple[Tensor, Tensor]:
-        """Confidences, and whether each is of a correct prediction."""
         nothing = torch.empty(0, dtype=torch.float64, device=self.device)
         samples = torch.cat([nothing, *self._as_states(self.metric_state)["samples"]])
         return samples.abs(), ~samples.signbit()
@@ -214,5 +212,4 @@ class MeanMetric(PredictionMetric):
 
 
 def _any_samples(states: dict[str, Any]) -> int:
-    """1 if states hold samples, else 0."""
     return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))

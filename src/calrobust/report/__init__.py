@@ -41,20 +41,19 @@ class ShiftReport:
     """Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
 
     OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
-    :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE of several domains has no interval.
-    :doc:`/derivations` has the other intervals. Domains are assumed to have no samples in common.
+    :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE has no interval.
+    :doc:`/derivations` has the other intervals. Domains must not share samples.
 
-    Figures are fractions; only printed tables are in per cent. Tables raise ``ValueError`` if a method lacks data of
-    ``id_domain`` or of a domain that others have. A report keeps about 40 bytes for each sample, and logits on the CPU.
+    Figures are fractions; printed tables are in per cent. Tables raise ``ValueError`` if a method lacks
+    ``id_domain`` or a domain that others have. A report keeps about 40 bytes for each sample, and logits on the CPU.
 
     Args:
         id_domain: the domain that is in distribution.
-        n_bins: number of bins of equal width of the ECE.
-        keep_logits: False keeps logits only until there is a temperature, so that :meth:`fit_temperature` before
-            :meth:`add` saves memory; ``nll_own_t`` is NaN.
+        n_bins: number of bins of the ECE.
+        keep_logits: False drops logits once there is a temperature, to save memory; ``nll_own_t`` is NaN.
 
     Raises:
-        TypeError, ValueError: an argument is of another type, ``id_domain`` is blank or ``n_bins`` < 1.
+        TypeError, ValueError: an argument is invalid.
 
     Example:
         >>> import torch
@@ -95,9 +94,8 @@ class ShiftReport:
             target: shape ``[N]`` or ``[N, ...]``, likewise.
 
         Raises:
-            TypeError, ValueError: a name is not a string or is blank, ``logits`` or ``target`` are invalid, the number
-                of classes changes, or over 1 % of the samples that T was fitted on are scored in this domain. The
-                report is left as it was.
+            TypeError, ValueError: a name or data are invalid, the number of classes changes, or over 1 % of the samples
+                that T was fitted on are in this domain. The report stays as it was.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
@@ -120,10 +118,10 @@ class ShiftReport:
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
-        """Gives a method its temperature T, before or after its data are added.
+        """Fits a method's temperature T to held-out data in distribution, before or after :meth:`add`.
 
-        T is :func:`~calrobust.functional.fit_temperature` of held-out data in distribution. Arguments and errors are
-        those of :meth:`add`; a second call for a method raises ``ValueError`` too.
+        T is that of :func:`~calrobust.functional.fit_temperature`. Arguments and errors are those of :meth:`add`; a
+        second call for a method raises ``ValueError`` too.
         """
         _check_names(method=method)
         if method in self._fits:
@@ -164,8 +162,8 @@ class ShiftReport:
 
         Returns:
             Dicts of ``method``, ``temperature`` and, after ``id_`` and ``ood_``, with ``…_low`` and ``…_high``:
-            ``accuracy``, ``ece`` and ``ece_ts`` (with ``…_debiased``, ``…_floor`` and ``…_p`` as well), ``nll`` in
-            nats, ``nll_ts``, ``nll_own_t`` (at the T that is best for each domain itself, a diagnosis and no result),
+            ``accuracy``, ``ece`` and ``ece_ts`` (also with ``…_debiased``, ``…_floor`` and ``…_p``), ``nll`` in
+            nats, ``nll_ts``, ``nll_own_t`` (at each domain's best T, only a diagnosis),
             ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN where there is no
             temperature, OOD domain, interval or logits.
         """
@@ -183,8 +181,8 @@ class ShiftReport:
     def compare(self, a: str, b: str) -> dict[str, Any]:
         """The figures of one method minus those of another, from the same samples.
 
-        Intervals are those of what differs for each sample, which tells methods apart that agree on most samples. A
-        difference of ECEs has none. :doc:`/derivations` has the formulas.
+        Intervals are paired, so narrow for methods that mostly agree. A difference of ECEs has none.
+        :doc:`/derivations` has the formulas.
 
         Args:
             a: a method.
@@ -251,7 +249,7 @@ class ShiftReport:
         return markdown(cells(self.summary, columns, intervals), self._caption(columns, intervals))
 
     def to_latex(self, *, columns: Sequence[str] = DEFAULT, intervals: bool = True) -> str:
-        r"""The same in LaTeX, for ``\usepackage{booktabs}``."""
+        """The same in LaTeX, for booktabs."""
         return latex(cells(self.summary, columns, intervals), self._caption(columns, intervals))
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
@@ -292,7 +290,7 @@ class ShiftReport:
     def __str__(self) -> str:
         try:
             return self.to_markdown()
-        except ValueError as error:  # the report is still incomplete
+        except ValueError as error:
             return f"{self!r}. No table yet: {error}"
 
     def __repr__(self) -> str:

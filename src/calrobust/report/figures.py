@@ -12,9 +12,9 @@ from calrobust.functional.calibration import bin_moments, mean_interval
 from calrobust.functional.fitting import best_temperature
 from calrobust.functional.scoring import as_rows, log_losses, probability_blocks, risk_contributions, squared_errors
 
-FEWEST = 10  # right and wrong predictions from which a score has one
+FEWEST = 10  # right and wrong predictions that an interval needs
 LEVEL = 0.95  # also in captions
-Z = 1.959963984540054  # the quantile of the normal distribution
+Z = 1.959963984540054  # normal quantile
 ENDS = ("", "_low", "_high")
 ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")
 PRINTED = {  # figure -> heading
@@ -56,7 +56,7 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}
     | {"<": r"\textless{}", ">": r"\textgreater{}"}
 )
-DUPLICATES = 0.01  # share of samples that may be both fitted and scored
+DUPLICATES = 0.01  # share that may be both fitted and scored
 HASHED = 64  # logits of each row
 
 
@@ -68,7 +68,7 @@ class Fit(NamedTuple):
 
 
 class Samples:
-    """One method in one domain, as batches."""
+    """Batches of a method in a domain."""
 
     def __init__(self, keep_logits: bool, n_classes: int) -> None:
         self.keep_logits, self.n_classes = keep_logits, n_classes
@@ -94,7 +94,7 @@ class Samples:
             self.columns.setdefault(name, []).append(column)
 
     def scale(self, temperature: float) -> None:
-        """Adds the columns at T of batches that lack them."""
+        """Adds the columns at T."""
         for batch in self.unscaled:
             self._append(columns_of(*batch, temperature))
         self.unscaled = []
@@ -119,7 +119,7 @@ class Samples:
 
 
 def columns_of(logits: Tensor, target: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
-    """What is kept of each sample, or what depends on the temperature."""
+    """What is kept of each sample, or what depends on T."""
     rows, ts = [], "_ts" * (temperature is not None)
     for block in probability_blocks(logits, target, True, validate=False, temperature=temperature):
         row = {f"confidences{ts}": block.confidences, f"nll{ts}": log_losses(block)}
@@ -156,8 +156,8 @@ def _bits(logits: Tensor) -> Tensor:
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
-    """Raises if more samples are in both than duplicates and coincidences explain."""
-    # Rows that coincide have twins within each set too. The lower share counts, since a set may repeat rows.
+    """Raises if too many samples are in both."""
+    # Coincident rows have twins in each set; the lower share counts, since a set may repeat rows.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
     coincidences = min(_with_twins(larger), _with_twins(smaller) * len(larger) / len(smaller))
@@ -170,7 +170,6 @@ def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> 
 
 
 def _with_twins(fingerprints: Tensor) -> float:
-    """Share of samples that occur more than once."""
     counts = fingerprints.unique(return_counts=True)[1]
     return int(counts[counts > 1].sum()) / len(fingerprints)
 
@@ -208,7 +207,7 @@ def mean_accuracy(correct: Tensor, counts: Tensor) -> Tensor:
 
 
 def mean_of_intervals(parts: Tensor) -> Tensor:
-    """The mean of independent values and its ends, ``[3, ...]``, from those of each ``[3, ..., D]``."""
+    """The mean of independent values and its ends, ``[3, ...]``, from ``[3, ..., D]``."""
     values, lows, highs = parts
     mean = values.mean(-1)
     distances = torch.stack((values - lows, highs - values)).square().sum(-1).sqrt() / values.shape[-1]
@@ -233,7 +232,7 @@ def score_interval(scores: Tensor, *, paired: bool = False) -> Tensor:
 
 
 def n_deciding(scores: Tensor) -> Tensor:
-    """How many scores decide the mean, if they differ by as much."""
+    """The effective number of scores."""
     squares = (scores.double() - scores.double().mean()).square()
     return squares.sum().square() / squares.square().sum()
 
@@ -255,7 +254,6 @@ def differences(pairs: Sequence[tuple[Samples, Samples]], a: dict[str, float], b
 
 
 def _difference(a: Samples, b: Samples, name: str) -> Tensor:
-    """The difference and the ends of its interval."""
     difference = a.scores(name).double() - b.scores(name).double()
     ends = score_interval(difference, paired=True)
     deciding = n_deciding(a["correct"].double() - b["correct"].double() if name == "aurc" else difference)
@@ -265,7 +263,7 @@ def _difference(a: Samples, b: Samples, name: str) -> Tensor:
 
 
 def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains: list[str], n_bins: int) -> str:
-    """What a reader of the table must know."""
+    """The caption of a table."""
     ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
     figures = f"Accuracy and ECE ({n_bins} bins) in per cent; ID: {id_domain}; OOD: {ood}; "
     scaling = "+ TS: logits divided by T, which was fitted on held-out data."
@@ -290,7 +288,7 @@ def check_columns(columns: Any) -> None:
 
 
 def scale_of(column: str) -> tuple[int, int]:
-    """The factor of a shown figure, and its decimals."""
+    """Factor and decimals of a figure."""
     return (1, 3) if "nll" in column or "brier" in column else (100, 2 if "aurc" in column else 1)
 
 

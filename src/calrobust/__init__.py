@@ -48,7 +48,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: torchmetrics alone takes longer to import than the rest of the package.
+    # On first use, since torchmetrics imports slowly.
     if name in {"metrics", "plotting"}:
         return importlib.import_module(f"calrobust.{name}")
     hint = ""

@@ -114,7 +114,6 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
-    """``preds`` must be floating ``[N, C, ...]``, C ≥ 2, and ``target`` int64 ``[N, ...]``."""
     check_floating(**preds)
     for name, value in preds.items():
         if value.ndim < 2:
@@ -161,10 +160,10 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
 
 
 def _may_be_probabilities(rows: Tensor) -> Tensor:
-    """``[N]``: whether each row may be rounded from probabilities. True for NaN."""
+    """Whether each row may be rounded probabilities; true for NaN."""
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
-    wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # 1/64: of a softmax taken in bfloat16
+    wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # a softmax in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
     for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # written to text
         steps = rows[doubtful].double() / step
@@ -174,10 +173,9 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 
 
 def _cannot_be_logits(rows: Tensor) -> bool:
-    """Whether all rows may be probabilities, and would hardly look like that by chance.
+    """Whether all rows look like probabilities, and hardly by chance.
 
-    A row of C logits in [0, 1] sums to 1 within d with a chance of at most 100 * d / C. With many classes a larger
-    chance is allowed.
+    C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C. With many classes, more is allowed.
     """
     n_classes = rows.shape[1]
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():
@@ -191,7 +189,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
 
 
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
-    """Tells logits ``[N, C]`` from probabilities. Reads values."""
+    """Reads values."""
     for name, value in scores.items():
         value = value.detach()
         if from_logits and len(value) and _cannot_be_logits(value):

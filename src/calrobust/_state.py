@@ -1,4 +1,4 @@
-"""The state of a model, read anew at each use, since ``.to()`` and FSDP replace tensors."""
+"""A model's state, read at each use, since ``.to()`` and FSDP replace tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
@@ -18,7 +18,6 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fs
 
 
 def unwrapped(names: Mapping[str, Any], owner: str) -> dict[str, str]:
-    """Maps names without words of wrappers to the names."""
     own = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in names}
     if len(own) < len(names):
         raise ValueError(
@@ -63,7 +62,7 @@ class Pair(NamedTuple):
 
 
 def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
-    """Pairs the tensors by name, without those that both models hold."""
+    """Pairs by name, without tensors that both models hold."""
     check_instance(nn.Module, "pass the model itself", student=theirs)
     (teacher, averaged), (student, _) = tensors(ours), tensors(theirs)
     check_values(teacher=teacher, student=student)

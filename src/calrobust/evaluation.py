@@ -33,13 +33,12 @@ def collect_logits(
     The model runs in eval mode without gradient, and gets its modes back.
 
     Args:
-        model: returns logits ``[B, C]`` or ``[B, C, ...]``, or has them as ``logits`` or ``logits_per_image`` of its
-            output.
+        model: returns logits ``[B, C, ...]``, or an output with ``logits`` or ``logits_per_image``.
         loader: yields ``(inputs, target)``, or keyword arguments with the target as ``labels`` or ``label``. Targets
             are integers.
         forward: ``forward(model, batch) -> (logits, target)``, for other batches and outputs.
         device: moves each batch there.
-        progress: whether to show a bar, if tqdm is installed.
+        progress: shows a bar, if tqdm is installed.
 
     Raises:
         TypeError: an argument, a batch or an output has the wrong type.
@@ -214,7 +213,7 @@ def _captions(names: Any, templates: Any) -> list[str]:
 
 
 class _Scaler(Keeping):
-    """Fitted buffers, always float64."""
+    """Fitted float64 buffers."""
 
     is_fitted: bool
     """Also true once a fitted state is loaded."""
@@ -240,7 +239,6 @@ class _Scaler(Keeping):
         check_floating(**tensors)
 
     def extra_repr(self) -> str:
-        """The fitted numbers."""
         numbers = (f"{name}={value.item():.6g}" for name, value in self.named_buffers())
         return ", ".join(numbers) if self.is_fitted else "not fitted"
 
@@ -255,7 +253,7 @@ class TemperatureScaler(_Scaler):
 
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
-    T is a buffer, and stays float64 when the module is cast. Fit on data that you do not report.
+    Fit on data that you do not report.
 
     Example:
         >>> import torch
@@ -267,7 +265,7 @@ class TemperatureScaler(_Scaler):
     """
 
     temperature: Tensor
-    """T, a float64 scalar."""
+    """T, a scalar, float64 also after a cast."""
 
     def __init__(self) -> None:
         super().__init__(temperature=1.0)
@@ -300,7 +298,7 @@ class PlattScaler(_Scaler):
         >>> scaler(torch.tensor([0.0, 0.5, 1.0])).sigmoid()  # 1 of 4 and 3 of 4 match
         tensor([0.2500, 0.5000, 0.7500])
 
-    Reference: Platt, 1999, *Probabilistic Outputs for Support Vector Machines*, section 2.
+    Reference: Platt, 1999, *Probabilistic Outputs for Support Vector Machines*.
     """
 
     slope: Tensor
@@ -315,7 +313,7 @@ class PlattScaler(_Scaler):
         """Sets a and b, and returns the scaler.
 
         Args:
-            similarities: cosines or logits of pairs, floating, of any shape, such as ``[N, M]``.
+            similarities: floating cosines or logits of pairs, of any shape.
             matched: whether each pair matches, bool.
 
         Raises:

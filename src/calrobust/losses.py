@@ -28,11 +28,11 @@ _OTHERS = ("logit_bias", *(f"teacher_{name}" for name in Outputs._fields))
 
 
 class PairLoss(nn.Module, ABC):
-    """Base class of losses on pairs: ``a + b`` and ``w * a`` are losses too, and share one pass over the pair matrix.
+    """Base class of losses on pairs, whose sums and multiples are losses too, in one pass over all pairs.
 
-    Call them as ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if no term distils.
-    Models return image features, text features, the logit scale, and maybe a logit bias, else taken to be 0, which no
-    softmax sees. Keyword arguments are attributes, which may change while training.
+    Call ``criterion(*model(images, texts), *teacher(images, texts))``, without a teacher if no term distils. Models
+    return image features, text features, logit scale, and maybe a logit bias, which softmaxes ignore (default 0).
+    Keyword arguments are attributes, which may change while training.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
@@ -42,11 +42,11 @@ class PairLoss(nn.Module, ABC):
 
     @abstractmethod
     def options(self) -> PairOptions:
-        """The options in which all terms agree."""
+        """The options of all terms."""
 
     @abstractmethod
     def weighted(self) -> list[tuple[float, _TermLoss]]:
-        """The loss as a weighted sum: pairs of a weight and a loss."""
+        """Pairs of a weight and a term."""
 
     def forward(
         self,
@@ -59,19 +59,19 @@ class PairLoss(nn.Module, ABC):
     ) -> Tensor:
         """The sum of the terms, with arguments, result and errors as in their functions.
 
-        By place or by name may follow the student's ``logit_bias``, then ``teacher_image_features`` ``[N, E]``,
-        ``teacher_text_features`` ``[M, E]``, ``teacher_logit_scale`` and maybe ``teacher_logit_bias``, if and only if a
-        term distils. ``labels`` are for contrastive terms.
+        By place or name follow ``logit_bias`` and, only if a term distils, ``teacher_image_features``,
+        ``teacher_text_features``, ``teacher_logit_scale`` and ``teacher_logit_bias``. Biases may be left out.
+        ``labels`` are for contrastive terms.
         """
         given = image_features, text_features, logit_scale, *others
         first, *rest = weighted_terms(lambda: self._request(*given, labels=labels, **named), self.options())
         return sum(rest, first)
 
     def terms(self, *outputs: Tensor | float | None, labels: Labels | None = None, **named: Any) -> dict[str, Tensor]:
-        """The weighted terms by name, for logging, from the arguments of ``forward``, which gives their sum.
+        """The weighted terms by name; ``forward`` gives their sum.
 
-        Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive``, ``sigmoid_distillation`` and ``feature``,
-        and ``feature_2`` for a second one.
+        Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive``, ``sigmoid_distillation`` and ``feature``;
+        a second one is ``feature_2``.
         """
         values = weighted_terms(
             lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), self.options()
@@ -116,7 +116,7 @@ class PairLoss(nn.Module, ABC):
         return LossSum((1.0, self), (1.0, other)) if isinstance(other, PairLoss) else NotImplemented
 
     def __radd__(self, other: object) -> PairLoss:
-        return self if other == 0 else NotImplemented  # the built-in sum() starts from 0
+        return self if other == 0 else NotImplemented  # sum() starts from 0
 
     def __mul__(self, weight: float) -> LossSum:
         return LossSum((weight, self))
@@ -125,7 +125,7 @@ class PairLoss(nn.Module, ABC):
 
 
 class _TermLoss(PairLoss):
-    """A loss of one term, which reads and checks its attributes at every call."""
+    """A loss of one term, whose attributes are checked at every call."""
 
     _kind: str
 
@@ -146,16 +146,15 @@ class _TermLoss(PairLoss):
         return [(1.0, self)]
 
     def extra_repr(self) -> str:
-        """The arguments that are not at their defaults."""
         defaults = {**vars(Term(self._kind)), **DEFAULTS}
         values = {name: getattr(self, name) for name in (*self._arguments, *DEFAULTS)}
         return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
 
 
 class MultimodalContrastiveLoss(_TermLoss):
-    """Contrastive loss over one or both directions of images and texts (MCL), with label smoothing.
+    """Contrastive loss of images and texts (MCL), with label smoothing.
 
-    Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -176,9 +175,9 @@ class MultimodalContrastiveLoss(_TermLoss):
 
 
 class MultimodalDistillationLoss(_TermLoss):
-    """Divergence of the student's similarity maps from a teacher's, summed over its directions (MKD).
+    """Divergence of the student's softmaxes from a teacher's (MKD).
 
-    Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -200,9 +199,9 @@ class MultimodalDistillationLoss(_TermLoss):
 
 
 class SigmoidContrastiveLoss(_TermLoss):
-    """Binary cross-entropy of every pair of an image and a text, as SigLIP is trained with.
+    """Binary cross-entropy of every image with every text: SigLIP's loss.
 
-    Module form of :func:`~calrobust.functional.sigmoid_contrastive_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.sigmoid_contrastive_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -219,9 +218,9 @@ class SigmoidContrastiveLoss(_TermLoss):
 
 
 class SigmoidDistillationLoss(_TermLoss):
-    """Divergence of a sigmoid model's probabilities from those of a teacher.
+    """Divergence of a sigmoid model's probabilities from a teacher's.
 
-    Module form of :func:`~calrobust.functional.sigmoid_distillation_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.sigmoid_distillation_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -240,9 +239,9 @@ class SigmoidDistillationLoss(_TermLoss):
 
 
 class FeatureDistillationLoss(_TermLoss):
-    """Distance of the student's features from a teacher's, which anchors one tower or both.
+    """Distance of the student's features from a teacher's.
 
-    Module form of :func:`~calrobust.functional.feature_distillation_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.feature_distillation_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -260,10 +259,9 @@ class FeatureDistillationLoss(_TermLoss):
 
 
 class LossSum(PairLoss):
-    """A weighted sum of losses on pairs, as ``a + 1.5 * b`` makes it from pairs of a weight and a loss.
+    """A weighted sum of losses on pairs, like ``a + 1.5 * b``, from pairs of a weight and a loss.
 
-    ``weights`` and ``losses`` are lists, whose entries may change while training: ``criterion.weights[1] = 0.5``,
-    ``criterion.losses[0].label_smoothing = 0.1``.
+    ``weights`` and ``losses`` are lists, whose entries may change while training: ``criterion.weights[1] = 0.5``.
 
     Raises:
         TypeError: there is no pair, or one of them is not a number and a loss.
@@ -287,14 +285,14 @@ class LossSum(PairLoss):
         terms = [(float(weight) * own, term) for weight, loss in weighted for own, term in loss.weighted()]
         self.losses = [term for _, term in terms]
         self.weights = [weight for weight, _ in terms]
-        self.weighted()  # checks that the options agree
+        self.weighted()  # checks the options
 
     def options(self) -> PairOptions:
-        """Those of the first loss."""
+        """The options of all terms."""
         return self.losses[0].options()
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
-        """The terms with today's weights, checked."""
+        """Pairs of a weight and a term."""
         for weight, loss in zip(self.weights, self.losses, strict=True):
             check_number(weight=weight)
             if loss.options() != self.losses[0].options():
@@ -318,7 +316,7 @@ class LossSum(PairLoss):
 class CaRotLoss(LossSum):
     """MCL with label smoothing plus a weight times MKD: CaRot's objective on pairs.
 
-    Module form of :func:`~calrobust.functional.carot_loss`, which has shapes and errors.
+    Module form of :func:`~calrobust.functional.carot_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -365,7 +363,7 @@ class CaRotLoss(LossSum):
 class OrthogonalityLoss(nn.Module):
     """Distance of a projection's columns from an orthonormal system (OC).
 
-    Module form of :func:`~calrobust.functional.orthogonality_loss`, which has formula, shapes and errors.
+    Module form of :func:`~calrobust.functional.orthogonality_loss`, which has the details.
 
     Example:
         >>> import torch
@@ -380,7 +378,7 @@ class OrthogonalityLoss(nn.Module):
         self.squared = squared
 
     def forward(self, weight: Tensor | nn.Linear) -> Tensor:
-        """OC of a projection ``[in, out]`` or of an ``nn.Linear``."""
+        """OC of a projection."""
         return orthogonality_loss(weight, squared=self.squared)
 
     def extra_repr(self) -> str:

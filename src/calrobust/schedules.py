@@ -73,12 +73,12 @@ class linear_warmup(_Schedule):
 
 @dataclass(frozen=True)
 class power(_Schedule):
-    r"""A decay that rises towards 1 by a power law.
+    r"""The warm-up of timm's ``ModelEmaV3``: a power law that rises towards 1.
 
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
 
-    It is the warm-up of timm's ``ModelEmaV3``. ``exponent`` and ``scale`` are > 0, and ``start <= end``.
+    ``exponent`` and ``scale`` are > 0, and ``start <= end``.
 
     Example:
         >>> from calrobust import schedules
@@ -130,7 +130,7 @@ class beta(_Schedule):
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
     Model 0 is the pre-trained one, and model :math:`n + 1` the student at update ``n``. :math:`T` is ``updates``, at
-    most ten million; from there on the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained model,
+    most ten million; then the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained model,
     ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`.
 
     Example:
@@ -162,7 +162,7 @@ class beta(_Schedule):
 
 @dataclass(frozen=True)
 class every(_Schedule):
-    """The teacher moves at steps 0, k, 2k, ... of training only, where k is ``steps``.
+    """Moves the teacher only at steps 0, k, 2k, ..., where k is ``steps``.
 
     ``decay`` is a float in ``[0, 1]`` or a schedule, called with the step. The teacher needs ``update_every=1``.
 

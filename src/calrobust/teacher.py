@@ -19,25 +19,23 @@ class EMATeacher(Keeping):
 
     .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Other
-    persistent buffers, and values that are not finite, are the student's (:doc:`/guides/weights`).
+    It averages what :func:`~calrobust.average` does of modules; the rest is the student's (:doc:`/guides/weights`).
 
     The copy has no gradient and stays in eval mode. ``.to()`` and ``state_dict`` of a parent reach it, ``parameters()``
     and ``train()`` do not.
 
     Args:
-        student: the model to copy, also in a ``DistributedDataParallel`` or compiled.
-        decay: :math:`\alpha` in ``[0, 1]``, or a function of the index 0, 1, ... of the update that acts, as in
-            :mod:`calrobust.schedules`.
+        student: the model, also in a ``DistributedDataParallel`` or compiled.
+        decay: :math:`\alpha` in ``[0, 1]``, or a function of ``updates``, as in :mod:`calrobust.schedules`.
         update_every: the copy moves at each ``update_every``-th call of :meth:`update`.
-        device: of the copy; by default the student's.
-        copy: a second model to become the copy, where ``deepcopy`` fails.
-        share_frozen: whether the copy holds the student's own frozen parameters, which must stay frozen and are not in
-            the ``state_dict``. FSDP2 needs False.
+        device: the copy's; by default the student's.
+        copy: a second model for the copy, where ``deepcopy`` fails.
+        share_frozen: whether the copy uses the student's frozen parameters, which must stay so and are not in the
+            ``state_dict``. FSDP2 needs False.
 
     Attributes:
         module: the copy.
-        masters: the float32 copy that is averaged for a student of low precision.
+        masters: a float32 copy, averaged for a student of low precision.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
@@ -110,7 +108,7 @@ class EMATeacher(Keeping):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Counts a training step, and moves the copy if it is its turn.
+        """Counts a step, and moves the copy if it is its turn.
 
         Raises:
             ValueError: the student does not fit, a shared parameter is not frozen any more, or the decay is outside
@@ -144,7 +142,7 @@ class EMATeacher(Keeping):
             self.step += 1
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
-        """Pairs by name, and then by place while no part is replaced."""
+        """By name, then by place until a part is replaced."""
         ours = self.module if self.masters is None else self.masters
         if torch.compiler.is_compiling():
             return paired(ours, student)
@@ -284,7 +282,7 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
             finite = ours.isfinite() & theirs.isfinite()
             ours.copy_(torch.where(finite, torch.lerp(ours, theirs, weight), theirs))
         elif ours.device != theirs.device or ours.dtype != theirs.dtype:
-            ours.lerp_(theirs.to(ours), weight)  # one by one, to save memory
+            ours.lerp_(theirs.to(ours), weight)  # one at a time: less memory
         else:
             fused.append((ours, theirs))
     if fused:
@@ -304,11 +302,8 @@ def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module 
     return masters
 
 
-# For other people's training loops.
-
-
 def whole_state(teacher: EMATeacher) -> dict[str, Any]:
-    """The state dict of whole tensors; every rank has to call it."""
+    """The state of whole tensors; every rank has to call it."""
     state = teacher.state_dict()
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 

@@ -20,7 +20,7 @@ def multimodal_contrastive_loss(
     direction: Directions = "both",
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    r"""Cross-entropy of each image against all texts and of each text against all images (MCL).
+    r"""Cross-entropy of images against all texts and of texts against all images (MCL).
 
     .. math:: \ell_i = \log \sum_j e^{s_{ij}} - (1 - \varepsilon)\, \bar s_i - \tfrac{\varepsilon}{M} \sum_j s_{ij}
 
@@ -29,16 +29,15 @@ def multimodal_contrastive_loss(
     two directions are averaged.
 
     Args:
-        image_features: shape ``[N, D]``, floating, unit norm; used as given, never normalised.
+        image_features: shape ``[N, D]``, floating, unit norm, used as given.
         text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and further
-            texts are only candidates of the images.
+            texts are only candidates.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
             ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive (off the CPU
             and in compiled code its loss is NaN without); from text to image a text without is left out.
-        label_smoothing: :math:`\varepsilon` in [0, 1): each of the M candidates gets :math:`\varepsilon / M` of the
-            target, as in torch.
-        direction: ``"image_to_text"`` or ``"text_to_image"`` gives the value of one, at its cost.
+        label_smoothing: :math:`\varepsilon` in [0, 1), as in torch.
+        direction: ``"both"``, ``"image_to_text"`` or ``"text_to_image"``.
         **options: see :class:`~calrobust.functional.PairOptions`.
 
     Returns:
@@ -47,9 +46,8 @@ def multimodal_contrastive_loss(
 
     Raises:
         ValueError: the features differ in width, dtype or device, are empty or not 2-D; ``labels`` do not fit, or M < N
-            without; an image has no positive; a number or option is out of range; ``reduction="none"`` is of both
-            directions of what are no pairs; ``impl="triton"`` finds no CUDA device.
-        TypeError: the features are not floating point, ``labels`` not ``int64``, or an option is unknown.
+            without; an image has no positive; a number or option is out of range, or does not fit.
+        TypeError: a dtype is wrong, or an option unknown.
 
     Example:
         >>> import torch
@@ -57,8 +55,7 @@ def multimodal_contrastive_loss(
         >>> multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0)  # log(1 + 1/e)
         tensor(0.3133)
 
-    Reference: Radford et al., 2021, :arxiv:`2103.00020`, Figure 3; with label smoothing Oh et al., 2024,
-    :arxiv:`2311.01723`.
+    Reference: Radford et al., 2021, :arxiv:`2103.00020`; Oh et al., 2024, :arxiv:`2311.01723`.
     """
     student = Outputs(image_features, text_features, logit_scale)
 
@@ -88,11 +85,11 @@ def multimodal_distillation_loss(
     Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by ``temperature``
     :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper; open_clip's ``DistillClipLoss``
-    averages them, and its value (not its gradient) also holds the teacher's entropy.
+    averages them, and adds the teacher's entropy to the value.
 
     Other arguments and results are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but images and
     texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get no
-    gradient. The value is exactly 0 where teacher and student are equal.
+    gradient.
 
     Raises:
         ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
@@ -132,7 +129,7 @@ def carot_loss(
     direction: Directions = "both",
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    """MCL with label smoothing plus ``distillation_weight`` times MKD, in one pass over the pair matrix.
+    """MCL with label smoothing plus ``distillation_weight`` times MKD: CaRot's objective on pairs.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss` and
     :func:`~calrobust.functional.multimodal_distillation_loss`.
@@ -143,8 +140,6 @@ def carot_loss(
         >>> image = text = torch.eye(2)
         >>> carot_loss(image, text, 1.0, image, text, 1.0, label_smoothing=0.0, distillation_weight=1.5)
         tensor(0.3133)
-
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, without :func:`~calrobust.functional.orthogonality_loss`.
     """
     student = Outputs(image_features, text_features, logit_scale)
     teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale)
@@ -172,10 +167,10 @@ def sigmoid_contrastive_loss(
 
     .. math:: \ell_i = \sum_j \log \left( 1 + e^{-m_{ij} z_{ij}} \right)
 
-    Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, a finite number or a tensor of one
-    element, and :math:`m_{ij}` is 1 for positives and -1 for all others. Arguments, results and errors are those of
-    :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive, and mean, sum and
-    ``"none"`` are over the N images.
+    Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, and :math:`m_{ij}` is 1 for
+    positives and -1 for all others. Arguments, results and errors are those of
+    :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive, and reductions are
+    over the N images.
 
     Example:
         >>> import torch
@@ -206,9 +201,9 @@ def sigmoid_distillation_loss(
 
     .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
 
-    Here :math:`\tilde z_{ij}` is the teacher's, and KL is that of two answers, yes and no. Arguments, results and
-    errors are those of :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature``
-    :math:`\tau` those of :func:`~calrobust.functional.multimodal_distillation_loss`.
+    Here :math:`\tilde z_{ij}` is the teacher's, and KL is binary. Arguments, results and errors are those of
+    :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature`` :math:`\tau` those
+    of :func:`~calrobust.functional.multimodal_distillation_loss`.
 
     Example:
         >>> import torch
@@ -235,13 +230,12 @@ def feature_distillation_loss(
     modality: Modality = "both",
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    r"""Half the squared distance of the student's features from a teacher's, to which it anchors them.
+    r"""Half the squared distance of features from a teacher's.
 
     .. math:: \ell_i = \tfrac{1}{2} \lVert x_i - \tilde x_i \rVert^2
 
-    For unit norm this is :math:`1 - x_i^\top \tilde x_i`, but a small value keeps its digits. The means over images and
-    over texts are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a
-    gradient. A mean is D/2 times torch's ``mse_loss``. There is no pass over pairs.
+    For unit norm this is :math:`1 - x_i^\top \tilde x_i`, without its rounding. The means over images and over texts
+    are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a gradient.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_distillation_loss`, but features
     may have any norm, and the teacher's must have the student's width D. The logit scales are not used.
@@ -264,16 +258,15 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     .. math:: \lVert W^\top W - I \rVert_F^2
 
     Args:
-        weight: shape ``[in, out]``, floating: a projection applied as ``x @ W``, such as open_clip's ``visual.proj``;
-            or an ``nn.Linear``, whose weight ``[out, in]`` is transposed. A ``DTensor`` (FSDP2) is gathered, which
-            every rank must do.
+        weight: shape ``[in, out]``, floating, applied as ``x @ W``, such as open_clip's ``visual.proj``; or an
+            ``nn.Linear``. A ``DTensor`` (FSDP2) is gathered, so every rank must call this.
         squared: False gives the norm itself, whose gradient at an orthonormal ``W`` is zero.
 
     Returns:
-        A scalar ≥ 0; float32, or float64 for a float64 weight. Zero needs orthonormal columns, hence in ≥ out.
+        A scalar ≥ 0; float32, or float64 for a float64 weight. Zero needs in ≥ out.
 
     Raises:
-        TypeError: ``weight`` is neither a floating-point tensor nor an ``nn.Linear``.
+        TypeError: ``weight`` has the wrong type.
         ValueError: ``weight`` is not 2-D.
 
     Example:
@@ -282,7 +275,7 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
         >>> orthogonality_loss(2 * torch.eye(3))  # three diagonal entries of 4 - 1
         tensor(27.)
 
-    Reference: Oh et al., 2024, :arxiv:`2311.01723`, the orthogonality constraint of its contrastive loss.
+    Reference: Oh et al., 2024, :arxiv:`2311.01723`.
     """
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
     if hasattr(matrix, "full_tensor"):  # a DTensor

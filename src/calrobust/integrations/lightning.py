@@ -30,7 +30,7 @@ class EMATeacherCallback(Callback):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: in training, if two callbacks would evaluate one student, or a checkpoint holds no teacher.
+        ValueError: in training, if two callbacks evaluate one student, or a checkpoint holds no teacher.
 
     Example:
         >>> from types import SimpleNamespace

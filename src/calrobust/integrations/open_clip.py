@@ -24,7 +24,7 @@ class OpenClipLoss(nn.Module):
 
     Args:
         criterion: a loss on pairs, or a sum, with ``reduction="mean"`` or ``"sum"``.
-        caption_weight: of the caption loss of a CoCa model, which needs one.
+        caption_weight: of the caption loss, which CoCa models need.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -55,11 +55,10 @@ class OpenClipLoss(nn.Module):
         """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
-            *outputs: of the student, and then the teacher: image and text features ``[N, D]`` of unit norm, the
-                exponentiated logit scale, and the logit bias if there is one.
+            *outputs: the student's and then the teacher's, as for any loss on pairs.
             output_dict: whether to return the terms.
-            **named: the same by name, ``dist_image_features`` and so on of the teacher, and ``logits`` and ``labels``
-                of captions. Other names are ignored.
+            **named: the same by name, the teacher's as ``dist_image_features``, and ``logits`` and ``labels`` of
+                captions. Other names are ignored.
 
         Raises:
             TypeError: a teacher or caption weight is missing, or a teacher is too many.

@@ -79,12 +79,11 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
-    """The arguments of a loss on pairs, from the output of a model of two towers.
+    """The arguments of a loss on pairs, from a model's output.
 
-    They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one: its own
-    logits are scaled products of features, plus the bias. Features have unit norm, except those of PE-video, whose
-    videos stand for images. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. What lacks these
-    raises ``TypeError``.
+    They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one. Features
+    have unit norm, except those of PE-video, whose videos stand for images. The ``model`` may be in a
+    ``DistributedDataParallel`` or EMA teacher. What lacks these raises ``TypeError``.
 
     Example:
         >>> import torch

@@ -161,7 +161,7 @@ def test_fine_tuning_clips_and_its_head_has_a_bias(made: Path, tmp_path: Path, s
 
 
 def test_float16_scales_the_loss_and_clips_what_is_scaled(made: Path, tmp_path: Path, seen: list[float]) -> None:
-    """As the scripts do, which do not unscale before they clip (trap 10): the gradient's own norm is then 1 / 65536."""
+    """As the scripts do, which do not unscale before they clip: the gradient's own norm is then 1 / 65536."""
     arguments = options(made, tmp_path, "--recipe", "released", method="ft")
     at = arguments.index("--precision")
     del arguments[at : at + 2]

@@ -35,7 +35,7 @@ def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
 def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -> Bins:
     """Sums over bins of equal width, for :func:`~calrobust.functional.binned_error`.
 
-    Bins are ``[lo, hi)`` with float64 edges, the last one closed.
+    Bins are ``[lo, hi)``, the last one closed, with edges ``arange(n_bins + 1) * (1 / n_bins)`` in float64.
 
     Args:
         confidences: shape ``[N]``, floating, in [0, 1], else the value is NaN.
@@ -292,8 +292,8 @@ def calibration_interval(
     r"""Interval and noise floor of the ECE, and a test against perfect calibration.
 
     Interval and debiased value are about the ECE of infinitely many samples, so the whole interval may lie below the
-    value. There is no interval for up to about 300 samples, or 1,400 of a very confident model; :doc:`/derivations`
-    has formulas, sources and coverage.
+    value. There is no interval if the sum of c * (1 - c) over the confidences is below 50, as for up to about 300
+    samples, or 1,400 of a very confident model. :doc:`/derivations` has formulas, sources and coverage.
 
     Args:
         confidences: shape ``[N]``, as for :func:`~calrobust.functional.bin_confidences`.
@@ -314,6 +314,8 @@ def calibration_interval(
         >>> value, debiased, low, high, floor, p_value = calibration_interval(confidences, correct)
         >>> value, floor  # |100 - 120| / 200, and sqrt(2 * 50 / pi) / 200
         (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
+
+    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams*, and our own.
     """
     check_positive(level=level)
     check_fraction(closed=False, level=level)

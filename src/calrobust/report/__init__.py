@@ -41,7 +41,7 @@ class ShiftReport:
     """Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
 
     OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
-    :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE has no interval.
+    :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE of several domains has no interval.
     :doc:`/derivations` has the other intervals. Domains must not share samples.
 
     Figures are fractions; printed tables are in per cent. Tables raise ``ValueError`` if a method lacks
@@ -50,7 +50,8 @@ class ShiftReport:
     Args:
         id_domain: the domain that is in distribution.
         n_bins: number of bins of the ECE.
-        keep_logits: False drops logits once there is a temperature, to save memory; ``nll_own_t`` is NaN.
+        keep_logits: False drops logits once there is a temperature, so that :meth:`fit_temperature` before :meth:`add`
+            saves memory; ``nll_own_t`` is NaN.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -94,8 +95,8 @@ class ShiftReport:
             target: shape ``[N]`` or ``[N, ...]``, likewise.
 
         Raises:
-            TypeError, ValueError: a name or data are invalid, the number of classes changes, or over 1 % of the samples
-                that T was fitted on are in this domain. The report stays as it was.
+            TypeError, ValueError: a name is no string or is blank, data are invalid, the number of classes changes, or
+                over 1 % of the samples that T was fitted on are in this domain. The report stays as it was.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)

@@ -154,7 +154,7 @@ class _TermLoss(PairLoss):
 class MultimodalContrastiveLoss(_TermLoss):
     """Contrastive loss of images and texts (MCL), with label smoothing.
 
-    Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.multimodal_contrastive_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -177,7 +177,7 @@ class MultimodalContrastiveLoss(_TermLoss):
 class MultimodalDistillationLoss(_TermLoss):
     """Divergence of the student's softmaxes from a teacher's (MKD).
 
-    Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.multimodal_distillation_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -201,7 +201,7 @@ class MultimodalDistillationLoss(_TermLoss):
 class SigmoidContrastiveLoss(_TermLoss):
     """Binary cross-entropy of every image with every text: SigLIP's loss.
 
-    Module form of :func:`~calrobust.functional.sigmoid_contrastive_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.sigmoid_contrastive_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -220,7 +220,7 @@ class SigmoidContrastiveLoss(_TermLoss):
 class SigmoidDistillationLoss(_TermLoss):
     """Divergence of a sigmoid model's probabilities from a teacher's.
 
-    Module form of :func:`~calrobust.functional.sigmoid_distillation_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.sigmoid_distillation_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -241,7 +241,7 @@ class SigmoidDistillationLoss(_TermLoss):
 class FeatureDistillationLoss(_TermLoss):
     """Distance of the student's features from a teacher's.
 
-    Module form of :func:`~calrobust.functional.feature_distillation_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.feature_distillation_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -316,7 +316,7 @@ class LossSum(PairLoss):
 class CaRotLoss(LossSum):
     """MCL with label smoothing plus a weight times MKD: CaRot's objective on pairs.
 
-    Module form of :func:`~calrobust.functional.carot_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.carot_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -363,7 +363,7 @@ class CaRotLoss(LossSum):
 class OrthogonalityLoss(nn.Module):
     """Distance of a projection's columns from an orthonormal system (OC).
 
-    Module form of :func:`~calrobust.functional.orthogonality_loss`, which has the details.
+    Module form of :func:`~calrobust.functional.orthogonality_loss`, which has formula, shapes and errors.
 
     Example:
         >>> import torch
@@ -378,7 +378,7 @@ class OrthogonalityLoss(nn.Module):
         self.squared = squared
 
     def forward(self, weight: Tensor | nn.Linear) -> Tensor:
-        """OC of a projection."""
+        """OC of a projection ``[in, out]`` or of an ``nn.Linear``."""
         return orthogonality_loss(weight, squared=self.squared)
 
     def extra_repr(self) -> str:

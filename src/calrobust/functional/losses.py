@@ -29,14 +29,15 @@ def multimodal_contrastive_loss(
     two directions are averaged.
 
     Args:
-        image_features: shape ``[N, D]``, floating, unit norm, used as given.
+        image_features: shape ``[N, D]``, floating, unit norm; used as given, never normalised.
         text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and further
             texts are only candidates.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
             ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive (off the CPU
             and in compiled code its loss is NaN without); from text to image a text without is left out.
-        label_smoothing: :math:`\varepsilon` in [0, 1), as in torch.
+        label_smoothing: :math:`\varepsilon` in [0, 1): each of the M candidates gets :math:`\varepsilon / M` of the
+            target, as in torch.
         direction: ``"both"``, ``"image_to_text"`` or ``"text_to_image"``.
         **options: see :class:`~calrobust.functional.PairOptions`.
 
@@ -46,8 +47,9 @@ def multimodal_contrastive_loss(
 
     Raises:
         ValueError: the features differ in width, dtype or device, are empty or not 2-D; ``labels`` do not fit, or M < N
-            without; an image has no positive; a number or option is out of range, or does not fit.
-        TypeError: a dtype is wrong, or an option unknown.
+            without; an image has no positive; a number or option is out of range; ``reduction="none"`` is of both
+            directions of what are no pairs; ``impl="triton"`` finds no CUDA device.
+        TypeError: the features are not floating point, ``labels`` not ``int64``, or an option is unknown.
 
     Example:
         >>> import torch
@@ -85,11 +87,11 @@ def multimodal_distillation_loss(
     Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by ``temperature``
     :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper; open_clip's ``DistillClipLoss``
-    averages them, and adds the teacher's entropy to the value.
+    averages them, and its value (not its gradient) also holds the teacher's entropy.
 
     Other arguments and results are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but images and
     texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get no
-    gradient.
+    gradient. The value is exactly 0 where teacher and student are equal.
 
     Raises:
         ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
@@ -129,7 +131,7 @@ def carot_loss(
     direction: Directions = "both",
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    """MCL with label smoothing plus ``distillation_weight`` times MKD: CaRot's objective on pairs.
+    """MCL with label smoothing plus ``distillation_weight`` times MKD: CaRot's objective on pairs, without OC.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss` and
     :func:`~calrobust.functional.multimodal_distillation_loss`.
@@ -167,8 +169,8 @@ def sigmoid_contrastive_loss(
 
     .. math:: \ell_i = \sum_j \log \left( 1 + e^{-m_{ij} z_{ij}} \right)
 
-    Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, and :math:`m_{ij}` is 1 for
-    positives and -1 for all others. Arguments, results and errors are those of
+    Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, a finite number or scalar tensor,
+    and :math:`m_{ij}` is 1 for positives and -1 for all others. Arguments, results and errors are those of
     :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive, and reductions are
     over the N images.
 
@@ -234,8 +236,9 @@ def feature_distillation_loss(
 
     .. math:: \ell_i = \tfrac{1}{2} \lVert x_i - \tilde x_i \rVert^2
 
-    For unit norm this is :math:`1 - x_i^\top \tilde x_i`, without its rounding. The means over images and over texts
-    are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a gradient.
+    For unit norm this is :math:`1 - x_i^\top \tilde x_i`, without its rounding, and D/2 times torch's ``mse_loss``. The
+    means over images and over texts are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the
+    other without a gradient.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_distillation_loss`, but features
     may have any norm, and the teacher's must have the student's width D. The logit scales are not used.

@@ -55,7 +55,7 @@ class OpenClipLoss(nn.Module):
         """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
-            *outputs: the student's and then the teacher's, as for any loss on pairs.
+            *outputs: the student's and then the teacher's: image and text features, logit scale, maybe logit bias.
             output_dict: whether to return the terms.
             **named: the same by name, the teacher's as ``dist_image_features``, and ``logits`` and ``labels`` of
                 captions. Other names are ignored.

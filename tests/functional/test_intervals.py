@@ -217,3 +217,10 @@ def test_no_samples_and_invalid_confidences_give_nan() -> None:
     for confidences in (torch.empty(0), torch.tensor([0.5, math.nan])):
         found = calibration_interval(confidences, torch.zeros(len(confidences), dtype=torch.bool))
         assert all(figure.isnan() for figure in found)
+
+
+def test_a_level_that_rounds_to_one_leaves_the_debiased_value() -> None:
+    """Its quantile is infinite, and 0 times it is NaN."""
+    confidences, correct = torch.full((400,), 0.5, dtype=torch.float64), torch.arange(400) < 300
+    near, rounded = (calibration_interval(confidences, correct, level=level) for level in (0.95, 1 - 1e-16))
+    assert rounded.debiased == near.debiased > 0.2

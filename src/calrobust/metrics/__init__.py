@@ -206,8 +206,16 @@ class SelectiveRisk(SampledMetric):
         tensor(0.2500, dtype=torch.float64)
     """
 
-    def __init__(self, *, generalized: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        generalized: bool = False,
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(from_logits=from_logits, ignore_index=ignore_index, validate_args=validate_args, **kwargs)
         check_flag(generalized=generalized)
         self.generalized = generalized
 

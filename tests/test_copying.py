@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -287,6 +288,14 @@ def test_a_model_that_cannot_be_copied_is_told_by_attribute_and_can_be_given_twi
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
     assert not teacher.module[1].training  # type: ignore[index]  # it is a Sequential
     teacher.update(student)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_a_scripted_student_is_refused() -> None:
+    """Its layers are not seen, so that a teacher could not tell statistics from other buffers."""
+    expected = "student must be a model in Python, got a ScriptModule; make the teacher before scripting"
+    with pytest.raises(TypeError, match=re.escape(expected)):
+        EMATeacher(torch.jit.script(model()))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # old weight_norm is deprecated

@@ -403,6 +403,17 @@ class TestZeroShotClassifier:
             mean = nn.functional.normalize(torch.cat(features), dim=1).mean(0)
             assert_close(row, nn.functional.normalize(mean, dim=0).detach())
 
+    def test_a_model_without_parameters_runs_where_its_buffers_are(self) -> None:
+        """Quantised towers keep their weights elsewhere."""
+
+        class Tower(nn.BatchNorm1d):
+            def encode_text(self, tokens: Tensor) -> Tensor:
+                return tokens.double()
+
+        for model in (Tower(1, affine=False), Tower(1, affine=False, track_running_stats=False)):
+            weight = zero_shot_classifier(model, lambda texts: torch.tensor([[3, 4]] * len(texts)), ["ox"])
+            assert_close(weight, torch.tensor([[0.6, 0.8]], dtype=torch.float64))
+
     @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
     def test_is_float32_or_better_and_one_text_is_one_template(self, dtype: torch.dtype, expected: torch.dtype) -> None:
         """Several forward passes give the same result as one."""

@@ -729,6 +729,7 @@ class TestTables:
         """A method's name is text, not markup, in Markdown and in LaTeX."""
         report = make_report("a|b & 50% of_{x} #1 $~^\\")
         assert r"| a\|b & 50%" in report.to_markdown()
+        assert r"| c\\\|d |" in make_report("c\\|d").to_markdown(columns=["id_nll"])
         assert r"a|b \& 50\% of\_\{x\} \#1 \$\textasciitilde{}\textasciicircum{}\textbackslash{} &" in report.to_latex()
 
     def test_latex_has_a_row_for_each_method(self) -> None:

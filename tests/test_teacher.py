@@ -221,6 +221,20 @@ def test_what_is_not_finite_on_either_side_takes_the_students_value(
     assert teacher.module.get_buffer("1.running_mean").isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_that_came_with_a_checkpoint_does_not_turn_into_nan(dtype: torch.dtype) -> None:
+    """The usual order is to build the model, to make the teacher, and then to load the states of both."""
+    saved = nn.Sequential(nn.Linear(1, 2)).to(dtype)
+    nn.init.constant_(saved.get_parameter("0.bias"), -torch.inf)
+    student = nn.Sequential(nn.Linear(1, 2)).to(dtype)
+    teacher = EMATeacher(student, 0.5)
+    parent = nn.ModuleDict({"student": student, "teacher": teacher})
+    parent.load_state_dict(nn.ModuleDict({"student": saved, "teacher": EMATeacher(saved, 0.5)}).state_dict())
+    teacher.update(student)
+    teacher.update(student)
+    assert (teacher.module.get_parameter("0.bias") == -torch.inf).all()
+
+
 class Buffers(nn.Module):
     """Has one buffer of each kind that is not a statistic of a normalisation layer."""
 
@@ -574,6 +588,15 @@ def test_a_schedule_that_leaves_the_unit_interval_raises_and_changes_nothing(dec
         teacher.update(student)
     assert (teacher.step, teacher.updates) == (0, 0)
     assert teacher.module.get_parameter("weight") == 1.0
+
+
+def test_an_option_that_is_changed_later_is_checked_as_at_first() -> None:
+    """Nothing has moved then."""
+    teacher = EMATeacher(single(1.0), 0.5)
+    teacher.update_every = 0
+    with pytest.raises(ValueError, match="update_every must be >= 1, got 0"):
+        teacher.update(single(5.0))
+    assert (teacher.step, teacher.module.get_parameter("weight").item()) == (0, 1.0)
 
 
 # Saving

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -183,7 +184,8 @@ def zero_shot_classifier(
         raise TypeError(f"model must have encode_text or get_text_features, got {type(model).__name__}; {fix}")
     tower: Any = model
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer) if of_transformers else tokenizer  # of a processor
-    device, features = next(model.parameters()).device, []
+    devices = (one.device for one in chain(model.parameters(), model.buffers()))
+    device, features = next(devices, torch.device("cpu")), []
     with _evaluating(model):
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
             part = captions[start : start + _CAPTIONS_AT_ONCE]

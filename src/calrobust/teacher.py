@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
-from calrobust._state import Keeping, Pair, copied, filled, keeping_dtype, paired, parts, tensors, write
+from calrobust._state import Keeping, Pair, copied, filled, keeping_dtype, paired, parts, tensors, unwrapped, write
 
 
 class EMATeacher(Keeping):
@@ -74,6 +74,8 @@ class EMATeacher(Keeping):
     ) -> None:
         super().__init__()
         check_instance(nn.Module, "pass the model itself", student=student)
+        if isinstance(student, torch.jit.ScriptModule):
+            raise TypeError("student must be a model in Python, got a ScriptModule; make the teacher before scripting")
         if not callable(decay):
             check_fraction(closed=True, decay=decay)
         check_integer(1, update_every=update_every)
@@ -97,7 +99,7 @@ class EMATeacher(Keeping):
             self.register_module("module", module)
             self.register_module("masters", _float32_masters(module, shared))
             state = tensors(module if self.masters is None else self.masters)[0]
-            self._not_finite = {name for name in state.keys() - self._shared if not state[name].sum().isfinite()}
+            self._not_finite = _names_not_finite({name: state[name] for name in state.keys() - self._shared})
             if device is not None:
                 self.to(device)
         self.eval()
@@ -120,6 +122,7 @@ class EMATeacher(Keeping):
             raise RuntimeError("update was called inside swapped_into, where the student holds the teacher's weights")
         compiling = torch.compiler.is_compiling()  # else every step compiles
         with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True) if compiling else nullcontext():
+            check_integer(1, update_every=self.update_every)
             acts = (self.step + 1) % self.update_every == 0
             if acts:
                 decay = self.decay(self.updates) if callable(self.decay) else self.decay
@@ -252,6 +255,9 @@ class EMATeacher(Keeping):
             masters = f"{prefix}masters."
             for key in [key for key in state_dict if key.startswith(masters)]:
                 state_dict[key.replace(masters, f"{prefix}module.", 1)] = state_dict.pop(key)
+        start = f"{prefix}{'module' if self.masters is None else 'masters'}."
+        loaded = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+        self._not_finite |= _names_not_finite({name: loaded[key] for name, key in unwrapped(loaded, "state").items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -259,6 +265,11 @@ def _inner(module: nn.Module) -> nn.Module:
     while isinstance(module, (DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
         module = next(module.children())
     return module
+
+
+def _names_not_finite(state: dict[str, Any]) -> set[str]:
+    """Names of tensors with values that are not finite."""
+    return {name for name, value in state.items() if isinstance(value, Tensor) and not value.sum().isfinite()}
 
 
 def _broadcast(pairs: list[Pair], student: nn.Module) -> None:

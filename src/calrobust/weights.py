@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_instance, check_number, check_tensor
-from calrobust._state import check_same_state, tensors, unwrapped
+from calrobust._state import check_same_state, check_values, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -191,6 +191,7 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
             continue
         entry = f"{name}[{key!r}]"
         check_tensor(**{entry: value})
+        check_values(**{name: {key: value}})
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or hasattr(value, "full_tensor")
         floating = value.is_complex() or (value.is_floating_point() and value.dtype.itemsize > 1)
         if not plain or not (floating or _INTEGER.fullmatch(str(value.dtype))):

@@ -245,6 +245,12 @@ TABLE: Table = [
     (
         [Target("average", average, lambda: {"models": [weights(), weights()]})],
         [
+            Wrong(
+                {"models": [weights(m=torch.ones(2, device="meta"))] * 2},
+                ValueError,
+                "models[0]'s m must be a tensor with values, got one on the meta device; load or initialise the model "
+                "first",
+            ),
             Wrong({"models": []}, ValueError, "models must be at least 1, got 0; is it a used generator?"),
             Wrong({"models": [A, 3]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got int"),
             Wrong(

@@ -50,7 +50,7 @@ NOTES = {  # of columns whose name holds the word
     "brier": "Brier score: over all classes, in [0, 2].",
     "aurc": "AURC: area under the risk-coverage curve, in per cent.",
 }
-MARKDOWN = str.maketrans({"|": r"\|"})
+MARKDOWN = str.maketrans({"|": r"\|", "\\": r"\\"})
 LATEX = str.maketrans(
     {mark: "\\" + mark for mark in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}

@@ -128,11 +128,17 @@ def trained(student: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in student.parameters() if parameter.requires_grad]
 
 
+def options(student: nn.Module, part: slice = slice(6)) -> tuple[dict[str, Any], Any]:
+    """Options of the losses, and the labels: a probe has classes in place of texts, the same on all ranks."""
+    if isinstance(student, Probe):
+        return {"direction": "image_to_text"}, (TARGET[part], torch.arange(3))
+    return {"gather": len(IMAGES[part]) < 6}, None
+
+
 def steps(student: nn.Module, teacher: EMATeacher, optimizer: torch.optim.Optimizer, number: int) -> list[float]:
     """A loop as a user writes it; gives the losses."""
-    direction: Any = "image_to_text" if isinstance(student, Probe) else "both"
-    labels: Any = (TARGET, torch.arange(3)) if isinstance(student, Probe) else None
-    criterion = MultimodalContrastiveLoss(direction=direction) + MultimodalDistillationLoss(direction=direction)
+    chosen, labels = options(student)
+    criterion = MultimodalContrastiveLoss(**chosen) + MultimodalDistillationLoss(**chosen)
     losses = []
     for _ in range(number):
         images = IMAGES.to(trained(student)[0].dtype)
@@ -240,33 +246,35 @@ def test_attention_of_open_clip_needs_a_teacher_of_its_own() -> None:
 
 
 def on_a_rank(rank: int, store: str) -> None:
-    """Adapters under DDP, and under FSDP2, end where they end in one process."""
+    """What trains under DDP, and under FSDP2, ends where it ends in one process."""
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 
-    def run(student: nn.Module, model: nn.Module, teacher: EMATeacher, gather: bool) -> dict[str, Tensor]:
-        criterion = MultimodalContrastiveLoss(gather=gather) + MultimodalDistillationLoss(gather=gather)
+    def run(student: nn.Module, model: nn.Module, teacher: EMATeacher, part: slice) -> dict[str, Tensor]:
+        chosen, labels = options(student, part)
+        criterion = MultimodalContrastiveLoss(**chosen) + MultimodalDistillationLoss(**chosen)
         optimizer = torch.optim.SGD(trained(student), 0.1)
-        part = slice(3 * rank, 3 * rank + 3) if gather else slice(6)
         batch = IMAGES[part].double(), TOKENS[part]
         for _ in range(3):
-            criterion(*model(*batch), *teacher(*batch)).backward()
+            criterion(*model(*batch), *teacher(*batch), labels=labels).backward()
             optimizer.step()
             optimizer.zero_grad()
             teacher.update(model)
-        states = {name: p for name, p in teacher.module.named_parameters() if "lora" in name or "logit_scale" in name}
+        followed = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        states = {name: p for name, p in teacher.module.named_parameters() if name in followed}
         whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in states.items()}
         return {name: p.reshape(()) if p.numel() == 1 else p for name, p in whole.items()}
 
-    for kind in ("LoRA of Transformers", "LoRA of open_clip"):
+    part = slice(3 * rank, 3 * rank + 3)
+    for kind in KINDS:
         student = made(kind).double()
-        expected = run(student, student, EMATeacher(student, 0.5, share_frozen=True), gather=False)
+        expected = run(student, student, EMATeacher(student, 0.5, share_frozen=True), slice(6))
         assert expected
         for share_frozen in (False, True):
             student = made(kind, seed=rank).double()  # DDP gives all ranks the first one's
             wrapped = DistributedDataParallel(student)
             teacher = EMATeacher(wrapped, 0.5, share_frozen=share_frozen)
-            assert_close(run(student, wrapped, teacher, gather=True), expected)
+            assert_close(run(student, wrapped, teacher, part), expected)
         student = made(kind).double()
         for module in student.modules():
             if isinstance(scale := module._parameters.get("logit_scale"), nn.Parameter):  # FSDP2 shards no scalar
@@ -274,7 +282,7 @@ def on_a_rank(rank: int, store: str) -> None:
         teacher = EMATeacher(student, 0.5)
         for module in (student, teacher.module):  # outside forward, also the scale is a shard
             fully_shard(module, mesh=mesh, reshard_after_forward=kind == "LoRA of Transformers")
-        assert_close(run(student, student, teacher, gather=True), expected)
+        assert_close(run(student, student, teacher, part), expected)
         if kind == "LoRA of Transformers":  # a gradient that differs by rank is averaged, as FSDP2 averages the others
             images, texts, scale = student(IMAGES.double(), TOKENS)
             (scale * (rank + 1) + 0 * images.sum() + 0 * texts.sum()).backward()
@@ -286,6 +294,6 @@ def on_a_rank(rank: int, store: str) -> None:
 
 
 @pytest.mark.slow
-def test_adapters_on_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+def test_every_kind_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     """With DDP, whose teacher may share what is frozen, and with FSDP2, whose teacher is sharded likewise."""
     spawn(on_a_rank, ((tmp_path / "store").as_uri(),), nprocs=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import oracles
@@ -15,7 +16,7 @@ from strategies import unit_rows
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
+from calrobust import EMATeacher, MultimodalContrastiveLoss, MultimodalDistillationLoss
 from calrobust.integrations.open_clip import OpenClipLoss
 from calrobust.losses import PairLoss
 
@@ -121,7 +122,10 @@ def test_stands_in_for_coca_loss(has_teacher: bool) -> None:
     )
     for parameter in model.parameters():  # some of which open_clip leaves as memory was
         nn.init.normal_(parameter, std=0.1)
-    outputs = model(torch.randn(4, 3, 8, 8), torch.randint(1, 20, (4, 6)))
+    texts = torch.randint(1, 20, (4, 6))
+    outputs = model(torch.randn(4, 3, 8, 8), texts)
+    if "labels" not in outputs:  # the task of open_clip 4 makes them
+        outputs |= {"logits": outputs["logits"][:, :-1], "labels": texts[:, 1:]}
     expected = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(**outputs, output_dict=True)
     teacher = as_teacher(outputs) if has_teacher else {}
     criterion = CAROT if has_teacher else CONTRASTIVE
@@ -170,3 +174,31 @@ def test_the_trainer_of_open_clip_4_that_would_never_call_it_is_named(
     monkeypatch.setitem(sys.modules, "open_clip_train.main", main if home != "" else None)
     with pytest.warns(UserWarning, match="never calls create_loss; .*task.loss") if warned else nullcontext():
         OpenClipLoss(CONTRASTIVE)
+
+
+@pytest.mark.skipif(not hasattr(open_clip, "CLIPTask"), reason="open_clip 4, which has tasks, is not on PyPI")
+def test_tasks_of_open_clip_4_train_as_with_their_own_losses() -> None:
+    """A task gives the loss what its own loss gets, and a teacher that follows is its teacher."""
+    vision = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 16, "head_width": 16}
+    text = {"context_length": 6, "vocab_size": 20, "layers": 1, "width": 16, "heads": 1}
+    model = open_clip.CLIP(8, vision, text, output_dict=True)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    teacher = EMATeacher(model, decay=0.5)
+    batch = {"image": torch.randn(4, 3, 8, 8), "text": torch.randint(1, 20, (4, 6))}
+    tasks: Any = open_clip
+    both = (OpenClipLoss(CONTRASTIVE), ClipLoss())
+    ours, theirs = (tasks.CLIPTask(model, loss=loss).training_forward(batch)[0] for loss in both)
+    assert_close(ours, theirs)
+    task = tasks.DistillCLIPTask(model, teacher, loss=OpenClipLoss(CAROT))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(3):
+        terms = task.training_forward(batch)[0]
+        terms["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.update(model)
+        losses.append(terms)
+    assert losses[0]["distillation_loss"] < 1e-6 < losses[2]["distillation_loss"]
+    assert losses[2]["contrastive_loss"] < losses[0]["contrastive_loss"]
+    assert (teacher.step, task.training) == (3, True)

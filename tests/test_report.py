@@ -712,7 +712,16 @@ class TestTables:
             low, value, high = (f"{factor * figures[name + end]:.{digits}f}" for end in ("_low", "", "_high"))
             assert cell == f"{value} ({low}\N{EN DASH}{high})"
         assert "a diagnosis that no method may claim as its result. Brier score" in caption
-        assert "AURC: area under the risk-coverage curve, in per cent. Other figures have" in caption
+        assert caption.startswith("ID: photo; OOD: plain mean over sketch, clipart. NLL: negative")
+        assert caption.endswith(
+            "AURC: area under the risk-coverage curve, in per cent. In brackets: the 95 % interval."
+        )
+        more = report.to_markdown(columns=["ood_ece_ts", "id_aurc"])
+        assert "\n\nECE (15 bins) in per cent; ID: photo; OOD: plain mean over sketch, clipart; + TS: logits" in more
+        assert "noise floor, which is" in more
+        assert more.endswith("in per cent. Other figures have their 95 % interval in brackets.")
+        assert report.to_markdown(columns=["id_accuracy"]).endswith("clipart. In brackets: the 95 % interval.")
+        assert report.to_markdown(columns=["temperature"]).endswith("which was fitted on held-out data.")
         assert "diagnosis" not in report.to_markdown(columns=["id_nll"])
         assert "interval" not in report.to_markdown(columns=["id_nll"], intervals=False)
         assert report.to_latex(columns=columns).count("&") == 2 * len(columns)

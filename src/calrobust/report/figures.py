@@ -39,7 +39,7 @@ HEADINGS = {"temperature": "T"} | {  # of columns of the summary
 DEFAULT = "id_accuracy", "ood_accuracy", "id_ece", "ood_ece", "temperature", "id_ece_ts", "ood_ece_ts"
 MISSING = "\N{EN DASH}"
 BRACKETS = (
-    " In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
+    "In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
     "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as "
     "the mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect "
     "calibration."
@@ -264,12 +264,20 @@ def _difference(a: Samples, b: Samples, name: str) -> Tensor:
 
 def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains: list[str], n_bins: int) -> str:
     """The caption of a table."""
+
+    def has(word: str) -> bool:
+        return any(word in column for column in columns)
+
     ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
-    figures = f"Accuracy and ECE ({n_bins} bins) in per cent; ID: {id_domain}; OOD: {ood}; "
-    scaling = "+ TS: logits divided by T, which was fitted on held-out data."
-    notes = [note for word, note in NOTES.items() if any(word in column for column in columns)]
-    notes += ["Other figures have their 95 % interval in brackets."] * bool(notes and intervals)
-    return " ".join((figures + scaling + BRACKETS * intervals).split() + notes)
+    rates = " and ".join(["Accuracy"] * has("accuracy") + [f"ECE ({n_bins} bins)"] * has("ece"))
+    scaling = "; + TS: logits divided by T, which was fitted on held-out data" * (has("temperature") or has("_ts"))
+    first = f"{rates} in per cent; " * bool(rates) + f"ID: {id_domain}; OOD: {ood}{scaling}."
+    notes = [note for word, note in NOTES.items() if has(word)]
+    if intervals and has("ece"):
+        notes = [BRACKETS, *notes, *["Other figures have their 95 % interval in brackets."] * bool(notes)]
+    elif intervals and (rates or notes):
+        notes.append("In brackets: the 95 % interval.")
+    return " ".join([*first.split(), *notes])
 
 
 def cells(summary: Callable[[], list[dict[str, Any]]], columns: Sequence[str], intervals: bool) -> list[list[str]]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import product
+from itertools import count, product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -40,7 +40,7 @@ STEPS = {  # where a hyper-parameter starts: docs/guides/choosing.md, for 140 st
     "orthogonality": (0.2, 4.0),
 }
 SIZES = {"FT": 1, "FT w/ LS": 2, "FLYP": 1, "FLYP w/ LS": 2, "CaRot": 4, "CaRot (NeurIPS)": 5}  # how many a row has
-ALPHAS = [tenths / 10 for tenths in range(1, 10)]
+ALPHAS = [tenths / 10 for tenths in range(11)]  # 0 is ZS and 1 is FT
 CACHE = user_cache_path("calrobust")
 TABLE = Path(__file__).parent / "shift_table" / "tuning.csv"
 
@@ -113,7 +113,7 @@ def tune() -> None:
     tried: dict[str, dict[Point, float]] = {row: {} for row in SIZES}
     lines, best = [], dict.fromkeys(SIZES, Point())
     with ProcessPoolExecutor(len(SEEDS), get_context("spawn")) as pool:
-        for candidates in (24, 32, 40):
+        for candidates in count(24, 8):
             for row, own in tried.items():
                 for _ in tqdm(range(len(own), candidates), desc=row):
                     point = next_point(own, SIZES[row])

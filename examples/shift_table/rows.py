@@ -181,7 +181,7 @@ RECIPES = {  # the choices of protocol.md
     "FLYP w/ LS": Recipe(2e-3, label_smoothing=0.0125),
     "CaRot": Recipe(2e-3, label_smoothing=0.0125, distillation_weight=0.1875, teacher_decay=0.9571),
     "CaRot (NeurIPS)": Recipe(
-        2.828e-3, label_smoothing=0.0125, distillation_weight=0.09375, teacher_decay=0.9786, orthogonality=0.8
+        2e-3, label_smoothing=0.0125, distillation_weight=0.04688, teacher_decay=0.9893, orthogonality=0.8
     ),
     "TRACER": Recipe(2.828e-3),  # FLYP's
     "CAR-FT": Recipe(2.828e-3),  # FT's

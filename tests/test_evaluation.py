@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -402,6 +403,34 @@ class TestZeroShotClassifier:
             features = [model.get_text_features(**tokens([text], pad=False)).pooler_output for text in texts]
             mean = nn.functional.normalize(torch.cat(features), dim=1).mean(0)
             assert_close(row, nn.functional.normalize(mean, dim=0).detach())
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            ([[1, 2]], "the tokenizer's output must be of type Mapping, got list; pass the model's own tokenizer"),
+            ({"input_ids": [[1, 2]]}, "input_ids must be of type Tensor, got list; pass the model's own tokenizer"),
+        ],
+    )
+    def test_a_tokenizer_that_returns_lists_is_refused(self, tokens: Any, message: str) -> None:
+        """A model of Transformers takes a dict of tensors."""
+        model = nn.Linear(1, 1)
+        model.get_text_features = nn.Identity()
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            zero_shot_classifier(model, lambda texts, **_: tokens, ["ox"])
+
+    @pytest.mark.parametrize("template", ["a {{}}.", '{"class": "{}"}', "{} in {}", "{} {", "{x} {}", "} {}", "{0} {}"])
+    def test_a_name_replaces_each_pair_of_braces(self, template: str) -> None:
+        """Other braces stay as they are, in the template and in the name."""
+        seen: list[str] = []
+        model = nn.Linear(1, 1)
+        model.encode_text = nn.Identity()
+
+        def tokenizer(texts: list[str]) -> Tensor:
+            seen.extend(texts)
+            return torch.ones(len(texts), 2)
+
+        zero_shot_classifier(model, tokenizer, ["ox", "{gnat}"], template)
+        assert seen == ["ox".join(template.split("{}")), "{gnat}".join(template.split("{}"))]
 
     def test_a_model_without_parameters_runs_where_its_buffers_are(self) -> None:
         """Quantised towers keep their weights elsewhere."""

@@ -186,15 +186,19 @@ def zero_shot_classifier(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer) if of_transformers else tokenizer  # of a processor
     devices = (one.device for one in chain(model.parameters(), model.buffers()))
     device, features = next(devices, torch.device("cpu")), []
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"} if of_transformers else {}
     with _evaluating(model):
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
             part = captions[start : start + _CAPTIONS_AT_ONCE]
+            tokens = tokenizer(part, **options)
+            kind, fix = Mapping if of_transformers else Tensor, "pass the model's own tokenizer"
+            check_instance(kind, fix, **{"the tokenizer's output": tokens})
             if of_transformers:
-                tokens = tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
+                check_instance(Tensor, fix, **tokens)
                 output = tower.get_text_features(**_to(dict(tokens), device))
                 features.append(getattr(output, "pooler_output", output))  # a tensor in Transformers 4
             else:
-                features.append(tower.encode_text(tokenizer(part).to(device)))
+                features.append(tower.encode_text(tokens.to(device)))
     found = torch.cat(features)
     unit = normalize(found.to(torch.promote_types(found.dtype, torch.float32)))
     return normalize(unit.unflatten(0, (len(names), -1)).mean(1))
@@ -211,7 +215,10 @@ def _captions(names: Any, templates: Any) -> list[str]:
             raise TypeError(f"templates must be texts or functions, got {_kind(template)}; pass 'a photo of a {{}}.'")
         if isinstance(template, str) and "{}" not in template:
             raise ValueError(f"templates must hold {{}} where the name goes, got {template!r}")
-    return [t.format(name) if isinstance(t, str) else t(name) for name in names for t in several]
+    captions = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in names for t in several]
+    if others := [caption for caption in captions if not isinstance(caption, str)]:
+        raise TypeError(f"templates must return texts, got {_kind(others[0])}")
+    return captions
 
 
 class _Scaler(Keeping):

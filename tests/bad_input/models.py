@@ -319,6 +319,12 @@ TABLE: Table = [
                 TypeError,
                 "templates must be texts or functions, got int; pass 'a photo of a {}.'",
             ),
+            Wrong({"templates": lambda name: [name]}, TypeError, "templates must return texts, got list of 1"),
+            Wrong(
+                {"tokenizer": lambda texts: [[1, 2]] * len(texts)},
+                TypeError,
+                "the tokenizer's output must be of type Tensor, got list; pass the model's own tokenizer",
+            ),
         ],
     ),
     (

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from strategies import Predictions, classifier, predictions, seeds
 from torch.testing import assert_close
 
@@ -26,7 +27,7 @@ from calrobust.functional.calibration import bin_confidences, calibration_error,
 from calrobust.functional.fitting import best_temperature, fit_temperature
 from calrobust.functional.scoring import risk_coverage_curve, top_label
 from calrobust.report import ShiftReport
-from calrobust.report.figures import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of
+from calrobust.report.figures import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of, score_interval
 
 DOMAINS = ("photo", "sketch", "clipart")
 
@@ -476,6 +477,14 @@ class TestCompare:
         for name in ("nll_ts", "nll_own_t"):
             assert [found[f"id_{name}{end}"] for end in ENDS] == pytest.approx([0, 0, 0], abs=1e-7)
         assert found["id_nll_high"] < 0 == found["id_accuracy"]
+
+    @pytest.mark.parametrize("n", [20, 40, 1000])
+    def test_few_differences_have_students_quantiles(self, n: int) -> None:
+        """With as many degrees of freedom as there are differences of one size."""
+        mean, low, high = score_interval(torch.tensor([1.0, -1.0]).repeat(n // 2), paired=True)
+        expected = stats.t.ppf(0.975, n) / math.sqrt(n - 1)
+        assert mean == 0
+        assert [-float(low), float(high)] == pytest.approx([expected] * 2, rel=3e-4)
 
     def test_few_samples_that_differ_have_no_interval(self) -> None:
         """Predictions that nine samples tell apart are not surely equal, nor are those of equal accuracy."""

@@ -295,6 +295,18 @@ def test_every_plot_renders_and_leaves_settings_alone(draw: Callable[[], Figure]
     assert dict(mpl.rcParams) == before
 
 
+def test_a_dollar_in_a_name_is_a_dollar() -> None:
+    """And no formula, which might not even be one."""
+    report = ShiftReport(id_domain="photo")
+    for method, domain in itertools.product(("a$x_$", "b$"), ("photo", "sketch")):
+        report.add(method, domain, *classifier(200, 5, 0))
+    figures = [reliability_grid(report), differences(report, "b$"), differences(report, "a$x_$")]
+    figures += [cast(Figure, draw(report).figure) for draw in (shift_scatter, risk_coverage)]
+    for figure in figures:
+        figure.savefig(picture := io.BytesIO(), format="svg", metadata={"Date": None})
+        assert b"$" in picture.getvalue()
+
+
 @pytest.mark.parametrize("draw", PLOTS.values(), ids=PLOTS)
 def test_text_stays_text_in_files_saved_as_the_guide_says(draw: Callable[[], Figure]) -> None:
     """An SVG holds words and a PDF holds TrueType. By default matplotlib writes outlines and Type 3."""

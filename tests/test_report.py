@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch.testing import assert_close
 from calrobust.functional.calibration import bin_confidences, calibration_error, calibration_interval
 from calrobust.functional.fitting import best_temperature, fit_temperature
 from calrobust.functional.scoring import risk_coverage_curve, top_label
+from calrobust.plotting import reliability_grid, risk_coverage
 from calrobust.report import ShiftReport
 from calrobust.report.figures import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of, score_interval
 
@@ -312,6 +314,27 @@ class TestMerging:
         assert (row["id_accuracy"], row["id_ece"]) == (accuracy(p), pytest.approx(ece(p), abs=1e-6))
         assert row["id_ece_ts"] == pytest.approx(ece(p, temperature), abs=1e-6)
 
+    def test_what_it_gives_can_be_changed(self) -> None:
+        """The figures stay."""
+        report = make_report("FT")
+        before = report.to_dict()
+        for column in report.confidences("FT", "photo"):
+            column.zero_()
+        assert report.to_dict() == before
+
+    def test_a_default_device_changes_nothing(self) -> None:
+        """Figures and pictures are computed where the data are, on the CPU."""
+        expected, validation = make_report("FT").to_dict(), validation_set()
+        sets = {domain: scored_set(domain) for domain in DOMAINS}
+        report = ShiftReport(id_domain="photo")
+        with torch.device("meta"):
+            for domain, data in sets.items():
+                report.add("FT", domain, *data)
+            report.fit_temperature("FT", *validation)
+            assert report.to_dict() == expected
+            risk_coverage(report)
+            reliability_grid(report)
+
     @pytest.mark.parametrize("keep_logits", [True, False])
     def test_logits_are_kept_if_asked_or_until_there_is_a_temperature(self, keep_logits: bool) -> None:
         """As documented: else about forty bytes for each sample, whatever the number of classes."""
@@ -331,7 +354,7 @@ class TestMerging:
             expected = oracles.negative_log_likelihood(logits, target, oracles.best_temperature(logits, target))
             assert row["id_nll_own_t"] == pytest.approx(float(expected), abs=1e-6)
         else:
-            assert held_bytes(report) <= 40 * 200 + 10 * 8
+            assert held_bytes(report) <= 44 * 200 + 10 * 8
             assert math.isnan(row["id_nll_own_t"])
 
 
@@ -566,6 +589,25 @@ class TestHeldOut:
         with pytest.raises(ValueError, match="got 3 of 53 samples"):
             report.add("FT", "photo", p.logits[52:53], p.target[52:53])
 
+    @pytest.mark.parametrize("rounded", [lambda z: z.clamp(-6, 6), lambda z: z.softmax(1).clamp(1e-3, 0.999).log()])
+    @pytest.mark.parametrize(("n_classes", "fitted", "scored"), [(2, 9.0, 2.0), (2, 2.0, 9.0), (10, 9.0, 4.0)])
+    def test_rows_that_coincide_by_themselves_are_no_leak(
+        self, rounded: Callable[[torch.Tensor], torch.Tensor], n_classes: int, fitted: float, scored: float
+    ) -> None:
+        """Logits and probabilities that were cut off, and more of them on one side."""
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(n: int, certain: float) -> Predictions:
+            target = torch.randint(0, n_classes, (n,), generator=generator)
+            margins = 4 * torch.randn(n, 1, generator=generator) + certain
+            own = torch.nn.functional.one_hot(target, n_classes)
+            return Predictions(rounded(margins * (2 * own - 1)), target)
+
+        report = ShiftReport(id_domain="photo")
+        report.fit_temperature("FT", *drawn(500, fitted))
+        report.add("FT", "sketch", *drawn(2000, scored))
+        report.add("FT", "clipart", *drawn(100, scored))
+
     @pytest.mark.parametrize("shared", [4, 5])
     def test_a_stray_duplicate_is_no_leak(self, shared: int) -> None:
         """One sample in a hundred may be in both, as data sets with duplicates have it, and three deviations more."""
@@ -783,7 +825,10 @@ class TestTables:
         assert len(list(tmp_path.iterdir())) == 1
 
     def test_to_dict_is_json(self) -> None:
-        """Strictly: no NaN; figures by method, and by method and domain."""
+        """Strictly: no NaN, no NumPy integer; figures by method, and by method and domain."""
+        report = ShiftReport(id_domain="photo", n_bins=cast(int, np.int64(15)))
+        report.add("FT", "photo", *scored_set("photo"))
+        assert json.loads(json.dumps(report.to_dict()))["n_bins"] == 15
         report = make_report("FT", fit=False)
         everything = json.loads(json.dumps(report.to_dict(), allow_nan=False))
         assert everything["id_domain"] == "photo"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -266,11 +266,12 @@ def test_an_attention_mask_stays(combine: Callable[[Any, Any], State]) -> None:
 
 @combinations
 def test_extra_state_is_a_copy_of_the_last_models(combine: Callable[[Any, Any], State]) -> None:
-    """What ``get_extra_state`` gives need not be a tensor."""
-    first, second = ({"a._extra_state": cast(Any, {"n": n})} for n in (1, 2))
-    result = combine(first, second)
-    assert result == second
-    assert result["a._extra_state"] is not second["a._extra_state"]
+    """What ``get_extra_state`` gives need not be a tensor; tensors are no weights, and may be of any length."""
+    for states in ({"n": 1}, {"n": 2}), (torch.ones(2), torch.zeros(2)), (torch.ones(2).byte(), torch.ones(3).byte()):
+        first, second = ({"a._extra_state": cast(Any, state)} for state in states)
+        result = combine(first, second)
+        assert_close(result, second, rtol=0, atol=0)
+        assert result["a._extra_state"] is not second["a._extra_state"]
 
 
 class Mixed(nn.Module):
@@ -348,6 +349,20 @@ def test_generators_are_taken() -> None:
     states = [{"w": torch.tensor([float(n)])} for n in (1, 2, 6)]
     assert average(iter(states)) == {"w": torch.tensor([3.0])}
     assert_close(model_stock(states[0], (state for state in states)), model_stock(states[0], states))
+
+
+@pytest.mark.parametrize("as_dicts", [False, True])
+def test_a_generator_may_load_every_model_into_one(as_dicts: bool) -> None:
+    """Its memory then holds the last; each is averaged as it was when it was yielded."""
+    model = nn.Linear(1, 1, bias=False)
+
+    def loaded() -> Iterator[Any]:
+        for value in (1.0, 2.0, 6.0):
+            nn.init.constant_(model.weight, value)
+            yield model.state_dict() if as_dicts else model
+
+    assert average(loaded()) == {"weight": torch.tensor([[3.0]])}
+    assert_close(model_stock({"weight": torch.zeros(1, 1)}, loaded()), {"weight": torch.tensor([[3.0]])})
 
 
 class Packed(Tensor):

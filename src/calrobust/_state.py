@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from calrobust._checks import check_instance
 
+EXTRA = "_extra_state"
 # Of DDP, torch.compile, activation checkpointing and FSDP1.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -87,7 +88,10 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
 
 
 def check_same_state(**states: Mapping[str, Any]) -> None:
-    shapes = [{name: list(getattr(value, "shape", ())) for name, value in state.items()} for state in states.values()]
+    shapes = [
+        {name: list(getattr(value, "shape", ())) * (not name.endswith(EXTRA)) for name, value in state.items()}
+        for state in states.values()
+    ]
     (first, second), (ours, theirs) = states, shapes
     wrong = {
         f"missing from {second}": [name for name in ours if name not in theirs],

@@ -333,4 +333,5 @@ class PlattScaler(_Scaler):
     def forward(self, similarities: Tensor) -> Tensor:
         """The calibrated logits, in the dtype of the similarities. Raises ``RuntimeError`` before :meth:`fit`."""
         self._check(similarities=similarities)
-        return similarities * self.slope + self.intercept
+        precise = similarities.to(torch.promote_types(similarities.dtype, torch.float32))
+        return (precise * self.slope + self.intercept).to(similarities.dtype)

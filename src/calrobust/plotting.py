@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from calrobust._checks import check_bins, check_choice, check_instance
@@ -111,7 +110,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         for domains, ax in zip(columns.values(), row, strict=True):
             first, *others = (report.bins(method, domain) for domain in domains)
             _draw_bins(ax, sum(others, start=first))
-        row[0].set_ylabel(method, fontsize=FONT, fontweight="bold")
+        row[0].set_ylabel(_text(method), fontsize=FONT, fontweight="bold")
     for title, ax in zip(columns, axes[0], strict=True):
         ax.set_title(f"{title}\n{ax.get_title(loc='right')}", loc="right", fontsize=FONT - 1, pad=3)
     figure.supxlabel("Confidence", fontsize=FONT)
@@ -150,7 +149,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         x, left, right = (100 * row[f"ood_accuracy{end}"] for end in ("", "_low", "_high"))
         y, bottom, top, floor = (100 * row[f"ood_ece{end}"] for end in ("", "_low", "_high", "_floor"))
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "clip_on": False}
-        ax.plot(x, y, MARKERS[i % len(MARKERS)], label=row["method"], markersize=5, zorder=3, **style)
+        ax.plot(x, y, MARKERS[i % len(MARKERS)], label=_text(row["method"]), markersize=5, zorder=3, **style)
         ax.plot(x, floor, "_", markersize=7, **style)
         ax.hlines(y, left, right, linewidth=0.8, alpha=0.6, **style)
         ax.vlines(x, bottom, top, linewidth=0.8, alpha=0.6, **style)
@@ -183,18 +182,23 @@ def risk_coverage(
         >>> ax.lines[0].get_ydata()
         array([ 0., 50.])
     """
+    of_report = isinstance(report, ShiftReport)
+    name, value = ("correct", correct) if of_report else ("domain", domain)
+    if value is not None:
+        raise TypeError(f"{name} must be None {'with' if of_report else 'without'} a report, got {value!r}")
     if isinstance(report, ShiftReport):
         report._check_has_data()
         domain = report.id_domain if domain is None else domain
-        data: dict[str, Any] = {method: report.confidences(method, domain) for method in report.methods}
+        samples = {method: report._samples_of(method, domain) for method in report.methods}
+        data: dict[str, Any] = {method: (each["certainties"], each["correct"]) for method, each in samples.items()}
     else:
         data = {"": (report, correct)}
     curves = {method: 100 * risk_coverage_curve(*each) for method, each in data.items()}
     ax = _axes(ax, 0.8 * COLUMN)
     for i, (method, curve) in enumerate(curves.items()):
-        coverages = torch.arange(1, len(curve) + 1) * (100 / len(curve))
-        label = f"{method} ({curve.mean():.2f})".strip()
-        ax.plot(coverages.numpy(), curve.cpu().numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1, label=label)
+        coverages = [100 * k / len(curve) for k in range(1, len(curve) + 1)]
+        label = f"{_text(method)} ({curve.mean():.2f})".strip()
+        ax.plot(coverages, curve.cpu().numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1, label=label)
     ax.set(xlim=(0, 100), ylim=(0, None))
     _label(ax, "Coverage (%)", "Error rate (%)")
     ax.legend(title="AURC in brackets", title_fontsize=FONT - 1, bbox_to_anchor=(-0.15, 1), ncols=2, **ABOVE)
@@ -230,9 +234,11 @@ def differences(
         0.0
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    check_columns(columns)
+    check_columns(columns, but="temperature")
     check_choice(tuple(report.methods), method=method)
     others = [other for other in report.methods if other != method]
+    if not others:
+        raise ValueError(f"report must hold methods to compare with {method!r}, got none; add another")
     rows = [report.compare(other, method) for other in others]
     figure = _figure(COLUMN * (0.4 + 0.4 * len(columns)), 0.6 + 0.2 * len(rows))
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -246,10 +252,14 @@ def differences(
             ax.hlines(i, low, high, linewidth=0.8, **style)
         ax.set_title(f"{HEADINGS[column]}{' (%)' if factor > 1 else ''}", fontsize=FONT - 1)
         _style(ax)
-    axes[0].set_yticks(range(len(rows)), others, fontsize=FONT)
+    axes[0].set_yticks(range(len(rows)), map(_text, others), fontsize=FONT)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel(f"Difference from {method}", fontsize=FONT)
+    figure.supxlabel(f"Difference from {_text(method)}", fontsize=FONT)
     return figure
+
+
+def _text(name: str) -> str:
+    return name.replace("$", r"\$")  # else a formula
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_instance, check_number, check_tensor
-from calrobust._state import check_same_state, check_values, tensors, unwrapped
+from calrobust._state import EXTRA, check_same_state, check_values, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -27,8 +27,8 @@ def interpolate(
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     ``alpha`` is in [0, 1], any finite number with ``extrapolate=True``, or a function of the name of each floating
-    tensor, as in LiNeS (:doc:`/guides/recipes`). The ends are exact. Models, result and errors are as for
-    :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
+    tensor, as in LiNeS (:doc:`/guides/recipes`). At the ends, floating entries are exact. Models, result and errors are
+    as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
         >>> import torch
@@ -126,7 +126,7 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
 def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
     start, *models = (tensor.where(usable, 0) for tensor in tensors)
     k = len(models)
-    directions = torch.stack([nn.functional.normalize((model - start).flatten(), dim=0) for model in models])
+    directions = torch.stack([nn.functional.normalize((model - start).flatten(), dim=0, eps=1e-38) for model in models])
     gram = (directions @ directions.mH).real
     cosine = ((gram.sum() - gram.trace()) / (k * (k - 1))).clamp(min=0)
     stock = start.lerp(torch.stack(models).mean(0), k * cosine / (1 + (k - 1) * cosine))
@@ -136,7 +136,9 @@ def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
     if not isinstance(models, Iterable) or isinstance(models, (str, Mapping, nn.Module)):
         raise TypeError(f"models must be an iterable of models, got {type(models).__name__}")
-    listed = {f"models[{k}]": model for k, model in enumerate(models)}
+    # A generator may load the next model into the memory of the last one.
+    one_by_one = isinstance(models, Iterator)
+    listed = {f"models[{k}]": copy.deepcopy(model) if one_by_one else model for k, model in enumerate(models)}
     if len(listed) < at_least:
         raise ValueError(f"models must be at least {at_least}, got {len(listed)}; is it a used generator?")
     return listed
@@ -157,7 +159,7 @@ def _combine(models: Mapping[str, Weights], combination: Combination) -> StateDi
     combined: dict[str, Any] = {}
     for key, name in zip(given[first], states[first], strict=True):
         entries = [state[name] for state in states.values()]
-        if not isinstance(entries[0], Tensor):  # extra state
+        if name.endswith(EXTRA):
             combined[key] = copy.deepcopy(entries[-1])
             continue
         device, dtype = entries[0].device, entries[0].dtype
@@ -187,7 +189,7 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")
-        if key.endswith("_extra_state"):
+        if key.endswith(EXTRA):
             continue
         entry = f"{name}[{key!r}]"
         check_tensor(**{entry: value})

@@ -239,12 +239,14 @@ TABLE: Table = [
             Wrong({"domain": "art"}, ValueError, "domain must be one of 'photo', 'sketch', got 'art'"),
             Wrong({"report": ShiftReport(id_domain="photo"), "domain": "photo"}, ValueError, NO_DATA),
             Wrong({"ax": Figure()}, TypeError),
+            Wrong({"correct": "photo", "domain": None}, TypeError, "correct must be None with a report, got 'photo'"),
         ],
     ),
     (
         [Target("plotting.risk_coverage", risk_coverage, lambda: {"report": BINS[0], "correct": BINS[0] > 0})],
         [
             Wrong({"correct": None}, TypeError),
+            Wrong({"domain": "photo"}, TypeError, "domain must be None without a report, got 'photo'"),
             Wrong(
                 {"report": [0.5]},
                 TypeError,
@@ -257,7 +259,12 @@ TABLE: Table = [
         [
             Wrong({"method": "ft"}, ValueError, "method must be one of 'FT', 'ZS', got 'ft'"),
             Wrong({"columns": ["ood_loss"]}, ValueError),
+            Wrong({"columns": ["temperature"]}, ValueError),
+            Wrong({"columns": []}, ValueError, "columns must name at least one figure, got []"),
             Wrong({"report": None}, TypeError),
+            Wrong(
+                {"report": filled()}, ValueError, "report must hold methods to compare with 'FT', got none; add another"
+            ),
         ],
     ),
     (

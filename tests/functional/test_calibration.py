@@ -248,6 +248,8 @@ def test_the_value_is_that_of_all_samples_not_a_mean_over_batches() -> None:
     value = calibration_error(logits, target, n_bins=10)
     assert_close(binned_error(merged), value)
     assert torch.stack([binned_error(b) for b in batches]).mean() > 8 * value
+    with pytest.raises(ValueError, match=r"bins must be as many to be added, got \[10\] and \[1\]"):
+        batches[0] + bin_confidences(confidences, correct, n_bins=1)  # which would broadcast
 
 
 def test_a_calibrated_model_has_an_error_above_zero() -> None:

@@ -114,6 +114,16 @@ def test_forward_keeps_dtype_and_graph(dtype: torch.dtype) -> None:
     assert_close(z.grad, scaler.slope.to(dtype).expand(2))
 
 
+@pytest.mark.parametrize(("dtype", "slope"), [(torch.bfloat16, 1e3), (torch.float16, 1e6)])
+def test_low_precision_is_rounded_once(dtype: torch.dtype, slope: float) -> None:
+    """Rounded before b is added, a z + b would be 0, or NaN in float16."""
+    scaler, state = PlattScaler(), {"slope": slope, "intercept": -0.3 * slope, "is_fitted": True}
+    scaler.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    z = torch.tensor([0.3, 0.30078125], dtype=dtype)
+    expected = scaler.slope * z.double() + scaler.intercept
+    assert_close(scaler(z), expected.to(dtype), rtol=2e-2, atol=0)
+
+
 def test_probabilities_are_calibrated_on_fresh_pairs() -> None:
     """About 1 of 20 pairs at most can be off by 2 standard errors: the mean probability is the share that matches."""
     scaler = PlattScaler().fit(*pairs(20_000, 0))

@@ -123,7 +123,9 @@ def test_no_samples_and_nan_rows_give_nan() -> None:
     """The value is never 0 then (trap 21)."""
     for function in (brier_score, negative_log_likelihood):
         assert function(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)).isnan()
-        assert function(torch.tensor([[0.0, torch.nan], [0.0, 1.0]]), torch.tensor([0, 0])).isnan()
+        for from_logits in (True, False):
+            preds = torch.tensor([[0.5, torch.nan], [0.0, 1.0]])
+            assert function(preds, torch.tensor([0, 0]), from_logits=from_logits).isnan()
 
 
 def test_captures_as_one_graph() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from strategies import Predictions, confidences_and_correct, predictions, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
+from calrobust import ShiftReport
 from calrobust.functional import risk_coverage_curve, selective_risk, top_label
 from calrobust.functional.scoring import risk_contributions
+from calrobust.metrics import SelectiveRisk
+from calrobust.plotting import risk_coverage
 
 assert_equal = partial(assert_close, rtol=0, atol=1e-12)
 
@@ -47,6 +51,7 @@ def test_order_of_samples_does_not_matter(data: tuple[Tensor, Tensor], seed: int
 @given(predictions())
 def test_the_areas_are_means_of_the_curve(p: Predictions) -> None:
     """AURC over the coverages k/N, AUGRC weighted with them, in [0, 1]; the whole set has the error rate."""
+    p = Predictions(3 * p.logits / p.logits.abs().max().clamp(min=3), p.target)  # no confidence rounds to 1
     confidences, correct = top_label(*p)
     curve = risk_coverage_curve(confidences, correct)
     coverages = torch.arange(1, len(curve) + 1) / len(curve)
@@ -54,6 +59,43 @@ def test_the_areas_are_means_of_the_curve(p: Predictions) -> None:
     assert_close(selective_risk(*p, generalized=True), (coverages.double() * curve).mean(), rtol=1e-6, atol=1e-7)
     assert_equal(curve[-1], 1 - correct.double().mean())
     assert 0 <= selective_risk(*p, generalized=True) <= selective_risk(*p) <= 1
+
+
+def confident(scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of two classes, labels, and the AURC, which no scale changes."""
+    generator = torch.Generator().manual_seed(0)
+    margins = 10 * torch.rand(4000, generator=generator, dtype=torch.float64)
+    correct = torch.rand(4000, generator=generator) < (0.3 * margins).sigmoid()
+    area = risk_coverage_curve(margins, correct).mean()
+    return (scale * torch.stack((margins, 0 * margins), 1)).float(), (~correct).long(), area
+
+
+@pytest.mark.parametrize("scale", [1, 2, 5, 20, 1000])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_confidences_that_round_to_1_keep_their_order(scale: float, compiled: bool) -> None:
+    """At a scale of 5 two of three are 1 in float32, and as ties they would raise the risk from 0.112 to 0.144."""
+    logits, target, expected = confident(scale)
+    function: Any = torch.compile(selective_risk, backend="eager", fullgraph=True) if compiled else selective_risk
+    assert_close(function(logits, target), expected, rtol=1e-4, atol=0)
+    metric = SelectiveRisk()
+    for batch in zip(logits.split(700), target.split(700), strict=True):
+        metric.update(*batch)
+    assert_equal(metric.compute(), selective_risk(logits, target))
+    report = ShiftReport(id_domain="photo")
+    report.add("sure", "photo", logits, target)
+    report.add("FT", "photo", logits / scale, target)
+    assert report.summary()[0]["id_aurc"] == pytest.approx(float(expected), rel=1e-4)
+    assert abs(report.compare("sure", "FT")["id_aurc"]) < 1e-4 * expected
+    line = [*cast(Any, risk_coverage(report).lines[0].get_ydata())]
+    assert line[-1] == pytest.approx(100 * float((target == 1).float().mean()))
+    assert sum(line) / len(line) == pytest.approx(100 * float(expected), rel=1e-4)
+
+
+def test_given_probabilities_tie_as_they_are_given() -> None:
+    """Nobody knows what was rounded to 1."""
+    probs, target = torch.tensor([[1.0, 0.0], [1.0, 1e-9]]), torch.tensor([1, 0])
+    assert selective_risk(probs, target, from_logits=False) == 0.5
+    assert selective_risk(torch.tensor([[40.0, 0.0], [20.0, 0.0]]), torch.tensor([0, 1])) == 0.25
 
 
 def test_by_hand() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from calrobust._checks import (
 
 CPU_BLOCK_BYTES = 2**20  # for each thread, to stay in cache
 GPU_BLOCK_BYTES = 2**26
+SURE = 0.999  # confidences above are ranked by their odds
 
 
 class Block(NamedTuple):
@@ -58,6 +59,8 @@ class Bins(NamedTuple):
     """Number of correct ones."""
 
     def __add__(self, other: Bins) -> Bins:  # type: ignore[override]
+        if self.counts.shape != other[0].shape:
+            raise ValueError(f"bins must be as many to be added, got {[*self.counts.shape]} and {[*other[0].shape]}")
         return Bins(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -129,12 +132,24 @@ def log_losses(block: Block) -> Tensor:
     """``[n]``: minus the logarithm of the label's probability."""
     own, losses = block.own, -block.own.log()
     if not block.from_logits:
-        return losses
+        return losses.where(~block.confidences.isnan(), torch.nan)
     lost = own < torch.finfo(own.dtype).tiny
     if can_read_values(lost) and not lost.any():
         return losses
     distances = block.scores.amax(1) - block.scores.gather(1, block.target[:, None])[:, 0]
     return torch.where(lost, distances - block.confidences.log(), losses)
+
+
+def certainties(block: Block) -> Tensor:
+    """``[n]``: in the order of the confidences, also where those of logits round to 1."""
+    found = block.confidences.clone()
+    if block.from_logits:
+        sure = found > SURE
+        rows = sure.nonzero()[:, 0] if can_read_values(sure) else torch.arange(len(sure), device=sure.device)
+        top, index = block.scores[rows].max(1, keepdim=True)
+        others = block.scores[rows].scatter_(1, index, -torch.inf).logsumexp(1)
+        found[rows] = torch.where(sure[rows], 1 + top[:, 0] - others, found[rows])  # odds, which are above 1
+    return found
 
 
 def squared_errors(block: Block) -> Tensor:
@@ -161,10 +176,15 @@ def top_label(
     return top_labels(probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits))
 
 
-def top_labels(blocks: Iterable[Block]) -> tuple[Tensor, Tensor]:
-    """:func:`top_label` of blocks."""
-    confidences, correct = zip(*((block.confidences, block.correct) for block in blocks), strict=True)
-    return torch.cat(confidences), torch.cat(correct)
+def confidences_of(block: Block) -> Tensor:
+    """``[n]``."""
+    return block.confidences
+
+
+def top_labels(blocks: Iterable[Block], score: Callable[[Block], Tensor] = confidences_of) -> tuple[Tensor, Tensor]:
+    """:func:`top_label` of blocks, or another score."""
+    scores, correct = zip(*((score(block), block.correct) for block in blocks), strict=True)
+    return torch.cat(scores), torch.cat(correct)
 
 
 def check_confidences(confidences: Tensor, correct: Tensor) -> None:
@@ -286,8 +306,8 @@ def selective_risk(
     Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, section 2; AUGRC: Traub et al., 2024,
     :arxiv:`2407.01032`, equation 7.
     """
-    curve = risk_coverage_curve(*top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index))
-    return area(curve, generalized)
+    blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
+    return area(risk_coverage_curve(*top_labels(blocks, certainties)), generalized)
 
 
 def risk_coverage_curve(confidences: Tensor, correct: Tensor) -> Tensor:

@@ -19,7 +19,15 @@ from calrobust.functional.calibration import (
     classwise_error,
     equal_mass_bins,
 )
-from calrobust.functional.scoring import Block, area, log_losses, risk_coverage_curve, squared_errors, top_labels
+from calrobust.functional.scoring import (
+    Block,
+    area,
+    certainties,
+    log_losses,
+    risk_coverage_curve,
+    squared_errors,
+    top_labels,
+)
 from calrobust.metrics._shared import BinnedMetric, MeanMetric, SampledMetric
 
 __all__ = [
@@ -205,6 +213,9 @@ class SelectiveRisk(SampledMetric):
         >>> metric(torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([1, 0]))  # (0 + 1 / 2) / 2
         tensor(0.2500, dtype=torch.float64)
     """
+
+    sampled = "certainties"
+    _score = staticmethod(certainties)
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from calrobust._checks import (
     check_softmax_exists,
     check_tensor,
 )
-from calrobust.functional.scoring import Bins, Block, as_rows, probability_blocks, top_labels
+from calrobust.functional.scoring import Bins, Block, as_rows, confidences_of, probability_blocks, top_labels
 
 
 class PredictionMetric(Metric):
@@ -169,27 +169,28 @@ class BinnedMetric(PredictionMetric):
 
 
 class SampledMetric(PredictionMetric):
-    """A metric whose state is the confidences, negative where the prediction is wrong."""
+    """A metric whose state is a score of each sample, negative where the prediction is wrong."""
 
     plot_upper_bound = 1.0
-    samples: list[Tensor]
+    sampled = "confidences"
+    _score = staticmethod(confidences_of)
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("samples", [], dist_reduce_fx="cat")
+        self.add_state(self.sampled, [], dist_reduce_fx="cat")
 
     def reset(self) -> None:
         """Forgets all samples."""
-        self.samples = []  # torchmetrics would empty the list, which its Running keeps
+        setattr(self, self.sampled, [])  # torchmetrics would empty the list, which its Running keeps
         super().reset()
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        confidences, correct = top_labels(blocks)
-        return {"samples": confidences.where(correct, -confidences).double()}
+        scores, correct = top_labels(blocks, self._score)
+        return {self.sampled: scores.where(correct, -scores).double()}
 
     def _all_samples(self) -> tuple[Tensor, Tensor]:
         nothing = torch.empty(0, dtype=torch.float64, device=self.device)
-        samples = torch.cat([nothing, *self._as_states(self.metric_state)["samples"]])
+        samples = torch.cat([nothing, *self._as_states(self.metric_state)[self.sampled]])
         return samples.abs(), ~samples.signbit()
 
 

@@ -45,7 +45,7 @@ class ShiftReport:
     :doc:`/derivations` has the other intervals. Domains must not share samples.
 
     Figures are fractions; printed tables are in per cent. Tables raise ``ValueError`` if a method lacks
-    ``id_domain`` or a domain that others have. A report keeps about 40 bytes for each sample, and logits on the CPU.
+    ``id_domain`` or a domain that others have. A report keeps about 44 bytes for each sample, and logits on the CPU.
 
     Args:
         id_domain: the domain that is in distribution.
@@ -70,7 +70,7 @@ class ShiftReport:
         _check_names(id_domain=id_domain)
         check_n_bins(n_bins)
         check_flag(keep_logits=keep_logits)
-        self.id_domain, self.n_bins, self.keep_logits = id_domain, n_bins, keep_logits
+        self.id_domain, self.n_bins, self.keep_logits = id_domain, int(n_bins), keep_logits
         self._samples: dict[str, dict[str, Samples]] = {}
         self._fits: dict[str, Fit] = {}
 
@@ -152,11 +152,8 @@ class ShiftReport:
 
     def confidences(self, method: str, domain: str) -> tuple[Tensor, Tensor]:
         """Confidences ``[N]`` and whether each prediction is right; ``ValueError`` if there are no such data."""
-        self._check_has_data()
-        check_choice(tuple(self._samples), method=method)
-        check_choice(tuple(self._samples[method]), domain=domain)
-        samples = self._samples[method][domain]
-        return samples["confidences"], samples["correct"]
+        samples = self._samples_of(method, domain)
+        return samples["confidences"].clone(), samples["correct"].clone()
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each method, in the order of first :meth:`add`.
@@ -297,6 +294,12 @@ class ShiftReport:
     def __repr__(self) -> str:
         head = f"ShiftReport(id_domain={self.id_domain!r}, n_bins={self.n_bins})"
         return f"{head}: {len(self.methods)} methods, {len(self.domains)} domains"
+
+    def _samples_of(self, method: str, domain: str) -> Samples:
+        self._check_has_data()
+        check_choice(tuple(self._samples), method=method)
+        check_choice(tuple(self._samples[method]), domain=domain)
+        return self._samples[method][domain]
 
     def _temperature(self, method: str) -> float:
         return self._fits[method].temperature if method in self._fits else math.nan

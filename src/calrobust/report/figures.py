@@ -10,7 +10,14 @@ from torch import Tensor
 from calrobust._checks import check_choice, check_kind, check_label_values, check_predictions
 from calrobust.functional.calibration import bin_moments, mean_interval
 from calrobust.functional.fitting import best_temperature
-from calrobust.functional.scoring import as_rows, log_losses, probability_blocks, risk_contributions, squared_errors
+from calrobust.functional.scoring import (
+    as_rows,
+    certainties,
+    log_losses,
+    probability_blocks,
+    risk_contributions,
+    squared_errors,
+)
 
 FEWEST = 10  # right and wrong predictions that an interval needs
 LEVEL = 0.95  # also in captions
@@ -108,7 +115,7 @@ class Samples:
         if name == "accuracy":
             return self["correct"]
         if name == "aurc":
-            return risk_contributions(self["confidences"], self["correct"])
+            return risk_contributions(self["certainties"], self["correct"])
         if name not in self.columns:  # nll_own_t
             nll, target = self["nll"], self["target"]
             if nll.isfinite().all():  # else no T makes the score finite
@@ -125,7 +132,7 @@ def columns_of(logits: Tensor, target: Tensor, temperature: float | None = None)
         row = {f"confidences{ts}": block.confidences, f"nll{ts}": log_losses(block)}
         if not ts:
             row |= {"target": block.target.clone(), "correct": block.correct, "brier": squared_errors(block)}
-            row["fingerprints"] = fingerprints_of(block.scores, block.target)
+            row |= {"certainties": certainties(block), "fingerprints": fingerprints_of(block.scores, block.target)}
         rows.append(row)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
@@ -144,8 +151,8 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
     """``[N]`` int64 hashes: of labels, their logits, which no mask hides, and some others."""
     some = logits[:, :: max(1, -(-logits.shape[1] // HASHED))]
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, 2**22 // HASHED, some.shape[1:], generator=generator).double()
+    generator = torch.Generator("cpu").manual_seed(0)
+    weights = torch.randint(1, 2**22 // HASHED, some.shape[1:], generator=generator, device="cpu").double()
     own = logits.gather(1, target[:, None])[:, 0]
     others = _bits(some).double() @ weights  # exact, below 2^53
     return (others.long() * 1_000_003 + _bits(own)) * 1_000_003 + target
@@ -160,7 +167,9 @@ def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> 
     # Coincident rows have twins in each set; the lower share counts, since a set may repeat rows.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
-    coincidences = min(_with_twins(larger), _with_twins(smaller) * len(larger) / len(smaller))
+    rows, counts = larger.unique(return_counts=True)
+    known = int(torch.isin(smaller, rows[counts > 1]).sum()) / len(smaller)
+    coincidences = min(max(_with_twins(larger), known), _with_twins(smaller) * len(larger) / len(smaller))
     expected = len(smaller) * min(1.0, DUPLICATES + coincidences)
     if shared > expected + 3 * math.sqrt(expected):
         raise ValueError(
@@ -179,8 +188,8 @@ def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
     found = dict.fromkeys(FIGURES, math.nan)
     if not data:
         return found
-    all_correct = [samples["correct"] for samples in data]
-    hits, counts = torch.tensor([(int(each.sum()), len(each)) for each in all_correct], dtype=torch.float64).T
+    rates = [(int(samples["correct"].sum()), len(samples["correct"])) for samples in data]
+    hits, counts = torch.tensor(rates, dtype=torch.float64, device="cpu").T
     found |= zip(FIGURES, map(float, mean_accuracy(hits, counts)), strict=False)
     for ts in ("", "_ts"):
         if all(f"nll{ts}" in samples.columns for samples in data):
@@ -287,12 +296,14 @@ def cells(summary: Callable[[], list[dict[str, Any]]], columns: Sequence[str], i
     return [["Method", *map(HEADINGS.__getitem__, columns)], *body]
 
 
-def check_columns(columns: Any) -> None:
+def check_columns(columns: Any, but: str = "") -> None:
     """Raises unless they are names of figures."""
     if not isinstance(columns, (list, tuple)):
         raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
+    if not columns:
+        raise ValueError(f"columns must name at least one figure, got {columns!r}")
     for i, column in enumerate(columns):
-        check_choice(tuple(HEADINGS), **{f"columns[{i}]": column})
+        check_choice(tuple(name for name in HEADINGS if name != but), **{f"columns[{i}]": column})
 
 
 def scale_of(column: str) -> tuple[int, int]:

@@ -146,9 +146,10 @@ def certainties(block: Block) -> Tensor:
     if block.from_logits:
         sure = found > SURE
         rows = sure.nonzero()[:, 0] if can_read_values(sure) else torch.arange(len(sure), device=sure.device)
-        top, index = block.scores[rows].max(1, keepdim=True)
-        others = block.scores[rows].scatter_(1, index, -torch.inf).logsumexp(1)
-        found[rows] = torch.where(sure[rows], 1 + top[:, 0] - others, found[rows])  # odds, which are above 1
+        scores = block.scores[rows]
+        top = scores.amax(1, keepdim=True)
+        others = scores.masked_fill_(scores == top, -torch.inf).logsumexp(1)
+        found[rows] = torch.where(sure[rows], top[:, 0] - others, found[rows])  # log-odds, which are above 6
     return found
 
 

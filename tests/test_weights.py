@@ -353,7 +353,7 @@ def test_generators_are_taken() -> None:
 
 @pytest.mark.parametrize("as_dicts", [False, True])
 def test_a_generator_may_load_every_model_into_one(as_dicts: bool) -> None:
-    """Its memory then holds the last; each is averaged as it was when it was yielded."""
+    """Its memory then holds the last; each is averaged as it was when it was yielded (trap 51)."""
     model = nn.Linear(1, 1, bias=False)
 
     def loaded() -> Iterator[Any]:

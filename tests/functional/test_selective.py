@@ -73,7 +73,7 @@ def confident(scale: float) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("scale", [1, 2, 5, 20, 1000])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_confidences_that_round_to_1_keep_their_order(scale: float, compiled: bool) -> None:
-    """At a scale of 5 two of three are 1 in float32, and as ties they would raise the risk from 0.112 to 0.144."""
+    """At a scale of 5 two of three are 1 in float32; as ties they would make 0.144 of 0.112 (trap 50)."""
     logits, target, expected = confident(scale)
     function: Any = torch.compile(selective_risk, backend="eager", fullgraph=True) if compiled else selective_risk
     assert_close(function(logits, target), expected, rtol=1e-4, atol=0)

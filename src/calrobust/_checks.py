@@ -175,7 +175,7 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 def _cannot_be_logits(rows: Tensor) -> bool:
     """Whether all rows look like probabilities, and hardly by chance.
 
-    C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C. With many classes, more is allowed.
+    C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C.
     """
     n_classes = rows.shape[1]
     if not _may_be_probabilities(rows[:1]).all() or not _may_be_probabilities(rows).all():

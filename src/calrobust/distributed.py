@@ -61,7 +61,7 @@ def agree(
 ) -> tuple[Ranks, ...]:
     """The ranks of each batch; ``here`` are the numbers of this rank's rows.
 
-    All ranks raise if ``facts`` differ or one tells `REFUSED`, so that none waits.
+    All raise if ``facts`` differ or one tells `REFUSED`, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)

@@ -1,4 +1,4 @@
-"""Logits of a model, and what calibrates them."""
+"""Logits, and what calibrates them."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,8 +42,8 @@ def collect_logits(
         progress: shows a bar, if tqdm is installed.
 
     Raises:
-        TypeError: an argument, a batch or an output has the wrong type.
-        ValueError: the loader is empty, or logits and labels do not fit.
+        TypeError: an argument, batch or output has the wrong type.
+        ValueError: there is no batch, or logits and labels do not fit.
 
     Example:
         >>> import torch
@@ -153,7 +153,7 @@ def zero_shot_classifier(
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
     where :math:`x_{c,t}` is the unit-norm feature of class :math:`c` in template :math:`t`. Weights are at least
-    float32, on the model's device; logits are ``logit_scale * image_features @ weight.T``.
+    float32; logits are ``logit_scale * image_features @ weight.T``.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
@@ -262,8 +262,6 @@ class TemperatureScaler(_Scaler):
 
     .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
-    Fit on data that you do not report.
-
     Example:
         >>> import torch
         >>> from calrobust import TemperatureScaler
@@ -274,7 +272,7 @@ class TemperatureScaler(_Scaler):
     """
 
     temperature: Tensor
-    """T, a scalar, float64 also after a cast."""
+    """T, a float64 scalar, also after a cast."""
 
     def __init__(self) -> None:
         super().__init__(temperature=1.0)
@@ -286,7 +284,7 @@ class TemperatureScaler(_Scaler):
         return self._set(fit_temperature(logits, target, ignore_index=ignore_index, weight=weight))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Divides floating logits and keeps their dtype. Raises ``RuntimeError`` before :meth:`fit`."""
+        """Divides logits, in the same dtype. Raises ``RuntimeError`` before :meth:`fit`."""
         self._check(logits=logits)
         return logits / self.temperature
 
@@ -297,7 +295,7 @@ class PlattScaler(_Scaler):
     .. math:: z \mapsto a z + b, \qquad a, b = \arg\min_{a > 0,\, b} \sum_i \log\bigl(1 + e^{\mp (a z_i + b)}\bigr)
 
     with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. Fit on pairs that match as
-    often as those in use. Data without a minimum give a :class:`UserWarning` (:doc:`/guides/temperature`).
+    often as in use. Data without a minimum give a :class:`UserWarning` (:doc:`/guides/temperature`).
 
     Example:
         >>> import torch
@@ -326,12 +324,12 @@ class PlattScaler(_Scaler):
             matched: whether each pair matches, bool.
 
         Raises:
-            TypeError, ValueError: dtypes, shapes or devices are others, there is no pair, or one is not finite.
+            TypeError, ValueError: the arguments are invalid, or there is no pair.
         """
         return self._set(*fit_line(similarities, matched))
 
     def forward(self, similarities: Tensor) -> Tensor:
-        """The calibrated logits, in the dtype of the similarities. Raises ``RuntimeError`` before :meth:`fit`."""
+        """The calibrated logits, in the same dtype. Raises ``RuntimeError`` before :meth:`fit`."""
         self._check(similarities=similarities)
         precise = similarities.to(torch.promote_types(similarities.dtype, torch.float32))
         return (precise * self.slope + self.intercept).to(similarities.dtype)

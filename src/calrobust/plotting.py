@@ -38,7 +38,7 @@ ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
     """Accuracy against confidence in each bin, above a histogram of confidences.
 
-    The hatched part of a bar lies between accuracy and mean confidence. Bins with fewer samples are fainter.
+    Hatching lies between accuracy and mean confidence. Bins with fewer samples are fainter.
 
     Args:
         bins: sums ``[n_bins]`` from :func:`~calrobust.functional.bin_confidences`, a metric or a report.
@@ -80,8 +80,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         methods: one for each row; None takes the report's first and last two.
 
     Raises:
-        TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``methods`` is not a
-            sequence of its methods.
+        TypeError, ValueError: ``report`` is incomplete, or ``methods`` is not a sequence of its methods.
 
     Example:
         >>> import torch
@@ -129,7 +128,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
         ax: as for :func:`reliability_diagram`.
 
     Raises:
-        TypeError, ValueError: ``report`` is not a complete :class:`~calrobust.ShiftReport`, or ``ax`` is not axes.
+        TypeError, ValueError: ``report`` is incomplete, or ``ax`` is not axes.
 
     Example:
         >>> import torch
@@ -166,9 +165,8 @@ def risk_coverage(
     """Error rate of the most confident predictions against their share, in per cent.
 
     Args:
-        report: a ``ShiftReport``, or confidences ``[N]`` as for
-            :func:`~calrobust.functional.risk_coverage_curve`.
-        correct: with confidences only, ``[N]``.
+        report: a ``ShiftReport``, or confidences as for :func:`~calrobust.functional.risk_coverage_curve`.
+        correct: likewise, only with confidences.
         domain: of the report; None is ``id_domain``.
         ax: as for :func:`reliability_diagram`.
 
@@ -217,7 +215,7 @@ def differences(
     Args:
         report: with the same samples for every method.
         method: what the others are compared with.
-        columns: a list of names, as for ``report.to_markdown``.
+        columns: as for ``report.to_markdown``.
 
     Raises:
         TypeError, ValueError: as for these two methods.

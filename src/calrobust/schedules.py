@@ -73,7 +73,7 @@ class linear_warmup(_Schedule):
 
 @dataclass(frozen=True)
 class power(_Schedule):
-    r"""The warm-up of timm's ``ModelEmaV3``: a power law that rises towards 1.
+    r"""The warm-up of timm's ``ModelEmaV3``, a power law.
 
     .. math::
         \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
@@ -164,7 +164,7 @@ class beta(_Schedule):
 class every(_Schedule):
     """Moves the teacher only at steps 0, k, 2k, ..., where k is ``steps``.
 
-    ``decay`` is a float in ``[0, 1]`` or a schedule, called with the step. The teacher needs ``update_every=1``.
+    ``decay`` is in [0, 1], or a schedule of the step. The teacher needs ``update_every=1``.
 
     Example:
         >>> from calrobust import schedules

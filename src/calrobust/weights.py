@@ -14,7 +14,7 @@ from calrobust._state import EXTRA, check_same_state, check_values, tensors, unw
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
-Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and what may be combined
+Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and which values to combine
 _INTEGER = re.compile(r"torch\.(bool|u?int(8|16|32|64))")
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
@@ -26,9 +26,9 @@ def interpolate(
 
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
-    ``alpha`` is in [0, 1], any finite number with ``extrapolate=True``, or a function of the name of each floating
-    tensor, as in LiNeS (:doc:`/guides/recipes`). At the ends, floating entries are exact. Models, result and errors are
-    as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
+    ``alpha`` is in [0, 1], any finite number with ``extrapolate=True``, or a function of each floating tensor's name,
+    as in LiNeS (:doc:`/guides/recipes`). At the ends, floating entries are exact. Models, result and errors are as
+    for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
         >>> import torch
@@ -136,7 +136,7 @@ def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
     if not isinstance(models, Iterable) or isinstance(models, (str, Mapping, nn.Module)):
         raise TypeError(f"models must be an iterable of models, got {type(models).__name__}")
-    # A generator may load the next model into the memory of the last one.
+    # A generator may reuse the memory of one model.
     one_by_one = isinstance(models, Iterator)
     listed = {f"models[{k}]": copy.deepcopy(model) if one_by_one else model for k, model in enumerate(models)}
     if len(listed) < at_least:

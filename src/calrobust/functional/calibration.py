@@ -58,10 +58,10 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
 
 
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
-    """Sums over bins of equally many samples; equal confidences share a bin."""
+    """Sums over bins of equally many samples."""
     confidences, order = valid_confidences(confidences, correct, n_bins).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
-    index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # the clamp is for NaN
+    index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # for NaN
     return Bins(*sum_by_bin(index, n_bins, confidences, correct[order]))
 
 
@@ -74,7 +74,7 @@ def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:
 def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Tensor:
     r"""Distance between accuracy and mean confidence over bins.
 
-    With :math:`n_b` of N samples in bin b, of accuracy :math:`a_b` and mean confidence :math:`c_b`:
+    With :math:`n_b` of N samples in bin b, accuracy :math:`a_b` and mean confidence :math:`c_b`:
 
     .. math::
         \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|, \quad
@@ -86,7 +86,7 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
     Args:
         bins: sums of shape ``[..., n_bins]``, see :func:`~calrobust.functional.bin_confidences`.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
-        debiased: only for ``"l2"``: subtract from each square what noise adds to it on average,
+        debiased: only for ``"l2"``: subtract what noise adds to each square on average,
             :math:`a_b (1 - a_b) / (n_b - 1)`. Bins of one sample and negative sums count 0.
 
     Raises:
@@ -165,8 +165,6 @@ def calibration_error(
         >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
         >>> calibration_error(probs, torch.tensor([0, 1]), from_logits=False)  # right half of the time
         tensor(0.2500, dtype=torch.float64)
-
-    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
     """
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     return binned_error(bin_confidences(confidences, correct, n_bins=n_bins), norm=norm, debiased=debiased)
@@ -242,8 +240,8 @@ def classwise_calibration_error(
 
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 
-    where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and belong to it
-    with frequency :math:`a_{bc}`.
+    where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and a share
+    :math:`a_{bc}` belongs to it.
     Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
@@ -291,13 +289,13 @@ def calibration_interval(
 ) -> CalibrationInterval:
     r"""Interval and noise floor of the ECE, and a test against perfect calibration.
 
-    Interval and debiased value are about the ECE of infinitely many samples, so the whole interval may lie below the
-    value. There is no interval if the sum of c * (1 - c) over the confidences is below 50, as for up to about 300
-    samples, or 1,400 of a very confident model. :doc:`/derivations` has formulas, sources and coverage.
+    Interval and debiased value are about the ECE of infinitely many samples, so the interval may lie below the value.
+    There is no interval if the sum of c * (1 - c) over the confidences is below 50: up to about 300 samples, or 1,400
+    of a very confident model. :doc:`/derivations` has formulas, sources and coverage.
 
     Args:
-        confidences: shape ``[N]``, as for :func:`~calrobust.functional.bin_confidences`.
-        correct: shape ``[N]``, likewise.
+        confidences: as for :func:`~calrobust.functional.bin_confidences`.
+        correct: likewise.
         n_bins: likewise.
         level: share of data sets whose interval contains the true error, in (0, 1).
 
@@ -314,8 +312,6 @@ def calibration_interval(
         >>> value, debiased, low, high, floor, p_value = calibration_interval(confidences, correct)
         >>> value, floor  # |100 - 120| / 200, and sqrt(2 * 50 / pi) / 200
         (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
-
-    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams*, and our own.
     """
     check_positive(level=level)
     check_fraction(closed=False, level=level)
@@ -323,7 +319,7 @@ def calibration_interval(
 
 
 def bin_moments(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """float64 ``[4, n_bins]``: the three sums of ``bin_confidences``, and those of c * (1 - c)."""
+    """float64 ``[4, n_bins]``: the sums of ``bin_confidences``, and of c * (1 - c)."""
     confidences = valid_confidences(confidences, correct, n_bins)
     variances = (confidences * (1 - confidences)).clamp(min=0)
     return sum_by_bin(bin_index(confidences, n_bins), n_bins, confidences, correct, variances)

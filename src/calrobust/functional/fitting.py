@@ -1,4 +1,4 @@
-"""The temperature of logits, and the line of similarities."""
+"""Fits of a temperature and of a line."""
 
 import math
 import warnings
@@ -25,7 +25,7 @@ SUBSET_ROWS = 4096
 SMALL_STEP = 2e-5  # relative
 MAX_STEPS = 100
 LARGEST_RATIO = 10.0
-EXTREME = 100.0  # T of degenerate data, in units of the logits' spread
+EXTREME = 100.0  # T of degenerate data over the logits' spread
 HUGE = 1e20  # products of logits this far below the top overflow
 FLOOR = -200.0  # replaces them once they are scaled
 GAP = 32.0  # masks are this many times as far below the top as other logits
@@ -40,7 +40,7 @@ class _Data(NamedTuple):
     top: Tensor  # [N] highest logit
     own: Tensor  # [N] the label's logit - top
     weight: Tensor  # [N]
-    huge: bool = False  # some logits are HUGE below the top
+    huge: bool = False
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yields ``logits - top`` in one buffer."""
@@ -106,13 +106,13 @@ def fit_temperature(
 
 
 def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, list[str]]:
-    """T of valid data ``[N, C]``, and why they do not determine it."""
+    """T of valid data, and why they do not determine it."""
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
         if weight is not None:
             data = data._replace(weight=(weight / weight.max())[target].to(data.top.dtype))
         limit = _mask_distance(data, means)
-        # Masks decide only where Newton's method starts, and the T of degenerate data.
+        # Masks affect only the start of Newton's method, and degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
         if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
             temperature, causes = _solve(data, _visible_means(data, math.inf))
@@ -124,7 +124,7 @@ def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = Non
 
 
 def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
-    """The data, and ``[N]``: the mean of logit - top of each row."""
+    """The data, and the mean of logit - top of each row."""
     dtype = torch.promote_types(logits.dtype, torch.float64 if logits.numel() <= FEW else torch.float32)
     top = logits.amax(1).to(dtype)
     if not top.isfinite().all():
@@ -142,7 +142,7 @@ def _scan(logits: Tensor, target: Tensor) -> tuple[_Data, Tensor]:
 
 
 def _visible_means(data: _Data, limit: float) -> Tensor:
-    """The means of :func:`_scan` over classes less than ``limit`` below the top."""
+    """The means of classes less than ``limit`` below the top."""
     means = []
     for differences in data.differences(torch.float64):
         hidden = differences <= -limit
@@ -154,7 +154,7 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
     """How far below the top finite masks begin, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
-    some = torch.cat((some, means.argmin()[None]))  # has masks, if any row has
+    some = torch.cat((some, means.argmin()[None]))  # has masks if any has
     distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
     below = (distances > 0) & distances.isfinite()
     usual = distances.where(below, math.inf).amin(1).median()
@@ -169,7 +169,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
         return 1.0, ["the logits of each sample are all equal, so that T changes nothing"]
     if (data.own == 0).all():
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
-    # The slope of the likelihood at 1/T = 0
+    # The slope at 1/T = 0
     if float((data.weight * (means - data.own)).sum(dtype=torch.float64)) >= 0:
         return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
     beta = 1 / spread
@@ -177,7 +177,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
     if step >= 4:
         subset = _Data(data.logits[::step], data.top[::step], data.own[::step], data.weight[::step], data.huge)
         beta, _ = _newton(subset, beta, max_steps=8)
-        beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)  # it may be degenerate
+        beta = min(max(beta, 1 / (EXTREME * spread)), EXTREME / spread)
     beta, converged = _newton(data, beta, max_steps=MAX_STEPS)
     return 1 / beta, [] if converged else [f"Newton's method did not converge in {MAX_STEPS} steps"]
 
@@ -201,7 +201,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """First and second derivative of the loss in β = 1/T, times β and β²."""
+    """First and second derivative in β = 1/T, times β and β²."""
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
@@ -219,7 +219,7 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
 
 
 def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
-    """``[2]``: slope and intercept of a ``PlattScaler``."""
+    """Slope and intercept, ``[2]``."""
     check_floating(similarities=similarities)
     check_bool(matched=matched)
     check_float64(similarities=similarities)
@@ -262,7 +262,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
 def _newton_line(
     z: Tensor, matched: Tensor, mean: Tensor, spread: Tensor, low: float, high: float
 ) -> tuple[Tensor, bool]:
-    """The line for ``(z - mean) / spread``, and whether it converged."""
+    """The line of ``(z - mean) / spread``, and whether it converged."""
     line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), float("inf")
     for _ in range(MAX_STEPS):
         loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), 1e-9 * torch.eye(2).to(mean)

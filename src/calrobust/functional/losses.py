@@ -1,4 +1,4 @@
-"""The losses as functions: on pairs, on features, and on weights."""
+"""The losses as functions."""
 
 from typing import Unpack
 
@@ -29,15 +29,14 @@ def multimodal_contrastive_loss(
     two directions are averaged.
 
     Args:
-        image_features: shape ``[N, D]``, floating, unit norm; used as given, never normalised.
+        image_features: shape ``[N, D]``, floating, unit norm; not normalised here.
         text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and further
             texts are only candidates.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
-            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive (off the CPU
-            and in compiled code its loss is NaN without); from text to image a text without is left out.
-        label_smoothing: :math:`\varepsilon` in [0, 1): each of the M candidates gets :math:`\varepsilon / M` of the
-            target, as in torch.
+            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive, without
+            which compiled code and GPUs give NaN; from text to image a text without is left out.
+        label_smoothing: :math:`\varepsilon` in [0, 1), as in torch.
         direction: ``"both"``, ``"image_to_text"`` or ``"text_to_image"``.
         **options: see :class:`~calrobust.functional.PairOptions`.
 
@@ -46,10 +45,10 @@ def multimodal_contrastive_loss(
         image ``[N]``, or of each text ``[M]``, 0 without a positive.
 
     Raises:
-        ValueError: the features differ in width, dtype or device, are empty or not 2-D; ``labels`` do not fit, or M < N
-            without; an image has no positive; a number or option is out of range; ``reduction="none"`` is of both
-            directions of what are no pairs; ``impl="triton"`` finds no CUDA device.
-        TypeError: the features are not floating point, ``labels`` not ``int64``, or an option is unknown.
+        ValueError: features or ``labels`` do not fit, or M < N without; an image has no positive; a number or option is
+            out of range; ``reduction="none"`` is of both directions of what are no pairs; ``impl="triton"`` finds no
+            CUDA device.
+        TypeError: features are not floating, ``labels`` not ``int64``, or an option is unknown.
 
     Example:
         >>> import torch
@@ -87,11 +86,11 @@ def multimodal_distillation_loss(
     Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by ``temperature``
     :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper; open_clip's ``DistillClipLoss``
-    averages them, and its value (not its gradient) also holds the teacher's entropy.
+    averages them, and adds the teacher's entropy.
 
     Other arguments and results are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but images and
     texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get no
-    gradient. The value is exactly 0 where teacher and student are equal.
+    gradient. The value is exactly 0 for equal models.
 
     Raises:
         ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
@@ -171,8 +170,8 @@ def sigmoid_contrastive_loss(
 
     Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, a finite number or scalar tensor,
     and :math:`m_{ij}` is 1 for positives and -1 for all others. Arguments, results and errors are those of
-    :func:`~calrobust.functional.multimodal_contrastive_loss`, but an image may have no positive, and reductions are
-    over the N images.
+    :func:`~calrobust.functional.multimodal_contrastive_loss`, but images need no positive, and reductions are over
+    images.
 
     Example:
         >>> import torch
@@ -204,8 +203,8 @@ def sigmoid_distillation_loss(
     .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
 
     Here :math:`\tilde z_{ij}` is the teacher's, and KL is binary. Arguments, results and errors are those of
-    :func:`~calrobust.functional.sigmoid_contrastive_loss`, and for the teacher and ``temperature`` :math:`\tau` those
-    of :func:`~calrobust.functional.multimodal_distillation_loss`.
+    :func:`~calrobust.functional.sigmoid_contrastive_loss` and
+    :func:`~calrobust.functional.multimodal_distillation_loss`.
 
     Example:
         >>> import torch

@@ -44,15 +44,15 @@ class PairOptions(TypedDict, total=False):
 
     reduction: Reduction
     """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
-    in number or have labels of their own, they are over those of a direction, ``"none"`` of only one."""
+    in number or labels, it is over those of a direction, ``"none"`` of only one."""
     gather: bool
     """Contrast against all ranks (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
     """``"dense"`` holds the whole pair matrix, and has all derivatives. The others have first ones in reverse mode:
-    ``"tiled"`` in O(N·D) memory; ``"triton"`` likewise in CUDA kernels; ``"auto"`` (default) by Triton where it runs,
-    and else tiled, but keeping the matrix for backward if it fits into ``memory_budget``."""
+    ``"tiled"`` in O(N·D) memory; ``"triton"`` likewise in CUDA kernels; ``"auto"`` (default) is Triton where it runs,
+    else tiled, but keeps a matrix that fits into ``memory_budget``."""
     memory_budget: int
     """Bytes that ``"auto"`` may keep (default 256 MiB). The sigmoid losses keep nothing."""
 
@@ -67,7 +67,7 @@ DEFAULTS: PairOptions = {
 
 
 def filled(options: PairOptions) -> PairOptions:
-    """The given options, checked, and the defaults of the others."""
+    """The options, checked and completed."""
     for name in options:
         if name not in DEFAULTS:
             raise TypeError(f"options must be among {', '.join(DEFAULTS)}, got {name!r}")
@@ -127,7 +127,7 @@ class Request(NamedTuple):
     student: Outputs
     teacher: Outputs | None = None
     labels: Labels | None = None
-    apart: bool = False  # each value is wanted; the sum alone costs less for sigmoids
+    apart: bool = False  # whether each value is wanted; the sum alone is cheaper
 
     def models(self) -> list[dict[str, Any]]:
         """Their outputs by name."""
@@ -197,7 +197,6 @@ def _of_anchors(term: Term, statistics: Direction) -> tuple[Tensor, Tensor | int
 
 
 def _sigmoid_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
-    """Their sum alone, unless they are wanted apart."""
     batch, options, temperature = shared.batch(), shared.options, float(sharing[0][1].temperature)
     request, device = shared.request, batch.partner.device
     biased = [(batch.student, batch.scalar(request.student.logit_bias, device))]
@@ -247,7 +246,7 @@ PASSES = {
 def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
     """Each term times its weight, reduced over all ranks.
 
-    The request is a function so that with ``gather`` all ranks are told of its errors, and none waits forever.
+    ``request`` may raise: with ``gather`` all ranks are told, so that none waits.
     """
     if options.get("gather") is True and torch.compiler.is_compiling():
         torch._dynamo.graph_break(
@@ -292,7 +291,7 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
 
 
 def _facts(request: Request, options: PairOptions) -> dict[str, object]:
-    """What must be the same on all ranks, or collectives do not fit, or losses differ."""
+    """What must be the same on all ranks."""
     facts: dict[str, object] = {
         "the loss": " + ".join(f"{weight:g} * {term!r}" for weight, term in request.weighted),
         "reduction": options["reduction"],
@@ -388,7 +387,7 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
 def _check_positives(batch: PairBatch) -> None:
     number, total = batch.of_rows.number, batch.rows.total
     if not isinstance(number, Tensor) or number.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # values may not be looked at, and the loss will be NaN
+        return  # the loss will be NaN
     if int(number) < total:
         raise ValueError(
             f"labels must give each image a text of the same label, got none for {total - int(number)} of {total} "

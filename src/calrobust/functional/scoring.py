@@ -98,7 +98,7 @@ def probability_blocks(
     validate: bool | None = None,
     temperature: float | None = None,
 ) -> Iterator[Block]:
-    """Yields at least one block, of logits / ``temperature``; ``validate=None`` checks values where that is free."""
+    """Yields at least one block; ``validate=None`` checks values where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
@@ -155,7 +155,7 @@ def certainties(block: Block) -> Tensor:
 
 def squared_errors(block: Block) -> Tensor:
     """``[n]``: squared distance of the probabilities from the label's indicator."""
-    # Subtracting after the sum would lose small scores.
+    # Subtracting from the sum would lose small scores.
     own = (block.own - 1).square()
     return block.probs.square().scatter_(1, block.target[:, None], own[:, None]).sum(1)
 
@@ -189,7 +189,7 @@ def top_labels(blocks: Iterable[Block], score: Callable[[Block], Tensor] = confi
 
 
 def check_confidences(confidences: Tensor, correct: Tensor) -> None:
-    """Raises unless both are ``[N]``, floating and bool."""
+    """Raises unless they are valid."""
     check_floating(confidences=confidences)
     check_bool(correct=correct)
     if confidences.ndim != 1 or confidences.shape != correct.shape:
@@ -293,8 +293,8 @@ def selective_risk(
     .. math:: \mathrm{AURC} = \frac{1}{N} \sum_{k=1}^N r_k, \qquad
         \mathrm{AUGRC} = \frac{1}{N} \sum_{k=1}^N \tfrac{k}{N} r_k
 
-    where :math:`r_k` is :func:`~calrobust.functional.risk_coverage_curve`. ``generalized`` gives AUGRC, in which an
-    error counts the same at every rank. The result is a float64 scalar in [0, 1].
+    where :math:`r_k` is :func:`~calrobust.functional.risk_coverage_curve`. ``generalized`` gives AUGRC.
+    The result is a float64 scalar in [0, 1].
     Other arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
@@ -304,8 +304,7 @@ def selective_risk(
         >>> selective_risk(probs, torch.tensor([1, 0]), from_logits=False)  # risks 0 and 1 / 2
         tensor(0.2500, dtype=torch.float64)
 
-    Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, section 2; AUGRC: Traub et al., 2024,
-    :arxiv:`2407.01032`, equation 7.
+    Reference: Traub et al., 2024, :arxiv:`2407.01032`, equation 7 (AUGRC).
     """
     blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
     return area(risk_coverage_curve(*top_labels(blocks, certainties)), generalized)

@@ -1,4 +1,4 @@
-"""The statistics of a pair matrix that losses need. ``docs/derivations.md`` defines the words."""
+"""The statistics of a pair matrix that losses need: see ``docs/derivations.md``."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,9 +19,9 @@ Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 
 
 class Anchors(NamedTuple):
-    """Which rows or columns of this rank have positives."""
+    """Rows or columns of this rank."""
 
-    weights: Tensor  # [length]: 1 with positives; without, 0 for a text and NaN for an image, which must have one
+    weights: Tensor  # [length]: 1 with positives; without, 0 for a text and NaN for an image
     number: Tensor | int  # of anchors with positives, over all ranks
     positives: Tensor  # [length]: how many, at least 1
 
@@ -29,19 +29,19 @@ class Anchors(NamedTuple):
 class Direction(NamedTuple):
     """Statistics ``[length]`` of each anchor."""
 
-    negative_log_likelihood: Tensor  # −log of the softmax at the own entries; 0 without any
+    negative_log_likelihood: Tensor  # of the own entries; 0 without any
     above_positives: Tensor  # lse of the own entries (without any: of all entries) − mean logit of the positives
     above_mean: Tensor  # the same − mean logit
     divergence: Tensor
     anchors: Anchors
-    total: int  # of anchors over all ranks, with or without positives
+    total: int  # over all ranks
 
 
 class PairBatch:
     """Images and texts of this rank and of all ranks.
 
-    Rows are images, or texts if ``swapped``. They stay on their rank, and columns are gathered. The partner of image i
-    is text i of its rank, or with labels for both sides the first text of the same label.
+    Rows are images, or texts if ``swapped``. They stay on their rank, and columns are gathered. The partner of an image
+    is the text of its place, or with labels for both sides the first of its label.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PairBatch:
         """A number, or equal entries, as a tensor ``[]``."""
         if isinstance(value, Tensor):
             return _tracked(value).mean().to(device, self.dtype)
-        # What the dtype cannot hold becomes infinite; torch.full would raise.
+        # torch.full would raise for what the dtype cannot hold.
         return torch.ones((), dtype=self.dtype, device=device) * float(value)
 
     def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:
@@ -134,9 +134,9 @@ def _anchors(positives: Tensor, number: Tensor | int, *, are_images: bool) -> An
 def pair_statistics(
     batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
 ) -> tuple[Direction, Direction | None]:
-    """The statistics of ``S = scale / temperature · x yᵀ``, for this rank's rows and maybe its columns.
+    """Of ``S = scale / temperature · x yᵀ``, for this rank's rows and maybe its columns.
 
-    What is linear in ``S`` is left to autograd: products of feature sums.
+    What is linear in ``S`` is left to autograd.
     """
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
@@ -145,7 +145,7 @@ def pair_statistics(
         teacher = Factors(teacher_x, teacher_y, teacher_scale / temperature)
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        # Linear parts come first, so that their gradients come after the tiles of backward, not beside them.
+        # Linear parts come first, so that their gradients come after the tiles of backward.
         own = Part.without_teacher(batch.own(student).to(precise))
         if teacher is not None:
             own = Part(own.lse, torch.zeros_like(own.lse), batch.own(teacher).to(precise))
@@ -188,7 +188,7 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
 
 
 def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
-    """``[m]`` each: of the rows that have each column as partner."""
+    """``[m]``: of the rows that have each column as partner."""
     slot = partner.remainder(m + 1)  # the last one is for rows without a partner
 
     def sums(values: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
 
 
 def _over_ranks(several: list[Part], ranks: Ranks) -> list[Part]:
-    """Of this rank's columns over all rows, from those of all columns over the strip of each rank."""
+    """Of this rank's columns over all rows, from all columns over the strip of each rank."""
     if len(ranks.sizes) == 1:
         return several
     lse, divergence, teacher_lse = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))
@@ -235,9 +235,9 @@ def _tracked(tensor: Tensor) -> Tensor:
 
 
 def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The class of each wanted label, how often it is among ``labels``, and their order by class.
+    """The class of each wanted label, how often it is in ``labels``, and their order by class.
 
-    A class is the place of its first label in that order, or ``len(labels)`` if there is none.
+    A class is the place of its first label in that order, or else ``len(labels)``.
     """
     ordered, order = labels.sort(stable=True)
     wanted = wanted.contiguous()
@@ -247,6 +247,6 @@ def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor, absent: int) -> Tensor:
-    """The sum of features ``[K, D]`` of each of the ``wanted`` classes ``[K]``."""
+    """The sum of features of each ``wanted`` class, ``[K, D]``."""
     sums = features.new_zeros(absent + 1, features.shape[1])
     return sums.index_add(0, classes, features).index_select(0, wanted)  # cheaper in backward than indexing

@@ -1,4 +1,4 @@
-"""The softmax statistics of a pair matrix by definition, and how they merge: see ``docs/derivations.md``."""
+"""The softmax statistics by definition, and how they merge: see ``docs/derivations.md``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from calrobust._checks import WITHOUT_FLOAT64
 
-EXCLUDED = -1e38  # the logit of what does not count; finite, so that two of them differ by 0
+EXCLUDED = -1e38  # the logit of what does not count; finite, so that two differ by 0
 
 
 class Part(NamedTuple):
-    """Statistics of some anchors over a set of candidates, each of shape ``[length]``."""
+    """Statistics ``[length]`` of anchors over some candidates."""
 
     lse: Tensor
-    divergence: Tensor  # from the teacher's softmax over these candidates to the student's, in nats
+    divergence: Tensor  # from the teacher's softmax to the student's, in nats
     teacher_lse: Tensor  # [0] without a teacher, like the divergence
 
     @classmethod
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Statistics of some rows and, over these, of the columns, without own entries."""
+    """Of some rows and, over these, of the columns, without own entries."""
 
     rows: Part
     columns: Part  # [0] if not asked for
@@ -46,14 +46,14 @@ class Factors(NamedTuple):
 
 
 def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor, *, columns: bool = True) -> Strip:
-    """Of rows and maybe columns. Row i has its own entry in column ``partner[i]``, or none for -1."""
+    """Row i has its own entry in column ``partner[i]``, or none for -1."""
     s = _logits(student, partner)
     t = None if teacher is None else _logits(teacher, partner)
     return Strip(along(1, s, t), along(0, s, t) if columns else Part.without_teacher(s.new_empty(0)))
 
 
 def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
-    """The statistics of the softmaxes of logits along a dimension."""
+    """The statistics of logits along a dimension."""
     if t is None:
         return Part.without_teacher(s.logsumexp(dim))
     divergence = divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim)
@@ -66,7 +66,7 @@ def _logits(factors: Factors, partner: Tensor) -> Tensor:
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The dtype in which vectors of statistics are merged."""
+    """The dtype to merge statistics in."""
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 

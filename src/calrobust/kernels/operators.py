@@ -31,10 +31,10 @@ def softmax_statistics(
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
 ) -> Strip:
-    """What `dense.softmax_statistics` gives, without a pair matrix.
+    """What `dense.softmax_statistics` gives. Features may be multiplied as ``operands``.
 
-    ``"auto"`` is Triton where `kernels` has it, except for float64, and else tiled. The tiled form keeps logits that
-    fit into ``memory_budget`` bytes for backward. Features may be multiplied as ``operands``.
+    ``"auto"`` is Triton where `kernels` has it, except for float64, and else tiled, which keeps logits that fit into
+    ``memory_budget`` bytes.
     """
     x, y, _ = student
     factors = [*student, *(teacher or ())]
@@ -75,7 +75,7 @@ def kernels(form: str, impl: str, x: Tensor, operands: torch.dtype, *, teacher: 
     if not may_take_triton(impl, x):
         return None
     key = x.device, operands, form, teacher
-    # Nothing can be compared while a CUDA graph is captured; a step before has done so.
+    # Nothing can be compared while a CUDA graph is captured.
     if key not in FAULTS and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         FAULTS[key] = fault(*key)
     reason = FAULTS.get(key)
@@ -109,7 +109,7 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
         try:
             pairs = zip(results(factors, "triton", operands), results(factors, "tiled", operands), strict=True)
             worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs if b.numel()]).max())
-        except Exception as error:  # whatever it is, the tiled form works
+        except Exception as error:  # the tiled form works
             return f"{type(error).__name__}: {error}"
     return "" if worst <= TOLERANCE else f"they differ from the tiled form by {worst:.1g} of its results"
 
@@ -134,7 +134,7 @@ def _sigmoid(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Te
 def _forward(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
     """Lse, divergence and teacher's lse, each of rows and of columns, then the kept logits of both; empty if absent.
 
-    ``tensors`` are the factors of a student and maybe a teacher, and the partners.
+    ``tensors`` are factors and partners.
     """
     *factors, partner = tensors
     form = kernels("softmax", impl, factors[0], operands, teacher=len(factors) == 6)
@@ -204,8 +204,7 @@ def differentiable(
 ) -> Any:
     """The results of an operator, the first ``number`` of them with a gradient.
 
-    ``backward`` takes options, needs, upstream gradients, results and tensors, and gives the gradients of the first
-    tensors.
+    ``backward`` takes options, needs, upstream gradients, results and tensors.
     """
     if not torch.compiler.is_compiling():
         return _Eager.apply(forward, backward, number, options, *tensors)
@@ -215,7 +214,7 @@ def differentiable(
 
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd records what is computed from them."""
+    """Whether autograd records them."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -228,7 +227,7 @@ def refuse(ctx: Any, *_: Any) -> Any:
 
 
 class _Compiled(torch.autograd.Function):
-    """Autograd sees tensors that are arguments, but not those inside of a list."""
+    """Autograd does not see tensors in lists."""
 
     @staticmethod
     def forward(forward: Callable[..., Any], _: Any, __: int, options: Any, *tensors: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The sigmoid statistics of ``Z = scale · x yᵀ + bias``: sums over its rows; ``docs/derivations.md`` has the formulas.
+"""Sums over rows of ``Z = scale · x yᵀ + bias``; ``docs/derivations.md`` has the formulas.
 
 The gradient in Z depends on the entry alone. So one sweep, of 3 units or 4 with a teacher, gives sums and gradients if
 the weights of the sums are known. Otherwise backward makes a second.
@@ -86,7 +86,7 @@ def sweep(
 ) -> tuple[Sums, list[Tensor]]:
     """The sums, and the gradients of the student's x, y, scale and bias; those that ``needs`` excludes are empty.
 
-    ``weights`` of the sums in what is differentiated are ``[1, N]``, or with a teacher ``[2, N]``.
+    ``weights`` are ``[1, N]``, or with a teacher ``[2, N]``.
     """
     x, y, *_ = models[0]
     rows, columns = (each.to(x.dtype) for each in classes)  # faster to compare than integers
@@ -132,7 +132,7 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)
     divergence = z.new_empty(0, dtype=precise)
     if teacher:
-        ratio, excess = scratch[5:]  # the log of student's over teacher's chances; their difference
+        ratio, excess = scratch[5:]  # log of student's over teacher's chances; difference
         torch.clamp(logits, max=0, out=one)
         torch.clamp(logits, min=0, out=two)
         torch.sub(one[0], one[1], out=ratio[0])

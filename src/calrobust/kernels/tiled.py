@@ -1,7 +1,7 @@
 """The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, with exact gradients.
 
 A step takes 4 units: S in forward and again in backward, and the gradients of x and of y. A teacher adds 2. Kept logits
-save S and T in backward. ``docs/derivations.md`` has the formulas.
+save S and T in backward. See ``docs/derivations.md``.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import Tensor
 from calrobust.kernels import dense
 from calrobust.kernels.dense import EXCLUDED, Factors, Part, Strip, merge, wide
 
-CAPABILITY = (8, 0)  # the least compute capability that multiplies bfloat16 and TF32
+CAPABILITY = (8, 0)  # the least that multiplies bfloat16 and TF32
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: kernels outlast their launches
 TILE_ROWS = 256  # at least, for fast products
-BAND_BYTES = 2**18  # of a band of rows: fits into the second cache
-FAR = 6.0  # nats by which rows or columns may shift before sums over columns cancel too much
+BAND_BYTES = 2**18  # of rows, fits into the second cache
+FAR = 6.0  # nats of shift at which sums over columns cancel too much
 
 
 class Softmaxes(NamedTuple):
@@ -33,7 +33,7 @@ class Softmaxes(NamedTuple):
 
 
 class Matrix:
-    """One matrix ``scale · x yᵀ`` without own entries, a tile at a time."""
+    """``scale · x yᵀ`` without own entries, a tile at a time."""
 
     def __init__(self, factors: Sequence[Tensor], partner: Tensor, operands: torch.dtype) -> None:
         x, y, self.scale, *_ = factors
@@ -53,7 +53,7 @@ class Matrix:
         return out.scatter_(1, column, own)
 
     def weighted_softmaxes(self, softmaxes: Softmaxes, tile: slice, scratch: Tensor, out: Tensor) -> Tensor:
-        """The row and column softmaxes, times their weights and added up."""
+        """The weighted sum of row and column softmaxes."""
         row_lse, column_lse, row_weights, column_weights, kept = softmaxes
         row_lse, row_weights = row_lse[tile], row_weights[tile, None]
         s = kept[tile] if len(kept) else self.logits(tile, out)
@@ -70,7 +70,7 @@ class Matrix:
 def forward(
     models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
 ) -> Strip:
-    """The statistics of a student and maybe a teacher; their logits stay in ``kept`` if it has rows."""
+    """The statistics; logits stay in ``kept`` if it has rows."""
     x, y, _ = models[0]
     matrices = [Matrix(factors, partner, operands) for factors in models]
     tiles = tiles_of(x, y)
@@ -114,7 +114,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
     """Of the rows of a tile, and maybe of its columns over these rows."""
     precise = wide(s.device)
     on_cpu = is_looked_at(s)
-    by_band = columns and on_cpu  # elsewhere columns are taken from the logits
+    by_band = columns and on_cpu
     height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
     lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
     # Of columns: Σ w_i p_ij; then Σ w̃_i p̃_ij and, up to that factor, the first sum of the divergence, and the b_j.
@@ -168,10 +168,10 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Row softmaxes in ``out``; gives the log-sum-exp of the rows."""
+    """Row softmaxes in ``out``, and the log-sum-exp of rows."""
     torch.softmax(logits, 1, out=out)
     top, highest = (values.amax(1).to(wide(logits.device)) for values in (logits, out))
-    return top - highest.log()  # the highest probability is exp(top − lse), and at least 1 / M
+    return top - highest.log()  # the highest probability is exp(top − lse)
 
 
 def divergence_terms_in_place(
@@ -199,7 +199,7 @@ def divergence_terms_in_place(
 
 
 def slices(length: int, height: int) -> list[slice]:
-    """Of rows, ``height`` at a time."""
+    """``height`` rows at a time."""
     return [slice(start, min(start + height, length)) for start in range(0, length, height)]
 
 
@@ -219,13 +219,13 @@ def is_looked_at(tensor: Tensor) -> bool:
 
 
 def _representable(sums: Tensor) -> Tensor:
-    """Whether sums of exponentials have neither overflowed nor lost a term."""
+    """Whether sums have neither overflowed nor lost a term."""
     least = math.pow(torch.finfo(sums.dtype).tiny, 2 / 3)
     return (sums > least) & (sums < torch.inf)
 
 
 def are_narrow(x: Tensor, operands: torch.dtype) -> bool:
-    """Whether torch multiplies features ``x``, which came as ``operands``, in low precision."""
+    """Whether torch multiplies features that came as ``operands`` in low precision."""
     if operands.itemsize != 2 or x.device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(x.device) >= CAPABILITY
@@ -242,7 +242,7 @@ class FeatureGradients:
         dtype: torch.dtype,
         parts: int = 1,
     ) -> None:
-        """Tiles are multiplied in ``parts`` of ``dtype``. The ``weights`` of softmaxes bound the gradient in S."""
+        """Tiles are multiplied in ``parts`` of ``dtype``. The ``weights`` bound the gradient in S."""
         self.x, self.y, self.scale, *_ = factors
         self.needs = needs
         self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
@@ -258,7 +258,7 @@ class FeatureGradients:
         self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
-        """Adds rows of the gradient in S, as they are or times ``gain`` in parts."""
+        """Adds rows of the gradient in S, plain or times ``gain`` in parts."""
         (x, y), (of_x, of_y) = self.operands, self.totals
         if gradient[0].dtype != x[0].dtype:
             gradient = (torch.mul(gradient[0], self.gain, out=torch.empty_like(gradient[0], dtype=x[0].dtype)),)
@@ -281,7 +281,7 @@ class FeatureGradients:
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
-    """Writes the product of two sums of parts into ``out`` or adds it, without what is beneath the last part."""
+    """Writes or adds the product of two sums of parts, without what is beneath the last."""
     for a, b in ((a, b) for i, a in enumerate(left) for b in right[: len(right) - i]):
         if a.dtype == out.dtype or a.device.type != "cuda":
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
@@ -300,5 +300,5 @@ def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
 
 
 def _gain(bound: Tensor) -> Tensor:
-    """The power of two that brings ``bound`` to the upper end of float16's range."""
+    """The power of two that brings ``bound`` to the end of float16's range."""
     return torch.ldexp(torch.ones_like(bound), 15 - torch.frexp(bound.clamp_min(1e-30)).exponent)

@@ -169,7 +169,7 @@ class BinnedMetric(PredictionMetric):
 
 
 class SampledMetric(PredictionMetric):
-    """A metric whose state is a score of each sample, negative where the prediction is wrong."""
+    """A metric whose state is a score of each sample, negative for wrong predictions."""
 
     plot_upper_bound = 1.0
     sampled = "confidences"

@@ -44,14 +44,14 @@ class ShiftReport:
     :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE of several domains has no interval.
     :doc:`/derivations` has the other intervals. Domains must not share samples.
 
-    Figures are fractions; printed tables are in per cent. Tables raise ``ValueError`` if a method lacks
+    Figures are fractions, in printed tables per cent. Tables raise ``ValueError`` if a method lacks
     ``id_domain`` or a domain that others have. A report keeps about 44 bytes for each sample, and logits on the CPU.
 
     Args:
         id_domain: the domain that is in distribution.
         n_bins: number of bins of the ECE.
-        keep_logits: False drops logits once there is a temperature, so that :meth:`fit_temperature` before :meth:`add`
-            saves memory; ``nll_own_t`` is NaN.
+        keep_logits: False drops logits once there is a temperature: call :meth:`fit_temperature` before :meth:`add`.
+            Then ``nll_own_t`` is NaN.
 
     Raises:
         TypeError, ValueError: an argument is invalid.
@@ -91,12 +91,12 @@ class ShiftReport:
         Args:
             method: the row of the table.
             domain: the data set.
-            logits: shape ``[N, C]`` or ``[N, C, ...]``, as for :func:`~calrobust.functional.fit_temperature`.
-            target: shape ``[N]`` or ``[N, ...]``, likewise.
+            logits: as for :func:`~calrobust.functional.fit_temperature`.
+            target: likewise.
 
         Raises:
             TypeError, ValueError: a name is no string or is blank, data are invalid, the number of classes changes, or
-                over 1 % of the samples that T was fitted on are in this domain. The report stays as it was.
+                over 1 % of the samples that T was fitted on are in this domain. The report is unchanged.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
@@ -162,8 +162,8 @@ class ShiftReport:
             Dicts of ``method``, ``temperature`` and, after ``id_`` and ``ood_``, with ``…_low`` and ``…_high``:
             ``accuracy``, ``ece`` and ``ece_ts`` (also with ``…_debiased``, ``…_floor`` and ``…_p``), ``nll`` in
             nats, ``nll_ts``, ``nll_own_t`` (at each domain's best T, only a diagnosis),
-            ``brier``, and ``aurc``, see :func:`~calrobust.functional.selective_risk`. NaN where there is no
-            temperature, OOD domain, interval or logits.
+            ``brier``, and ``aurc`` (:func:`~calrobust.functional.selective_risk`). NaN where there is no temperature,
+            OOD domain, interval or logits.
         """
         self._check_complete()
         return [
@@ -179,17 +179,15 @@ class ShiftReport:
     def compare(self, a: str, b: str) -> dict[str, Any]:
         """The figures of one method minus those of another, from the same samples.
 
-        Intervals are paired, so narrow for methods that mostly agree. A difference of ECEs has none.
-        :doc:`/derivations` has the formulas.
+        Intervals are paired, so narrow for methods that mostly agree; ECEs have none (:doc:`/derivations`).
 
         Args:
             a: a method.
-            b: another one, with the same targets in the same order in each domain.
+            b: another, with the same targets in the same order.
 
         Returns:
             ``a``, ``b``, and the differences of the figures of :meth:`summary` but ``temperature``, with ``…_low`` and
-            ``…_high``; 0 if predictions are equal. NaN as there, and ends also if fewer than about ten samples make the
-            difference.
+            ``…_high``. NaN as there, and ends also if fewer than about ten samples make the difference.
 
         Raises:
             ValueError: a name is no method's, targets differ, or the report is incomplete.
@@ -239,7 +237,7 @@ class ShiftReport:
 
         Args:
             columns: names of :meth:`summary` without endings, such as ``"ood_nll"``.
-            intervals: whether to add intervals, noise floors and p-values.
+            intervals: add intervals, noise floors and p-values.
 
         Raises:
             TypeError, ValueError: ``columns`` is not a list or names no column, or the report is incomplete.

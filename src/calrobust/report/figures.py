@@ -19,7 +19,7 @@ from calrobust.functional.scoring import (
     squared_errors,
 )
 
-FEWEST = 10  # right and wrong predictions that an interval needs
+FEWEST = 10  # right and wrong predictions for an interval
 LEVEL = 0.95  # also in captions
 Z = 1.959963984540054  # normal quantile
 ENDS = ("", "_low", "_high")
@@ -149,7 +149,7 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes: of labels, their logits, which no mask hides, and some others."""
+    """``[N]`` int64 hashes of labels, their logits, which no mask hides, and some others."""
     some = logits[:, :: max(1, -(-logits.shape[1] // HASHED))]
     generator = torch.Generator("cpu").manual_seed(0)
     weights = torch.randint(1, 2**22 // HASHED, some.shape[1:], generator=generator, device="cpu").double()
@@ -164,7 +164,7 @@ def _bits(logits: Tensor) -> Tensor:
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
     """Raises if too many samples are in both."""
-    # Coincident rows have twins in each set; the lower share counts, since a set may repeat rows.
+    # Coincident rows have twins in both sets, repeated ones in one.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
     rows, counts = larger.unique(return_counts=True)
@@ -297,7 +297,7 @@ def cells(summary: Callable[[], list[dict[str, Any]]], columns: Sequence[str], i
 
 
 def check_columns(columns: Any, but: str = "") -> None:
-    """Raises unless they are names of figures."""
+    """Raises unless they name figures."""
     if not isinstance(columns, (list, tuple)):
         raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
     if not columns:

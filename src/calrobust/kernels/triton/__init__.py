@@ -1,4 +1,4 @@
-"""What the Triton kernels of `softmax` and `sigmoid` share."""
+"""What the Triton kernels share."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ KERNELS = ("forward", "backward", "sigmoid")
 
 
 class Blocks(NamedTuple):
-    """The size of a tile, and how a program works on it."""
+    """A tile, and how a program works on it."""
 
     ROWS: int
     COLUMNS: int
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None  # registers of a thread at most
 
 
-# By kernel, bytes of an operand and number of models; for the 99 KiB of shared memory that every card has.
+# By kernel, bytes of an operand and models; for 99 KiB of shared memory, which every card has.
 BLOCKS = {
     ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
     ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
@@ -41,7 +41,7 @@ BLOCKS = {
 
 LOG2E = tl.constexpr(math.log2(math.e))  # devices have an exponential to base 2
 LN2 = tl.constexpr(math.log(2))
-NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is taken from its series
+NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is a series
 INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
 
 
@@ -98,10 +98,10 @@ INTERPRETED = not isinstance(logits, triton.JITFunction)  # with TRITON_INTERPRE
 
 
 class Launcher:
-    """The matrices as kernels read them, and the blocks that fit."""
+    """The matrices for kernels, and the blocks that fit."""
 
     def __init__(self, kernel: str, models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> None:
-        # The dtype and number of parts in which the gradient in S is multiplied.
+        # Dtype and number of the parts of the gradient in S.
         self.split = (torch.float16, operands.itemsize // 2) if operands.itemsize < 8 else (operands, 1)
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter would multiply its bits
@@ -121,12 +121,12 @@ class Launcher:
             kernel[grid](matrices[0], matrices[-1], *arguments, **options, **(blocks or self.blocks)._asdict())
 
     def tiles(self, row_bytes: int, limit: int) -> list[slice]:
-        """Tiles of as many blocks of rows as fit into ``limit`` bytes, at least one."""
+        """Tiles of blocks of rows that fit into ``limit`` bytes, at least one block."""
         rows = self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS))
         return slices(len(self.matrices[0][0]), rows)
 
     def gradients(self) -> Iterator[tuple[slice, Tensor]]:
-        """Tiles, each with memory ``[parts, rows, M]`` for the gradient in S."""
+        """Tiles, with memory ``[parts, rows, M]`` for the gradient in S."""
         y, (dtype, parts) = self.matrices[0][1], self.split
         tiles = self.tiles(len(y) * parts * dtype.itemsize, TILE_BYTES)
         memory = y.new_empty(parts, tiles[0].stop, len(y), dtype=dtype)

@@ -19,10 +19,10 @@ POLYNOMIAL = tl.constexpr((*_CONSTANT_TO_CUBIC, 0.190713096, -0.135906002, 0.077
 
 @triton.jit
 def _sigmoids(z):
-    """``log(1 + exp(−|z|))``, ``σ(z)`` and ``σ(−z)``, each with all its digits."""
+    """``log(1 + exp(−|z|))``, ``σ(z)`` and ``σ(−z)``, with all digits."""
     e = tl.exp2(-tl.abs(z) * LOG2E)
     if z.dtype == tl.float64:
-        y = e / (2.0 + e)  # log(1 + e) = 2 artanh(y), and y is at most 1/3
+        y = e / (2.0 + e)  # log(1 + e) = 2 artanh(y), y <= 1/3
         series = tl.full(z.shape, 1.0 / 33, z.dtype)
         for k in tl.static_range(16, 0, -1):
             series = tl.fma(series, y * y, tl.full(z.shape, 1.0 / (2 * k - 1), z.dtype))
@@ -59,7 +59,7 @@ def _sums_kernel(
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """A block of the gradient in Z, in parts of lower precision, and the sums over its rows."""
+    """A block of the gradient in Z, in parts, and the sums over its rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     z = logits(student, row, column, n, m, DEPTH, EVEN) + tl.load(bias)

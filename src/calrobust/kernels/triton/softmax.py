@@ -1,8 +1,8 @@
-"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` as Triton kernels: logits stay on the chip.
+"""The statistics of `tiled` as Triton kernels: logits stay on the chip.
 
 Rows and columns are sums of `comparison` at *references*, the largest logits of the row so far: see
-``docs/derivations.md``. A second kernel merges the sums of a block's columns. If one has lost terms or digits, it forms
-them again, at the columns' own references. No product is fused into ``s − t``, so equal models diverge by exactly zero.
+``docs/derivations.md``. A second kernel merges a block's columns, and forms sums that lost terms or digits again, at
+the columns' own references. No product is fused into ``s − t``, so equal models diverge by exactly zero.
 """
 
 import torch
@@ -17,14 +17,14 @@ from calrobust.kernels.triton import INTERPRETED, LN2, LOG2E, Launcher, comparis
 
 SUMS_BYTES = 192 * 2**20  # of columns, before they are merged
 PROGRAMS = 4  # for each multiprocessor, at least
-SPANS = 16  # of columns, at least: their programs share a block of rows in the cache
+SPANS = 16  # of columns, at least; they share rows in the cache
 COLUMN_SPAN = 32  # blocks of rows whose columns a program merges
 
 EXCLUDED = tl.constexpr(dense.EXCLUDED)
 FLOOR = tl.constexpr(-(2.0**123))  # the least reference; excluded entries vanish beside it
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
-FAR = tl.constexpr(12)  # change of log2(p / p̃) from row to row at which sums over columns cancel
-LOSS = tl.constexpr(0.99)  # the share of F that may cancel in the divergence of a column
+FAR = tl.constexpr(12)  # change of log2(p / p̃) at which sums over columns cancel
+LOSS = tl.constexpr(0.99)  # the share of F that may cancel in a column
 
 
 @triton.jit
@@ -70,13 +70,13 @@ def _times(u, v, TEACHER: tl.constexpr):
 
 @triton.jit
 def _factors(shift, t_shift, TEACHER: tl.constexpr):
-    """The comparison of the factors of shifted references."""
+    """The comparison of factors of shifted references."""
     return comparison(tl.exp2(shift), tl.exp2(t_shift), (shift - t_shift) * LN2, TEACHER)
 
 
 @triton.jit
 def _store_sums(to, sums, part, index, length, TEACHER: tl.constexpr):
-    """Into ``to [parts, 2, length]``, or with a teacher ``[parts, 5, length]``."""
+    """Into ``to [parts, 2 or 5, length]``."""
     COUNT: tl.constexpr = 5 if TEACHER else 2
     to += part.to(tl.int64) * COUNT * length + index
     tl.store(to, sums[0], mask=index < length)
@@ -222,7 +222,7 @@ def _columns_kernel(
 
 @triton.jit
 def _weighted_softmaxes(softmaxes, s, row, column, n, m, WITH_COLUMNS: tl.constexpr):
-    """A block of what `tiled.Matrix.weighted_softmaxes` gives."""
+    """A block of `tiled.Matrix.weighted_softmaxes`."""
     row_lse, column_lse, row_weights, column_weights = softmaxes
     p = tl.exp2((s - tl.load(row_lse + row, mask=row < n, other=0.0)[:, None]) * LOG2E)
     total = tl.load(row_weights + row, mask=row < n, other=0.0)[:, None] * p
@@ -252,7 +252,7 @@ def _backward_kernel(
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """A block of the gradient in S, which is 0 at own entries, in parts of lower precision."""
+    """A block of the gradient in S, which is 0 at own entries, in parts."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)
@@ -272,7 +272,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
     x, y, _ = models[0]
     m = len(y)
     launch = Launcher("forward", models, operands)
-    # Few columns, because taking sums again needs many registers.
+    # Forming sums again needs many registers.
     narrow = launch.blocks._replace(COLUMNS=min(64, launch.blocks.COLUMNS), num_warps=4)
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
@@ -301,7 +301,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
 
 
 def _statistics(sums: Tensor) -> Part:
-    """From the kernels' ``[parts, 2 or 5, length]``: references and Z, of a teacher references, E and F."""
+    """From ``[parts, 2 or 5, length]``: references and Z, then a teacher's references, E and F."""
     reference, target, *teacher = sums.to(wide(sums.device)).unbind(1)
     if not teacher:
         return Part.without_teacher(_log_sum_exp(reference, target))

@@ -14,12 +14,15 @@ on where it was cut off. ``torchrun --nproc-per-node 8 examples/finetune.py ...`
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +44,7 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world_size
     if options.batch_size % world_size:
         raise RunError(f"--batch-size {options.batch_size} must be divisible by {world_size} processes")
     data = read_data(options)
+    origin = hashlib.sha256(repr((options.model, options.pretrained, data)).encode()).hexdigest()
     unreadable: set[str] = set()
     for method in options.method:
         torch.manual_seed(options.seed)
@@ -58,10 +62,10 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world_size
         if rank == 0:  # the former as open_clip's --pretrained takes it; for Transformers, load_state_dict
             weights = {"state_dict": clip.network.state_dict(), "head": classifier.head.data, "classes": data.names}
             weights |= {} if classifier.bias is None else {"bias": classifier.bias.data}
-            for name, content in (("weights.pt", weights), ("logits.pt", scored)):
+            for name, content in (("weights.pt", weights), ("logits.pt", {"origin": origin, "sets": scored})):
                 write_atomically(options.out / method / name, partial(torch.save, content))
     if rank == 0:
-        print(f"\n{report_on(options.out, scored)}\n")
+        print(f"\n{report_on(options.out, origin, scored)}\n")
         if bins := RECIPES[options.recipe].batch_bins:
             for name, sets in scored.items():
                 ece = ece_of_batches(*sets, options.batch_size, bins)
@@ -124,21 +128,22 @@ def ece_of_batches(logits: Tensor, target: Tensor, size: int, n_bins: int) -> fl
     return float(ece) / len(target)
 
 
-def report_on(out: Path, scored: dict[str, Scored]) -> calrobust.ShiftReport:
+def report_on(out: Path, origin: str, scored: dict[str, Scored]) -> calrobust.ShiftReport:
     """The table and its pictures, of all methods whose logits lie in ``out``.
 
-    Those on other sets or pictures than ``scored``, which holds the run's own logits, are left out.
+    ``scored`` holds this run's own logits, and ``origin`` stands for its model and pictures. Other runs are left out.
     """
     report = calrobust.ShiftReport(id_domain=ID_DOMAIN)
     for method, row in METHODS.items():
         path = out / method / "logits.pt"
-        sets: dict[str, Scored] = torch.load(path, weights_only=True) if path.exists() else {}
-        if sets.keys() == scored.keys() and all(torch.equal(sets[name][1], scored[name][1]) for name in sets):
+        content = torch.load(path, weights_only=True) if path.exists() else {}
+        sets: dict[str, Scored] = content["sets"] if content.get("origin") == origin else {}
+        if sets and all(torch.equal(sets[name][1], target) for name, (_, target) in scored.items()):
             report.fit_temperature(row.name, *sets.pop(VALIDATION))
             for name, (logits, target) in sets.items():
                 report.add(row.name, name, logits, target)
-        elif sets:
-            print(f"{path} is of other sets or pictures and not in the report; repeat its command to renew it.")
+        elif content:
+            print(f"{path} is of another model or other pictures, so it is left out; repeat its command to renew it.")
     write_atomically(out / "report.md", f"{report.to_markdown()}\n".encode())
     report.to_csv(out / "report.csv", per_domain=True)
     figures = {"reliability.png": calrobust.plotting.reliability_grid(report)}
@@ -149,17 +154,36 @@ def report_on(out: Path, scored: dict[str, Scored]) -> calrobust.ShiftReport:
     return report
 
 
+def number(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What argparse reads a number with that must keep a rule."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse prints it where the text is no number
+    return read
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; what it leaves open, the method's row says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    count = number(int, "at least 1", lambda value: value >= 1)
+    weight = number(float, "at least 0 and finite", lambda value: 0 <= value < math.inf)
+    part = number(float, "greater than 0 and less than 1", lambda value: 0 < value < 1)
+    smoothing = number(float, "at least 0 and less than 1", lambda value: 0 <= value < 1)
+    processes = number(int, "at least 0", lambda value: value >= 0)
+    seed = number(int, "at least 0 and less than 2**63", lambda value: 0 <= value < 2**63)
     add("--method", nargs="+", choices=METHODS, default=["carot"], help="rows of the table (default: carot)")
     add("--model", required=True, help="a model of open_clip, or hf: and a name or folder of Transformers")
     add("--pretrained", help="tag or file of open_clip's weights; without it, they are random")
     add("--train", type=Path, required=True, help="folder of class folders")
     add("--test", type=Path, help="the ID test set, of the same classes; default: a part of --train")
     add("--val", type=Path, help="what T and alpha are fitted on; default: a part of --train")
-    add("--share", type=float, default=0.1, help="of each class, for each part that is split off --train (0.1)")
+    add("--share", type=part, default=0.1, help="of each class, for each part that is split off --train (0.1)")
     add("--ood", action="append", default=[], metavar="NAME=DIR", help="a shifted test set, any number; "
         "of all classes, or of some, which are then the only ones to choose from")  # fmt: skip
     add("--map", action="append", default=[], metavar="NAME=FILE", help="for an --ood with other folders: "
@@ -167,18 +191,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--classes", type=Path, help="lines of a folder and its class name, with a tab or a space between")
     add("--template", default="a photo of a {}.", help="or SIMPLE or OPENAI for open_clip's 7 or 80 of ImageNet")
     add("--out", type=Path, required=True, help="folder of the report, with a folder for each method")
-    add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, default=512, help="pictures a step, over all devices (default: 512)")
-    add("--learning-rate", type=float, help="default: the method's, as those of the next two")
-    add("--label-smoothing", type=float)
-    add("--distillation-weight", type=float)
+    add("--epochs", type=count, default=10)
+    add("--batch-size", type=count, default=512, help="pictures a step, over all devices (default: 512)")
+    add("--learning-rate", type=weight, help="default: the method's, as those of the next two")
+    add("--label-smoothing", type=smoothing)
+    add("--distillation-weight", type=weight)
     add("--recompute", action="store_true", help="less memory, a third more time, the same gradients")
-    add("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(default: 1000)")
+    add("--checkpoint-every", type=count, default=1000, metavar="STEPS", help="(default: 1000)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--recipe", choices=RECIPES, default="ours", help="released: as the paper's scripts do where ours differ")
     add("--precision", choices=("bf16", "fp32"), help="of autocast (default: bf16, or fp16 by --recipe released)")
-    add("--workers", type=int, default=4, help="processes that read pictures, for each device (default: 4)")
-    add("--seed", type=int, default=0)
+    add("--workers", type=processes, default=4, help="processes that read pictures, for each device (default: 4)")
+    add("--seed", type=seed, default=0)
     options = parser.parse_args(arguments)
     options.precision = options.precision or RECIPES[options.recipe].precision
     for option in ("ood", "map"):
@@ -191,8 +215,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--map {min(stray)}=...: no --ood has this name")
     if "{}" not in options.template and options.template not in ("SIMPLE", "OPENAI"):
         parser.error(f"--template must hold {{}} where the class name goes, got {options.template!r}")
-    if min(options.epochs, options.batch_size, options.checkpoint_every) < 1:
-        parser.error("--epochs, --batch-size and --checkpoint-every must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     return options
 
 

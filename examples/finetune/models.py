@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import open_clip
@@ -21,6 +22,13 @@ PROJECTIONS = {  # into the space of features
     "visual": ("visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual_projection"),
     "text": ("text_projection", "text.text_projection", "text.proj"),
 }
+NEEDED = (  # of a model of Transformers
+    "get_image_features",
+    "get_text_features",
+    "logit_scale",
+    "config.text_config.max_position_embeddings",
+    "config.vision_config.image_size",
+)
 
 
 class Clip(NamedTuple):
@@ -50,9 +58,7 @@ class Clip(NamedTuple):
     def projection(self, tower: str = "visual") -> Tensor:
         """The matrix ``[in, out]`` that leads from a tower to the features."""
         for path in PROJECTIONS[tower]:
-            found = self.network
-            for name in path.split("."):
-                found = getattr(found, name, None)
+            found = _at(self.network, path)
             if isinstance(found, (Tensor, nn.Linear)):
                 return found if isinstance(found, Tensor) else found.weight.T
         raise RunError(f"this model has no linear {tower} projection that carot-neurips could act on; choose carot")
@@ -93,7 +99,8 @@ def load_clip(options: argparse.Namespace, device: torch.device) -> Clip:
     if options.recompute:  # open_clip's, Transformers' today, and as it was called before
         names = ("set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(clip.network, name) for name in names if hasattr(clip.network, name))()
-    clip.network.to(device)
+    clip.network.to(device, torch.float32)  # Transformers' come in the precision of their file
+    clip.network.eval()  # open_clip's come in train mode, in which a picture changes the statistics of BatchNorm
     return clip
 
 
@@ -112,13 +119,25 @@ def _from_transformers(name: str) -> Clip:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of the processes that read pictures
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    network, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    network = AutoModel.from_pretrained(name)
+    if missing := [path for path in NEEDED if _at(network, path) is None]:
+        hint = "choose a CLIP, a SigLIP, or another model with two towers and pictures of one size"
+        raise RunError(f"--model hf:{name}: {type(network).__name__} has no {missing[0]}; {hint}")
+    tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.model_max_length = min(tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
     processor: Any = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
 
-    def preprocess(picture: Image.Image) -> Tensor:
-        image: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
-        return image
-
+    preprocess = partial(_pixels, processor)
     crop = RandomResizedCrop(network.config.vision_config.image_size, scale=(0.9, 1.0))  # as open_clip's
     return Clip(network, tokenizer, Compose([crop, preprocess]), preprocess)
+
+
+def _pixels(processor: Any, picture: Image.Image) -> Tensor:
+    image: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+    return image
+
+
+def _at(found: Any, path: str) -> Any:
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image
@@ -54,6 +56,8 @@ def read_data(options: argparse.Namespace) -> Data:
     for name, root in ((VALIDATION, options.val), (ID_DOMAIN, options.test)):
         if root is None:
             held_out, train = _split(train, options.share)
+            if not held_out:
+                raise RunError(f"{options.train}: no class has a picture to spare for {name}; pass --val and --test")
             domains[name] = Domain(held_out, [[column] for column in range(len(folders))])
         else:
             domains[name] = _domain(root, folders)
@@ -70,16 +74,26 @@ def _names(path: Path | None, folders: list[str]) -> list[str]:
     if path is None and SYNSET.fullmatch(folders[0]):
         if len(folders) != len(open_clip.IMAGENET_CLASSNAMES):
             raise RunError(f"{folders[0]} tells a text tower nothing; list folders and class names in --classes FILE")
-        names = dict(zip(folders, open_clip.IMAGENET_CLASSNAMES, strict=True))
+        return list(open_clip.IMAGENET_CLASSNAMES)  # two of which occur twice, as in every table of ImageNet
     listed = {} if path else names
     for line in _lines(path) if path else ():
         folder, tab, name = line.partition("\t")
         if not tab:  # as LOC_synset_mapping.txt: the longest folder that the line begins with, a space, and names
             folder = max((f for f in folders if f"{line} ".startswith(f"{f} ")), key=len, default="")
             name = line[len(folder) :].split(",")[0]
+        if folder and folder in listed:
+            raise RunError(f"--classes: {path} must list {folder!r} on one line, and lists it on two")
         listed[folder] = name.strip() or names.get(folder, "")
     if missing := [folder for folder in folders if folder not in listed]:
         raise RunError(f"--classes: {path} does not list {missing[0]!r}, a folder of --train")
+    seen: dict[str, str] = {}  # as a text tower reads it
+    for folder in folders:
+        if not listed[folder]:
+            raise RunError(f"the folder {folder!r} gives no class name; write one to --classes FILE")
+        other = seen.setdefault(" ".join(listed[folder].lower().split()), folder)
+        if other != folder:
+            both = f"{other!r} and {folder!r}"
+            raise RunError(f"the folders {both} have one class name, {listed[folder]!r}; write two to --classes FILE")
     return [listed[folder] for folder in folders]
 
 
@@ -90,17 +104,27 @@ def _domain(root: Path, classes: list[str], mapping: Path | None = None) -> Doma
         index |= {str(position): position for position in range(len(classes))}
     meant = {folder: [folder] for folder in folders}
     if mapping is not None:
-        meant = {folder: rest or [folder] for folder, *rest in (line.split("\t") for line in _lines(mapping))}
+        lines = [line.split("\t") for line in _lines(mapping)]
+        meant = {folder: rest or [folder] for folder, *rest in lines}
+        if len(meant) < len(lines):
+            folder = Counter(line[0] for line in lines).most_common(1)[0][0]
+            raise RunError(f"--map: {mapping} must list {folder!r} on one line, and lists it on several")
     for folder, members in meant.items():
         if folder not in folders:
             raise RunError(f"--map: {root} has no folder {folder!r}, which {mapping} lists")
         if unknown := [name for name in members if name not in index]:
             hint = "--map NAME=FILE lists the folders of an --ood and, after tabs, what they are in --train"
             raise RunError(f"{root}: {unknown[0]!r}, for {folder!r}, is no folder of --train; {hint}")
-    columns = {folder: [index[name] for name in members] for folder, members in meant.items()}
-    ordered = sorted(columns, key=lambda folder: columns[folder])
-    samples = make_dataset(root, {folder: k for k, folder in enumerate(ordered)}, extensions=IMG_EXTENSIONS)
-    return Domain(samples, [columns[folder] for folder in ordered])
+    columns = {folder: tuple(sorted({index[name] for name in members})) for folder, members in meant.items()}
+    own = {several: k for k, several in enumerate(sorted(set(columns.values())))}  # folders of the same classes are one
+    if len(own) < 2:
+        raise RunError(f"{root}: its folders must stand for two or more classes, and are all one")
+    column, times = Counter(chain(*own)).most_common(1)[0]
+    if times > 1:
+        rule = "of two folders must be the same, or have none in common"
+        raise RunError(f"--map: the classes {rule}; {classes[column]!r} is in {times} lists of {mapping}")
+    samples = make_dataset(root, {folder: own[columns[folder]] for folder in columns}, extensions=IMG_EXTENSIONS)
+    return Domain(samples, [list(several) for several in own])
 
 
 def _folders(root: Path) -> list[str]:
@@ -157,12 +181,19 @@ class Pictures(Dataset[Batch]):
                 path, target = self.samples[(index + offset) % len(self.samples)]
                 try:
                     with Image.open(path) as picture:
-                        return Batch(
-                            self.transform(picture.convert("RGB"))[None], torch.tensor([target]), template, bad
-                        )
+                        return Batch(self.transform(_rgb(picture))[None], torch.tensor([target]), template, bad)
                 except UNREADABLE as error:
                     bad.append((path, f"{type(error).__name__}: {error}"))
         return Batch(torch.zeros(0), template[:0], template[:0], bad)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """In 8 bits. Pillow cuts deeper greys off at 255, so that 16 bits would become white."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        raise ValueError(f"nothing says which value of Pillow's mode {picture.mode!r} is white; save it in 8 bits")
+    return picture.convert("RGB")
 
 
 def order(

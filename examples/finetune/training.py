@@ -37,7 +37,7 @@ class Row(NamedTuple):
     name: str
     learning_rate: float = 0.0
     label_smoothing: float = 0.0
-    contrast: bool = False  # both towers by the loss they were pre-trained with; else image tower and head
+    contrast: bool = False  # both towers, by a softmax loss on pairs; else image tower and head
     distillation_weight: float = 0.0
     orthogonality: float = 0.0
     interpolates: bool = False  # WiSE-FT
@@ -68,9 +68,7 @@ class Recipe(NamedTuple):
     decays_all: bool = False  # logit scale, biases and norms as well
     max_log_scale: float = MAX_LOG_SCALE
     warm_up: int = 0  # steps; 0 is the first 2 %
-    teacher_every: int = (
-        0  # steps, from the first on; 0 is fifty times in the run, from the end of the first interval on
-    )
+    teacher_every: int = 0  # steps, from the first on; 0 is steps // 50, from the end of the first interval on
     clip_norm: float = 0.0  # of the gradients of rows that train a head
     head_bias: bool = False
     alpha: float | None = None  # WiSE-FT's; None is that of highest accuracy
@@ -122,7 +120,8 @@ class Training:
         self.network: nn.Module = clip.network
         self.teacher: calrobust.EMATeacher | None = None
         if self.row.contrast:
-            texts = [t.format(name) if isinstance(t, str) else t(name) for name in data.names for t in self.templates]
+            fill = [partial(str.replace, t, "{}") if isinstance(t, str) else t for t in self.templates]
+            texts = [template(name) for name in data.names for template in fill]
             self.tokens = {key: value.to(self.device) for key, value in clip.tokens(texts).items()}
             features = clip.features(clip.network, blank, {key: value[:1] for key, value in self.tokens.items()})
             _freeze_unused(clip.network, *features)

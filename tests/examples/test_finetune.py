@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from finetune import RunError
 from finetune.models import load_clip
-from finetune.pictures import Domain, Pictures, order, read_data
+from finetune.pictures import Batch, Domain, Pictures, order, read_data
 from finetune.training import METHODS
 from leaving import torchrun
 from PIL import Image
@@ -166,10 +168,36 @@ def test_rows_of_other_pictures_are_not_in_the_report(
     """They are named, and what is there stays."""
     main(options(made, tmp_path, method="zs"))
     main(options(made, tmp_path, "--test", str(made / "val"), method="ft"))
-    assert f"{tmp_path / 'zs' / 'logits.pt'} is of other sets or pictures" in capsys.readouterr().out
+    assert f"{tmp_path / 'zs' / 'logits.pt'} is of another model or other pictures" in capsys.readouterr().out
     assert {name for name, _ in figures(tmp_path)} == {"FT"}
     main(options(made, tmp_path, "--test", str(made / "val"), method="zs"))
     assert {name for name, _ in figures(tmp_path)} == {"ZS", "FT"}
+
+
+@pytest.mark.parametrize("what", ["shift", "model", "class names", "training set"])
+def test_rows_of_another_model_or_shift_of_equal_shape_are_not_in_the_report(
+    what: str, made: Path, tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Severities of a corruption have the same folders, numbers of pictures and targets."""
+    for name, root in (("blur", "subset"), ("train", "train")):
+        shutil.copytree(made / root, tmp_path / name)
+    (tmp_path / "names.txt").write_text("blue-ish thing\tsky\ngreen_thing\tgrass\nred thing\tpoppy\n")
+    first, second = {
+        "shift": (("--ood", f"blur={made / 'subset'}"), ("--ood", f"blur={tmp_path / 'blur'}")),
+        "model": ((), ("--model", f"hf:{made / 'tiny-hf'}")),
+        "class names": ((), ("--classes", str(tmp_path / "names.txt"))),
+        "training set": (
+            ("--val", str(made / "val")),
+            ("--val", str(made / "val"), "--train", str(tmp_path / "train")),
+        ),
+    }[what]
+    out = tmp_path / "out"
+    main(options(made, out, *first, method="zs"))
+    main(options(made, out, *second, method="ft"))
+    assert f"{out / 'zs' / 'logits.pt'} is of another model or other pictures" in capsys.readouterr().out
+    assert {name for name, _ in figures(out)} == {"FT"}
+    main(options(made, out, *first, method="flyp"))
+    assert {name for name, _ in figures(out)} == {"ZS", "FLYP"}
 
 
 @pytest.mark.parametrize("method", ["wise-ft", "carot-neurips"])
@@ -274,7 +302,8 @@ def test_two_processes_train_as_one(model: str, made: Path, tmp_path: Path, main
     one, two = logged(tmp_path / "one")[1], logged(tmp_path / "two")[1]
     for name in ("contrastive", "loss", "logit_scale"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
-    first, second = (torch.load(tmp_path / name / "carot" / "logits.pt", weights_only=True) for name in ("one", "two"))
+    paths = (tmp_path / name / "carot" / "logits.pt" for name in ("one", "two"))
+    first, second = (torch.load(path, weights_only=True)["sets"] for path in paths)
     for name in first:
         assert torch.equal(first[name][1], second[name][1])  # in the order of the set
     assert (tmp_path / "two" / "report.md").exists()
@@ -316,6 +345,43 @@ class TestBadImages:
         for path in root.glob("train/*/*.png"):
             path.write_bytes(b"no picture")
         assert "none of the 21 training pictures can be read" in refusal(main, options(root, tmp_path / "b", *val))
+
+
+COUNTS = ("--epochs", "--batch-size", "--checkpoint-every")
+
+
+class TestGreyPictures:
+    """Black is 0 and white is the greatest value of the file's kind; Pillow would make 16 bits white."""
+
+    GREY = np.linspace(0, 1, 64).reshape(8, 8)
+
+    def read(self, path: Path) -> Batch:
+        """As a batch of one."""
+        return Pictures([(str(path), 0)], ToTensor())[0, 0]
+
+    @pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])
+    @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+    def test_are_read_over_their_whole_range(self, name: str, kind: type, tmp_path: Path) -> None:
+        """A ramp from black to white stays one."""
+        Image.fromarray((self.GREY * np.iinfo(kind).max).astype(kind)).save(tmp_path / name)
+        expected = torch.tensor(self.GREY, dtype=torch.float32).expand(1, 3, 8, 8)
+        assert_close(self.read(tmp_path / name).images, expected, atol=1 / 255, rtol=0)
+
+    @pytest.mark.parametrize("order", ["<", ">"])
+    def test_are_read_in_either_byte_order(self, order: str, tmp_path: Path) -> None:
+        """Pillow has a mode for each."""
+        values = (self.GREY * 65535).astype(f"{order}u2")
+        picture = Image.frombytes("I;16" if order == "<" else "I;16B", (8, 8), values.tobytes())
+        picture.save(tmp_path / "grey.tif")
+        assert self.read(tmp_path / "grey.tif").images.mean().item() == pytest.approx(0.5, abs=0.01)
+
+    @pytest.mark.parametrize(("kind", "mode"), [("int32", "I"), ("float32", "F")])
+    def test_without_a_white_are_not_read(self, kind: str, mode: str, tmp_path: Path) -> None:
+        """A float may end at 1 or at 255."""
+        Image.fromarray((self.GREY * 255).astype(kind)).save(tmp_path / "grey.tif")
+        found = self.read(tmp_path / "grey.tif")
+        reason = f"ValueError: nothing says which value of Pillow's mode '{mode}' is white; save it in 8 bits"
+        assert (len(found.target), found.bad) == (0, [(str(tmp_path / "grey.tif"), reason)])
 
 
 class TestFolders:
@@ -387,6 +453,75 @@ class TestFolders:
         assert Domain([], [[1], [0], [2]]).logits(scores).tolist() == [[2.0, 1.0, 5.0], [3.0, 4.0, -1.0]]
         assert {(Path(path).parent.name, target) for path, target in renamed.samples} == {("cold", 0), ("warm", 1)}
 
+    @pytest.mark.parametrize("several", [False, True], ids=["one class", "two classes"])
+    def test_folders_that_stand_for_the_same_classes_are_one(self, several: bool, made: Path, tmp_path: Path) -> None:
+        """Finer folders of a shift; a perfect model is right about all of them."""
+        draw(tmp_path / "fine", {"crimson": 0, "scarlet": 0, "blue": 2}, 2)
+        red = ("red thing\tgreen_thing", "green_thing\tred thing\tred thing") if several else ("red thing",) * 2
+        (tmp_path / "map.txt").write_text(f"crimson\t{red[0]}\nscarlet\t{red[1]}\nblue\tblue-ish thing\n")
+        more = ("--ood", f"fine={tmp_path / 'fine'}", "--map", f"fine={tmp_path / 'map.txt'}")
+        fine = read_data(parse_options([*options(made, tmp_path), *more])).domains["fine"]
+        assert fine.columns == [[0], [1, 2] if several else [2]]
+        logits = fine.logits(torch.eye(3)[[0 if Path(path).parent.name == "blue" else 2 for path, _ in fine.samples]])
+        assert logits.argmax(1).tolist() == [target for _, target in fine.samples]
+        assert logits.shape == (6, 2)
+
+    @pytest.mark.parametrize(
+        ("lines", "said"),
+        [
+            ("warm\tred thing\ncold\tred thing\tgreen_thing\n", "--map: the classes of two folders must be the same, "
+             "or have none in common; 'red thing' is in 2 lists of "),
+            ("warm\tred thing\ncold\tred thing\n", "its folders must stand for two or more classes, and are all one"),
+            ("warm\tred thing\n", "its folders must stand for two or more classes, and are all one"),
+            ("warm\tred thing\ncold\tgreen_thing\nwarm\tblue-ish thing\n", "must list 'warm' on one line"),
+        ],
+    )  # fmt: skip
+    def test_lists_that_give_no_classes_are_refused(self, lines: str, said: str, made: Path, tmp_path: Path) -> None:
+        """A folder has one line; classes that share some of the model's would be right and wrong at once."""
+        (tmp_path / "map.txt").write_text(lines)
+        more = ("--ood", f"r={made / 'renamed'}", "--map", f"r={tmp_path / 'map.txt'}")
+        with pytest.raises(RunError, match=re.escape(said)):
+            read_data(parse_options([*options(made, tmp_path), *more]))
+
+    @pytest.mark.parametrize(
+        ("folder", "lines", "said"),
+        [
+            ("red-thing", "", "the folders 'red thing' and 'red-thing' have one class name, 'red thing'; write two to"),
+            ("___", "", "the folder '___' gives no class name; write one to --classes FILE"),
+            ("cat", "cat\tpoppy\nred thing\tPoppy\n", "'cat' and 'red thing' have one class name, 'Poppy'"),
+            ("cat", "cat\tpoppy\nred thing\tred\ncat\ttulip\n", "must list 'cat' on one line, and lists it on two"),
+        ],
+    )
+    def test_classes_without_a_name_of_their_own_are_refused(
+        self, folder: str, lines: str, said: str, tmp_path: Path
+    ) -> None:
+        """CLIP reads no capitals; equal captions would be positives and negatives at once."""
+        draw(tmp_path / "train", {folder: 0, "red thing": 0}, 5)
+        (tmp_path / "names.txt").write_text(lines)
+        more = ["--train", str(tmp_path / "train"), *(("--classes", str(tmp_path / "names.txt")) if lines else ())]
+        chosen = ("--model", "x", "--out", str(tmp_path), "--batch-size", "2")
+        with pytest.raises(RunError, match=re.escape(said)):
+            read_data(parse_options([*chosen, *more]))
+
+    @pytest.mark.parametrize(
+        ("count", "more", "said"),
+        [
+            (2, (), "no class has a picture to spare for ID; pass --val and --test"),
+            (1, (), "no class has a picture to spare for validation; pass --val and --test"),
+            (1, ("--test", "{made}/test"), "no class has a picture to spare for validation; pass --val and --test"),
+            (1, ("--val", "{made}/val"), "no class has a picture to spare for ID; pass --val and --test"),
+        ],
+    )
+    def test_no_picture_to_spare_is_said_before_training(
+        self, count: int, more: tuple[str, ...], said: str, made: Path, tmp_path: Path, main: Main
+    ) -> None:
+        """Not when the set is scored."""
+        draw(tmp_path / "train", CLASSES, count)
+        chosen = [option for option in options(made, tmp_path / "out") if option not in ("--test", str(made / "test"))]
+        chosen += ["--train", str(tmp_path / "train"), "--batch-size", "1", *(one.format(made=made) for one in more)]
+        assert refusal(main, chosen) == f"finetune.py: error: {tmp_path / 'train'}: {said}"
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize(
         ("more", "said"),
         [
@@ -419,7 +554,26 @@ class TestFolders:
             (("--ood", "subset"), "--ood takes NAME=PATH"),
             (("--map", "r=x"), "--map r=...: no --ood has this name"),
             (("--template", "a photo"), "--template must hold {} where the class name goes, got 'a photo'"),
-            (("--epochs", "0"), "--epochs, --batch-size and --checkpoint-every must be at least 1"),
+            *(((name, "0"), f"argument {name}: must be at least 1, got 0") for name in COUNTS),
+            *(
+                (("--share", share), f"argument --share: must be greater than 0 and less than 1, got {share}")
+                for share in ("0", "-1", "1", "1.5", "nan")
+            ),
+            *(
+                ((name, value), f"argument {name}: must be at least 0 and finite, got {value}")
+                for name in ("--learning-rate", "--distillation-weight")
+                for value in ("-1", "nan", "inf")
+            ),
+            *(
+                (("--label-smoothing", value), f"must be at least 0 and less than 1, got {value}")
+                for value in ("-0.1", "1", "1.5", "nan")
+            ),
+            (("--workers", "-1"), "argument --workers: must be at least 0, got -1"),
+            (
+                ("--seed", str(2**63)),
+                "argument --seed: must be at least 0 and less than 2**63, got 9223372036854775808",
+            ),
+            (("--share", "half"), "argument --share: invalid float value: 'half'"),
         ],
     )
     def test_options_that_cannot_be_meant_are_refused(
@@ -428,6 +582,14 @@ class TestFolders:
         """Before anything is read."""
         refusal(main, options(made, made / "out", *more))
         assert said in capsys.readouterr().err
+
+    def test_a_device_that_is_not_there_is_refused(
+        self, made: Path, main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Before anything is read."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        refusal(main, options(made, made / "out", "--device", "cuda"))
+        assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
 
     def test_an_empty_class_folder_is_named(self, made: Path, tmp_path: Path, main: Main) -> None:
         """Before training."""

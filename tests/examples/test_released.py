@@ -182,7 +182,7 @@ def test_a_run_is_resumed_and_reports_the_error_of_batches(
     main(options(made, tmp_path, *more, method="wise-ft"))
     printed = capsys.readouterr().out
     assert "WiSE-FT: alpha is 0.5" in printed
-    logits, target = torch.load(tmp_path / "wise-ft" / "logits.pt", weights_only=True)["ID"]
+    logits, target = torch.load(tmp_path / "wise-ft" / "logits.pt", weights_only=True)["sets"]["ID"]
     parts = list(zip(logits.softmax(1).split(8), target.split(8), strict=True))
     assert len(parts) > 1
     eces = [len(y) * multiclass_calibration_error(p, y, 3, n_bins=10) for p, y in parts]

@@ -165,6 +165,8 @@ def calibration_error(
         >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
         >>> calibration_error(probs, torch.tensor([0, 1]), from_logits=False)  # right half of the time
         tensor(0.2500, dtype=torch.float64)
+
+    Reference: Guo et al., 2017, :arxiv:`1706.04599`, equation 3.
     """
     confidences, correct = top_label(preds, target, from_logits=from_logits, ignore_index=ignore_index)
     return binned_error(bin_confidences(confidences, correct, n_bins=n_bins), norm=norm, debiased=debiased)
@@ -312,6 +314,8 @@ def calibration_interval(
         >>> value, debiased, low, high, floor, p_value = calibration_interval(confidences, correct)
         >>> value, floor  # |100 - 120| / 200, and sqrt(2 * 50 / pi) / 200
         (tensor(0.1000, dtype=torch.float64), tensor(0.0282, dtype=torch.float64))
+
+    Reference: Bröcker and Smith, 2007, *Increasing the Reliability of Reliability Diagrams*, and our own.
     """
     check_positive(level=level)
     check_fraction(closed=False, level=level)

@@ -304,7 +304,8 @@ def selective_risk(
         >>> selective_risk(probs, torch.tensor([1, 0]), from_logits=False)  # risks 0 and 1 / 2
         tensor(0.2500, dtype=torch.float64)
 
-    Reference: Traub et al., 2024, :arxiv:`2407.01032`, equation 7 (AUGRC).
+    Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, section 2; AUGRC: Traub et al., 2024,
+    :arxiv:`2407.01032`, equation 7.
     """
     blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
     return area(risk_coverage_curve(*top_labels(blocks, certainties)), generalized)

@@ -320,3 +320,15 @@ def test_a_sum_compiles_without_a_graph_break() -> None:
     expected = criterion(image, *STUDENT[1:], *TEACHER)
     assert_close(compiled, expected)
     assert_close(oracles.gradients(compiled, image), oracles.gradients(expected, image))
+
+
+def test_values_of_two_directions_are_no_sum_where_images_and_texts_are_no_pairs() -> None:
+    """Each alone is one value of each image, or of each text; together they would be added by place."""
+    images, texts, labels = torch.eye(4), torch.eye(4), (torch.arange(4), torch.arange(4))
+    one, other = (
+        MultimodalContrastiveLoss(direction=way, reduction="none") for way in ("image_to_text", "text_to_image")
+    )
+    assert one(images, texts, 1.0, labels=labels).shape == other(images, texts, 1.0, labels=labels).shape == (4,)
+    with pytest.raises(ValueError, match="reduction='none' must be of pairs or of one direction, got image and text"):
+        (one + other)(images, texts, 1.0, labels=labels)
+    assert (one + other)(images, texts, 1.0, labels=labels[0]).shape == (4,)

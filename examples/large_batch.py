@@ -40,14 +40,14 @@ class TwoTowers(nn.Module):
         return normalize(self.visual(images), dim=1), normalize(self.textual(texts), dim=1), self.log_scale.exp()
 
 
-def encode(model: nn.Module, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+def encode(model: nn.Module, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Any, ...]:
     """What the model returns for one chunk; the seed makes dropout fall alike in both passes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return tuple(model(*pairs))
 
 
-def joined(chunks: list[tuple[Tensor, ...]]) -> list[Tensor]:
+def joined(chunks: list[tuple[Any, ...]]) -> list[Any]:
     """Features of all chunks, and the logit scale (and bias, if any), which all chunks share."""
     image_features, text_features, *shared = zip(*chunks, strict=True)
     return [torch.cat(image_features), torch.cat(text_features), *(values[0] for values in shared)]
@@ -62,20 +62,20 @@ def backward_in_chunks(
     with torch.no_grad():
         student = joined([encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)])
         distilled = joined([teacher(*pairs) for pairs in chunks])
-    for output in student:
-        output.requires_grad_()
+    student = [output.detach().requires_grad_() if isinstance(output, Tensor) else output for output in student]
     loss: Tensor = criterion(*student, *distilled)
     loss.backward()  # reaches what the model returned, and stops there
 
-    by_output: list[Any] = [output.grad for output in student]
+    by_output: list[Any] = [getattr(output, "grad", None) for output in student]  # a scale may be a number
     image_gradients, text_gradients, *shared = by_output
     gradients = zip(image_gradients.split(chunk), text_gradients.split(chunk), strict=True)
     for i, (pairs, seed, gradient) in enumerate(zip(chunks, seeds, gradients, strict=True), start=1):
         last = i == len(chunks)
         # DistributedDataParallel averages over ranks in the last chunk alone, what all chunks have added up.
         with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            outputs = encode(model, pairs, seed)
-            torch.autograd.backward(outputs if last else outputs[:2], (*gradient, *shared) if last else gradient)
+            outputs = zip(encode(model, pairs, seed), (*gradient, *(shared if last else ())), strict=False)
+            trained = [(output, given) for output, given in outputs if given is not None and output.requires_grad]
+            torch.autograd.backward([output for output, _ in trained], [given for _, given in trained])
     return loss.detach()
 
 

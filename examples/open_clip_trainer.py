@@ -64,8 +64,12 @@ class CaRotEpochs:
         if epoch > 0:
             path = Path(args.checkpoint_path) / f"teacher_{epoch}.pth"
             teacher.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
-        # After each step of the optimiser: a step that a GradScaler skips calls no hook.
-        optimizer.register_step_post_hook(lambda *_: teacher.update(model))
+
+        def update(optimizer: Any, *_: Any) -> None:
+            if not getattr(optimizer, "found_inf", False):  # a GradScaler's word to a fused optimiser: skip the step
+                teacher.update(model)
+
+        optimizer.register_step_post_hook(update)  # others are not called for steps that the scaler skips
         self.follows = True
 
     def keep(self, epoch: int, args: Any) -> None:

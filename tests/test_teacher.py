@@ -726,6 +726,31 @@ def test_the_student_lends_its_place_and_gets_it_back(dtype: torch.dtype) -> Non
     assert all(parameter.requires_grad for parameter in parameters)
 
 
+def test_autocast_keeps_no_cast_of_weights_that_were_exchanged() -> None:
+    """One autocast around a step, an update and an evaluation computes what one around each of them does."""
+    student, inputs = nn.Linear(3, 3), torch.randn(4, 3)
+    teacher = EMATeacher(student, 0.5)
+
+    def half(module: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return cast(Tensor, copy.deepcopy(module)(inputs)).detach()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            own = student(inputs)
+            assert torch.equal(own, half(student))
+            assert torch.equal(teacher(inputs), half(teacher.module))
+            with torch.no_grad(), teacher.swapped_into(student):
+                assert torch.equal(student(inputs), half(teacher.module))
+            assert torch.equal(student(inputs), own)
+            gradient = torch.autograd.grad(student(inputs).sum(), student.weight)[0]
+            assert_close(gradient, inputs.sum(0).expand(3, 3), rtol=0.01, atol=0.01)
+            torch.clear_autocast_cache()  # for the optimiser's step, which is the loop's own affair
+            with torch.no_grad():
+                student.weight.add_(1)
+            teacher.update(student)
+
+
 def test_the_student_comes_back_after_an_exception() -> None:
     """The exception passes through, and the teacher is free for the next block."""
     student, teacher = moved_teacher(torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,16 +30,23 @@ class Towers(nn.Module):
         return normalize(self.visual(images), dim=1), normalize(self.textual(texts), dim=1), self.log_scale.exp()
 
 
-def test_a_step_that_the_scaler_skips_moves_no_teacher() -> None:
-    """A hook of the optimiser is called for steps that were made, and the teacher is asked under the same autocast."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_moves_no_teacher(fused: bool) -> None:
+    """A loop compares scales; a hook, which a fused optimiser calls for such a step too, asks ``found_inf``.
+
+    The teacher is asked under the same autocast.
+    """
     student = Towers()
-    teacher = EMATeacher(student, 0.5)
-    criterion, optimizer = (
-        CaRotLoss(label_smoothing=0.1, distillation_weight=1.0),
-        torch.optim.SGD(student.parameters()),
-    )
+    teacher, hooked = EMATeacher(student, 0.5), EMATeacher(student, 0.5)
+    criterion = CaRotLoss(label_smoothing=0.1, distillation_weight=1.0)
+    optimizer = torch.optim.SGD([one for one in student.parameters() if one.requires_grad], fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer.register_step_post_hook(lambda *_: teacher.update(student))
+
+    def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not getattr(optimizer, "found_inf", False):
+            hooked.update(student)
+
+    optimizer.register_step_post_hook(update)
     made = 0
     for step in range(6):
         images = IMAGES * (torch.inf if step in (1, 4) else 1.0)  # of which the gradient is not finite
@@ -48,11 +57,14 @@ def test_a_step_that_the_scaler_skips_moves_no_teacher() -> None:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
+        if scaler.get_scale() >= before:
+            teacher.update(student)
         optimizer.zero_grad()
         made += step not in (1, 4)
-        assert teacher.step == teacher.updates == made
+        assert teacher.step == teacher.updates == hooked.updates == made
     assert all(parameter.isfinite().all() for parameter in teacher.module.parameters())
     assert scaler.get_scale() == 2.0**8
 

@@ -29,6 +29,12 @@ def check_floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be {rule}, got {value.dtype}; convert it with .float()")
 
 
+def check_not_meta(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{name} must have values, got a meta tensor; load or initialise the model first")
+
+
 def check_bool(**tensors: Any) -> None:
     check_tensor(**tensors)
     for name, value in tensors.items():
@@ -101,8 +107,10 @@ def check_choice(choices: tuple[str, ...], **options: Any) -> None:
 
 def check_labels(length: int, device: torch.device, further: Sequence[int] = (), **labels: Any) -> None:
     shape = [length, *further]
-    check_tensor(**labels)
     for name, value in labels.items():
+        if isinstance(value, (str, list, tuple)) and str in map(type, value):
+            raise TypeError(f"{name} must be a torch.Tensor, got texts; number them, equal ones alike")
+        check_tensor(**{name: value})
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}; convert it with .long()")
         if list(value.shape) != shape:

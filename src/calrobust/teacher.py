@@ -174,11 +174,13 @@ class EMATeacher(Keeping):
         self._swapped = True
         try:
             write([(pair.theirs, pair.ours) for pair in pairs])
+            torch.clear_autocast_cache()  # else casts of the old weights stay
             yield
         finally:
             self._swapped = False
             tensors(student)  # drops what FSDP2 gathered
             write(own)
+            torch.clear_autocast_cache()
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
@@ -312,6 +314,31 @@ def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module 
         if name in low:
             tensor.data = tensor.data.float()
     return masters
+
+
+class Following:
+    """What the callbacks of trainers share."""
+
+    _scaler: Any = torch.amp.GradScaler(enabled=False)
+    _scale = 1.0
+
+    def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
+        check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
+        check_instance(nn.Module, "pass the model itself", student=student)
+        self.teacher = teacher
+        self.student = student
+
+    def _start(self, model: nn.Module, owner: Any) -> None:
+        if not {self.student, *self.student.parameters()} & {*model.modules(), *model.parameters()}:
+            came = f"got another {type(self.student).__name__}; make the teacher from that model, without model_init"
+            raise ValueError(f"student must be the Trainer's model or a part of it, {came}")
+        self._scaler = getattr(owner, "scaler", None) or self._scaler
+        self._scale = self._scaler.get_scale()
+
+    def _update(self) -> None:
+        before, self._scale = self._scale, self._scaler.get_scale()
+        if self._scale >= before:  # else the scaler skipped the step
+            self.teacher.update(self.student)
 
 
 def whole_state(teacher: EMATeacher) -> dict[str, Any]:

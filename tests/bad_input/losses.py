@@ -175,7 +175,14 @@ TABLE: Table = [
             *several("image_features", ValueError, ROWS[:, :2], ROWS.double()),
             *several("text_features", ValueError, ROWS[:0]),
             *several("text_features", TypeError, ROWS > 0, ROWS.numpy()),
-            *several("image_features", TypeError, ROWS.to(torch.complex64), None),
+            *several("image_features", TypeError, ROWS.to(torch.complex64)),
+            *several("image_features", TypeError, "image_features", None),
+            Wrong(
+                {"image_features": ROWS.to("meta"), "text_features": ROWS.to("meta")},
+                ValueError,
+                "image_features must have values, got a meta tensor; load or initialise the model first",
+            ),
+            *several("logit_scale", ValueError, torch.ones((), device="meta"), torch.ones(2, device="meta")),
             Wrong({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
             Wrong({"logit_scale": "100"}, TypeError, "logit_scale must be a real number, got str '100'"),
             Wrong(
@@ -286,6 +293,16 @@ TABLE: Table = [
                 ValueError,
                 "labels must give each image a text of the same label, got none for 2 of 4 images; "
                 "add their texts, or pass direction='text_to_image'",
+            ),
+            Wrong(
+                {"labels": ["a cat", "a dog", "a cat", "a cow"]},
+                TypeError,
+                "labels must be a torch.Tensor, got texts; number them, equal ones alike",
+            ),
+            Wrong(
+                {"labels": ("a cat", "a dog")},
+                TypeError,
+                "labels[0] must be a torch.Tensor, got texts; number them, equal ones alike",
             ),
             *several("labels", TypeError, (torch.arange(4), [0, 1, 2, 3]), (None, torch.arange(4))),
             *several("labels", ValueError, torch.eye(4, dtype=torch.int64)),
@@ -508,7 +525,13 @@ TABLE: Table = [
             ),
             *several("weight", ValueError, torch.ones(2, 3, 4), torch.ones(0, 3)),
             *several("weight", TypeError, torch.ones(2, 2, dtype=torch.int64), ROWS.to_sparse()),
+            Wrong(
+                {"weight": torch.compile(nn.Linear(3, 3))},
+                TypeError,
+                "weight must be of type Tensor, got OptimizedModule; pass the projection, e.g. model.visual.proj",
+            ),
             *several("weight", TypeError, "visual.proj", nn.Conv2d(1, 1, 1), None),
+            *several("weight", ValueError, ROWS.to("meta"), nn.Linear(3, 3, device="meta")),
         ],
     ),
     (

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import large_batch
 import pytest
@@ -70,6 +71,41 @@ def test_chunks_give_the_gradients_of_one_batch(chunk: int) -> None:
     assert_close(loss, whole.detach())
     for a, b in zip(in_chunks, gradients(model), strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["visual", "textual", "log_scale", "visual textual", "visual log_scale"])
+def test_parts_may_be_frozen(frozen: str) -> None:
+    """What trains gets the gradient of one batch, and what is frozen gets none."""
+    model, pairs = TwoTowers().double(), batch(13, torch.float64)
+    for part in frozen.split():
+        for parameter in (model.log_scale,) if part == "log_scale" else model.get_submodule(part).parameters():
+            parameter.requires_grad_(False)
+    check_against_one_batch(model, pairs)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("is_parameter", [False, True])
+def test_a_scale_may_be_a_number_or_the_parameter_itself(is_parameter: bool, with_bias: bool) -> None:
+    """The gradient of a parameter that the model returns as it is counts once."""
+
+    class Scaled(TwoTowers):
+        def forward(self, images: Tensor, texts: Tensor) -> tuple[Any, ...]:
+            """Features of the towers, and a scale, maybe with a bias."""
+            scale = self.log_scale if is_parameter else 20.0
+            return *super().forward(images, texts)[:2], scale, *((scale,) if with_bias else ())
+
+    check_against_one_batch(Scaled().double(), batch(13, torch.float64))
+
+
+def check_against_one_batch(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> None:
+    """In chunks of 5, 5 and 3."""
+    teacher = EMATeacher(TwoTowers().double())
+    backward_in_chunks(CRITERION, model, teacher, *pairs, 5)
+    in_chunks = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    CRITERION(*model(*pairs), *teacher(*pairs)).backward()
+    for ours, parameter in zip(in_chunks, model.parameters(), strict=True):
+        assert_close(ours, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_dropout_falls_alike_in_both_passes() -> None:

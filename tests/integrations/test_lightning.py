@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -187,6 +191,49 @@ def test_evaluates_the_teacher_of_the_checkpoint(tmp_path: Path) -> None:
     fresh = EMATeacherCallback(EMATeacher(model.linear), model.linear, evaluate_teacher=True)
     trainer(tmp_path, fresh).test(model, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
     assert_close(model.evaluated[0], teacher.module.get_parameter("weight"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["fit", "validate", "test", "predict"])
+def test_the_student_is_the_module_that_the_trainer_runs(tmp_path: Path, way: str) -> None:
+    """A copy is refused: its teacher would not move, and its evaluation would be the student's own."""
+    model = Line()
+    callback = EMATeacherCallback(EMATeacher(model.linear), model.linear, evaluate_teacher=way != "fit")
+    run = trainer(tmp_path, callback, max_epochs=1)
+    with pytest.raises(
+        ValueError, match=r"student must be the Trainer's model or .*, got another Linear; make the teacher"
+    ):
+        getattr(run, way)(copy.deepcopy(model), *([BATCHES] * (1 + (way == "fit"))))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_the_student_may_be_wrapped(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """The wrapper has the module's own parameters, and is no part of it."""
+    model, teacher = Line(), EMATeacher(nn.Linear(1, 1), 0.0)
+    trainer(tmp_path, EMATeacherCallback(teacher, wrap(model.linear)), max_epochs=1).fit(model, BATCHES, BATCHES)
+    assert_close(teacher.module.state_dict(), model.linear.state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_moves_no_teacher(tmp_path: Path, fused: bool) -> None:
+    """Lightning counts such a step, and a fused optimiser is called for it; the scale was lowered."""
+
+    class Overflowing(Line):
+        def training_step(self, batch: Tensor) -> Tensor:
+            """Has no finite gradient in the first step and in the third."""
+            return super().training_step(batch) * (torch.inf if self.global_step in (0, 2) else 1)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            """Fused or not."""
+            return torch.optim.SGD(self.linear.parameters(), lr=0.1, fused=fused)
+
+    model = Overflowing()
+    start, teacher = model.linear.weight.detach().clone(), Follower(model.linear)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", growth_interval=2))
+    trainer(tmp_path, EMATeacherCallback(teacher, model.linear), max_epochs=2, plugins=[precision]).fit(
+        model, BATCHES, BATCHES
+    )
+    assert len(teacher.seen) == 4
+    assert all(not torch.equal(a, b) for a, b in pairwise([start, *teacher.seen]))
 
 
 def test_two_teachers_follow_one_student(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class Follower(EMATeacher):
         super().update(student)
 
 
-def trainer(folder: Path, teacher: EMATeacher, student: nn.Module, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, teacher: EMATeacher, student: nn.Module, kind: type[Trainer] = Trainer, **options: Any
+) -> Trainer:
     """Makes three steps an epoch, of two batches each."""
     arguments = TrainingArguments(
         str(folder),
@@ -63,7 +66,7 @@ def trainer(folder: Path, teacher: EMATeacher, student: nn.Module, **options: An
     )
     data = [{"x": torch.tensor([float(i)])} for i in range(12)]
     callback = EMATeacherCallback(teacher, student)
-    return Trainer(student, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
+    return kind(student, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
 
 
 def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path) -> None:
@@ -80,6 +83,40 @@ def test_the_teacher_sees_each_step_and_no_batch_that_accumulates(tmp_path: Path
     for weight in teacher.seen:
         expected = (expected + weight) / 2
     assert_close(teacher.module.get_parameter("linear.weight"), expected)
+
+
+def test_the_student_is_the_model_that_the_trainer_trains(tmp_path: Path) -> None:
+    """``model_init`` makes another one, which the teacher would not follow."""
+    student = Line()
+    run = trainer(tmp_path, EMATeacher(student), student, num_train_epochs=1)
+    run.model_init = Line  # type: ignore[assignment]  # any model will do
+    with pytest.raises(ValueError, match=r"student must be the Trainer's model or .*, got another Line; .* model_init"):
+        run.train()
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused"])
+def test_a_step_that_the_scaler_skips_moves_no_teacher(tmp_path: Path, optim: str) -> None:
+    """A fused optimiser is called for such a step, and Accelerate takes it for a step that was made."""
+
+    class Overflowing(Line):
+        calls = 0
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            """Has no finite gradient in the first step and in the third, of two batches each."""
+            self.calls += 1
+            return {"loss": super().forward(x)["loss"] * (torch.inf if self.calls in (1, 5) else 1)}
+
+    class Scaling(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            """Adds the scaler, which Accelerate has on a GPU."""
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+
+    student = Overflowing()
+    start, teacher = student.linear.weight.detach().clone(), Follower(student)
+    trainer(tmp_path, teacher, student, num_train_epochs=2, max_grad_norm=0, optim=optim, kind=Scaling).train()
+    assert len(teacher.seen) == 4
+    assert all(not torch.equal(a, b) for a, b in pairwise([start, *teacher.seen]))
 
 
 def test_resumed_training_ends_where_training_at_one_go_does(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_flag, check_floating, check_number
+from calrobust._checks import check_flag, check_floating, check_instance, check_not_meta, check_number
 from calrobust.functional.pairs import Directions, Modality, Outputs, PairOptions, Request, Term, weighted_terms
 from calrobust.kernels import Labels
 
@@ -282,7 +282,9 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
     if hasattr(matrix, "full_tensor"):  # a DTensor
         matrix = matrix.full_tensor()
+    check_instance(Tensor, "pass the projection, e.g. model.visual.proj", weight=matrix)
     check_floating(weight=matrix)
+    check_not_meta(weight=matrix)
     check_flag(squared=squared)
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(

@@ -16,6 +16,7 @@ from calrobust._checks import (
     check_fraction,
     check_integer,
     check_labels,
+    check_not_meta,
     check_number,
     check_one_device,
     check_positive,
@@ -46,7 +47,7 @@ class PairOptions(TypedDict, total=False):
     """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
     in number or labels, it is over those of a direction, ``"none"`` of only one."""
     gather: bool
-    """Contrast against all ranks (default False); see :ref:`many-processes`."""
+    """Contrast against all ranks (default False: for a bank that all hold); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
@@ -148,9 +149,8 @@ class Shared:
     def batch(self, *, swapped: bool = False) -> PairBatch:
         """The batch, made once."""
         if swapped not in self._batches:
-            _, student, teacher, labels, _ = self.request
-            taught = teacher and teacher[:3]
-            self._batches[swapped] = PairBatch(student[:3], taught, labels, self.ranks, swapped=swapped)
+            _, student, taught, labels, _ = self.request
+            self._batches[swapped] = PairBatch(student[:3], taught and taught[:3], labels, self.ranks, swapped=swapped)
         return self._batches[swapped]
 
     def reduce(self, each: Sequence[tuple[Tensor, Tensor | int]]) -> Tensor:
@@ -324,6 +324,7 @@ def _check_outputs(request: Request, options: PairOptions) -> None:
                 f"{first} and {second} must have the same width D and dtype, got {came}; pass what one model gives"
             )
         check_one_device(**features)
+        check_not_meta(**outputs)
         _check_scalar(*scale, positive=True)
         _check_scalar(*bias, positive=False)
     _, student, teacher, *_ = request

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from calrobust._checks import check_instance
-from calrobust.teacher import EMATeacher, load_whole_state, share_first_rank, whole_state
+from calrobust.teacher import EMATeacher, Following, load_whole_state, share_first_rank, whole_state
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,11 +15,11 @@ except ImportError as error:
 __all__ = ["EMATeacherCallback"]
 
 
-class EMATeacherCallback(Callback):
+class EMATeacherCallback(Following, Callback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in checkpoints.
 
-    The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser. A
-    module that holds it saves it. See also :doc:`/guides/lightning`.
+    The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser,
+    unless a ``GradScaler`` skips it. A module that holds it saves it. See also :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
@@ -30,7 +29,8 @@ class EMATeacherCallback(Callback):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: in training, if two callbacks evaluate one student, or a checkpoint holds no teacher.
+        ValueError: in a run, if ``student`` is another model's, two callbacks evaluate it, or a checkpoint holds no
+            teacher.
 
     Example:
         >>> from types import SimpleNamespace
@@ -47,10 +47,7 @@ class EMATeacherCallback(Callback):
     def __init__(
         self, teacher: EMATeacher, student: nn.Module, *, evaluate_teacher: bool = False, name: str = ""
     ) -> None:
-        check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
-        check_instance(nn.Module, "pass the model itself", student=student)
-        self.teacher = teacher
-        self.student = student
+        super().__init__(teacher, student)
         self.evaluate_teacher = evaluate_teacher
         self.name = name
         self._saved_by_module = self._restored = False
@@ -79,7 +76,7 @@ class EMATeacherCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives every rank one teacher."""
-        self._check_restored(trainer)
+        self._check(trainer, pl_module)
         share_first_rank(self.teacher)
         self._optimizer_steps = trainer.global_step
 
@@ -87,12 +84,12 @@ class EMATeacherCallback(Callback):
         """Updates the teacher."""
         if trainer.global_step > self._optimizer_steps:
             self._optimizer_steps = trainer.global_step
-            self.teacher.update(self.student)
+            self._update()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lends the averaged weights."""
         if self.evaluate_teacher:
-            self._check_restored(trainer)
+            self._check(trainer, pl_module)
             self._swap.enter_context(self.teacher.swapped_into(self.student))
 
     def on_validation_end(self, *_: Any, **__: Any) -> None:
@@ -111,7 +108,8 @@ class EMATeacherCallback(Callback):
         load_whole_state(self.teacher, state_dict["teacher"])
         self._restored = True
 
-    def _check_restored(self, trainer: Trainer) -> None:
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module, trainer.precision_plugin)
         if trainer.ckpt_path is not None and not self._restored:
             raise ValueError(
                 f"ckpt_path must be a checkpoint with a teacher in it, got {trainer.ckpt_path}, which has none under "

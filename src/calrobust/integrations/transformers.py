@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calrobust._checks import check_instance
-from calrobust.teacher import EMATeacher, load_whole_state, share_first_rank, whole_state
+from calrobust.teacher import Following, load_whole_state, share_first_rank, whole_state
 
 try:
     from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -17,15 +16,16 @@ except ImportError as error:
 __all__ = ["EMATeacherCallback", "clip_features"]
 
 
-class EMATeacherCallback(TrainerCallback):
+class EMATeacherCallback(Following, TrainerCallback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in checkpoints.
 
-    The teacher gets the trainer's device and is updated after each step of the optimiser. It is loaded when training
-    resumes, or with ``load_best_model_at_end``. ``student`` is the trainer's model, or the part of it that was copied.
-    See also :doc:`/guides/transformers`.
+    The teacher gets the trainer's device and is updated after each step of the optimiser, unless a ``GradScaler``
+    skips it. It is loaded when training resumes, or with ``load_best_model_at_end``. ``student`` is the trainer's
+    model, or the part of it that was copied. See also :doc:`/guides/transformers`.
 
     Raises:
         TypeError: an argument has the wrong type.
+        ValueError: in training, if ``student`` is another model's.
         FileNotFoundError: in training, if a checkpoint holds no teacher.
 
     Example:
@@ -39,14 +39,9 @@ class EMATeacherCallback(TrainerCallback):
         1
     """
 
-    def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
-        check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
-        check_instance(nn.Module, "pass the model itself", student=student)
-        self.teacher = teacher
-        self.student = student
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **given: Any) -> None:
         """Gives every rank one teacher."""
+        self._start(given["model"], given["optimizer"])
         self.teacher.to(args.device)
         share_first_rank(self.teacher)
         if state.global_step > 0:
@@ -54,7 +49,7 @@ class EMATeacherCallback(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Updates the teacher."""
-        self.teacher.update(self.student)
+        self._update()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Adds the teacher to the checkpoint."""

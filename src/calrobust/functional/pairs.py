@@ -47,7 +47,7 @@ class PairOptions(TypedDict, total=False):
     """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
     in number or labels, it is over those of a direction, ``"none"`` of only one."""
     gather: bool
-    """Contrast against all ranks (default False: for a bank that all hold); see :ref:`many-processes`."""
+    """Contrast against all ranks (default False, as for a bank that all hold); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl

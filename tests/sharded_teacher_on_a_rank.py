@@ -62,9 +62,7 @@ for dtype in (torch.float32, torch.bfloat16):  # without masters and with them
     assert_close(hooked["teacher"], dict(alone.state_dict()))
 
     student, resumed = sharded(first)
-    transformers.EMATeacherCallback(resumed, student).on_train_begin(
-        arguments, state, control, model=student, optimizer=None
-    )
+    transformers.EMATeacherCallback(resumed, student).on_train_begin(arguments, state, control)
     assert_close(whole(resumed), dict(alone.state_dict()))
     student, resumed = sharded(first)
     lightning.EMATeacherCallback(resumed, student).load_state_dict(hooked)
@@ -74,9 +72,7 @@ for dtype in (torch.float32, torch.bfloat16):  # without masters and with them
 
     torch.manual_seed(dist.get_rank())  # the ranks initialise their models on their own
     teacher = EMATeacher(nn.Linear(5, 3).to(dtype))
-    transformers.EMATeacherCallback(teacher, student).on_train_begin(
-        arguments, TrainerState(), control, model=student, optimizer=None
-    )
+    transformers.EMATeacherCallback(teacher, student).on_train_begin(arguments, TrainerState(), control)
     for value in teacher.state_dict().values():
         values = [torch.empty_like(value) for _ in range(2)]
         dist.all_gather(values, value)

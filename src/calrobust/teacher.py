@@ -328,8 +328,9 @@ class Following:
         self.teacher = teacher
         self.student = student
 
-    def _start(self, model: nn.Module, owner: Any) -> None:
-        if not {self.student, *self.student.parameters()} & {*model.modules(), *model.parameters()}:
+    def _start(self, model: nn.Module | None, owner: Any) -> None:
+        own = {self.student, *self.student.parameters()}
+        if model is not None and not own & {*model.modules(), *model.parameters()}:
             came = f"got another {type(self.student).__name__}; make the teacher from that model, without model_init"
             raise ValueError(f"student must be the Trainer's model or a part of it, {came}")
         self._scaler = getattr(owner, "scaler", None) or self._scaler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -147,6 +148,15 @@ def test_resuming_without_the_teacher_is_an_error(tmp_path: Path) -> None:
         FileNotFoundError, match=r"checkpoint-3 must hold the teacher as teacher.pt.*; copy the checkpo"
     ):
         again.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_data_and_no_program(tmp_path: Path) -> None:
+    """A file from elsewhere must not run code when it is loaded."""
+    student = Line()
+    trainer(tmp_path, EMATeacher(student), student, num_train_epochs=1).train()
+    torch.save({"step": Path("not a tensor")}, tmp_path / "checkpoint-3" / "teacher.pt")
+    with pytest.raises(UnpicklingError, match="Weights only load failed"):
+        trainer(tmp_path, EMATeacher(student), student, num_train_epochs=2).train(resume_from_checkpoint=True)
 
 
 def test_the_best_checkpoint_is_one_of_student_and_teacher(tmp_path: Path) -> None:

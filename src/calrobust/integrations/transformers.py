@@ -41,7 +41,7 @@ class EMATeacherCallback(Following, TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **given: Any) -> None:
         """Gives every rank one teacher."""
-        self._start(given["model"], given["optimizer"])
+        self._start(given.get("model"), given.get("optimizer"))
         self.teacher.to(args.device)
         share_first_rank(self.teacher)
         if state.global_step > 0:

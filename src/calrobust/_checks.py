@@ -1,6 +1,7 @@
 """Errors name the argument, the rule, what came and the likely fix."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -232,6 +233,15 @@ def check_bins(bins: Any) -> None:
             "take them from one call of bin_confidences"
         )
     check_one_device(**named)
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's call, and names what was called."""
+    frame, level, called = sys._getframe(1), 2, ""
+    while frame.f_back and (home := frame.f_globals.get("__name__", "").split(".")[0]) in ("calrobust", "torch"):
+        called = frame.f_code.co_qualname.removesuffix(".__init__") if home == "calrobust" else called
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{message} ({called})", stacklevel=level)
 
 
 def check_instance(kind: type, fix: str, **objects: Any) -> None:

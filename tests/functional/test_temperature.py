@@ -217,7 +217,7 @@ def test_random_labels_give_a_positive_temperature() -> None:
 @pytest.mark.parametrize("logits", [torch.full((9, 3), 5.0), torch.arange(9.0)[:, None].expand(9, 3)])
 def test_constant_logits_leave_the_temperature_at_one_and_say_so(logits: Tensor) -> None:
     """T changes nothing."""
-    cause = "temperature: the logits of each sample are all equal, so that T changes nothing; T = 1$"
+    cause = "temperature: the logits of each sample are all equal, so that T changes nothing; T = 1 "
     with pytest.warns(UserWarning, match=cause):
         assert fit_temperature(logits, torch.arange(9) % 3) == 1
 

@@ -1,7 +1,6 @@
 """Fits of a temperature and of a line."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from calrobust._checks import (
     check_label_values,
     check_one_device,
     check_softmax_exists,
+    warn,
 )
 from calrobust.functional.scoring import as_rows, block_rows
 
@@ -97,12 +97,16 @@ def fit_temperature(
         raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
+    temperature = determined_temperature(logits, target, weight)
+    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+
+
+def determined_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None, of: str = "") -> float:
+    """T of valid data, with a warning if they do not determine it."""
     temperature, causes = best_temperature(logits, target, weight)
     if causes:
-        warnings.warn(
-            f"the data do not determine a temperature: {'; '.join(causes)}; T = {temperature:.6g}", stacklevel=2
-        )
-    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+        warn(f"the data do not determine a temperature{of}: {'; '.join(causes)}; T = {temperature:.6g}")
+    return temperature
 
 
 def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, list[str]]:
@@ -235,7 +239,7 @@ def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
         line, cause = _solve_line(similarities.detach().flatten(), matched.flatten())
     if cause:
         a, b = line.tolist()
-        warnings.warn(f"the data do not determine a and b: {cause}; a = {a:.6g}, b = {b:.6g}", stacklevel=3)
+        warn(f"the data do not determine a and b: {cause}; a = {a:.6g}, b = {b:.6g}")
     return line
 
 

@@ -1,14 +1,13 @@
 """open_clip: losses that its trainer can call."""
 
 import sys
-import warnings
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from calrobust._checks import check_instance, check_number
+from calrobust._checks import check_instance, check_number, warn
 from calrobust.losses import PairLoss
 
 __all__ = ["OpenClipLoss"]
@@ -49,7 +48,7 @@ class OpenClipLoss(nn.Module):
         create_task = getattr(sys.modules.get("open_clip_train.main"), "create_task", None)
         if getattr(create_task, "__module__", "") == "open_clip.factory":
             fix = "assign the loss to the task: task.loss = loss, as examples/open_clip_trainer.py does"
-            warnings.warn(f"the trainer of open_clip 4 never calls create_loss; {fix}", stacklevel=2)
+            warn(f"the trainer of open_clip 4 never calls create_loss; {fix}")
 
     def forward(self, *outputs: Any, output_dict: bool = False, **named: Any) -> Tensor | dict[str, Tensor]:
         """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
@@ -66,7 +65,7 @@ class OpenClipLoss(nn.Module):
         alone = "gather=True" not in repr(self.criterion)
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ours = "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks"
-            warnings.warn(f"{ours}; pass gather=True to its losses", stacklevel=2)
+            warn(f"{ours}; pass gather=True to its losses")
         found = {ARGUMENTS[name]: value for name, value in named.items() if name in ARGUMENTS}
         try:
             terms = self.criterion.terms(*outputs, **found)

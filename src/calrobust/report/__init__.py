@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calrobust._checks import check_choice, check_flag, check_n_bins, check_softmax_exists
 from calrobust.functional.calibration import bin_confidences
-from calrobust.functional.fitting import fit_temperature
+from calrobust.functional.fitting import determined_temperature
 from calrobust.functional.scoring import Bins
 from calrobust.report.figures import (
     DEFAULT,
@@ -135,7 +135,7 @@ class ShiftReport:
         own = self._samples.get(method, {})
         for domain, samples in own.items():
             check_held_out(method, domain, fingerprints, samples["fingerprints"])
-        temperature = float(fit_temperature(logits, target))
+        temperature = determined_temperature(logits, target, of=f" of {method!r}")
         self._fits[method] = Fit(temperature, fingerprints)
         for samples in own.values():
             if not self.keep_logits:

@@ -237,18 +237,18 @@ def test_what_deepcopy_copies_is_taken(change: Callable[[nn.Module], None]) -> N
 
 def test_parameters_without_values_are_refused_by_name() -> None:
     """They are refused when the teacher is made and at an update, which then does not count."""
-    for device, message in (("meta", "one on the meta device"), ("cpu", r"an empty one of shape \[0\]")):
+    for device, message in (("meta", "a meta tensor"), ("cpu", r"an empty tensor of shape \[0\]")):
         student = model()
         teacher = EMATeacher(student)
         student[1].weight = nn.Parameter(torch.empty(0, device=device))
-        with pytest.raises(ValueError, match=rf"student's 1\.weight must be a tensor with values, got {message}"):
+        with pytest.raises(ValueError, match=rf"student's 1\.weight must have values, got {message}"):
             EMATeacher(student)
-        with pytest.raises(ValueError, match=rf"student's 1\.weight must be a tensor with values, got {message}"):
+        with pytest.raises(ValueError, match=rf"student's 1\.weight must have values, got {message}"):
             teacher.update(student)
         assert (teacher.step, teacher.updates) == (0, 0)
-    with pytest.raises(ValueError, match="student's weight must be a tensor with values, got a lazy one"):
+    with pytest.raises(ValueError, match="student's weight must have values, got a lazy tensor"):
         EMATeacher(nn.LazyLinear(2))
-    with pytest.raises(ValueError, match="teacher's weight must be a tensor with values, got one on the meta device"):
+    with pytest.raises(ValueError, match="teacher's weight must have values, got a meta tensor"):
         EMATeacher(nn.Linear(1, 1), device="meta").update(nn.Linear(1, 1))
 
 

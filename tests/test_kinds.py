@@ -113,6 +113,15 @@ def test_what_is_refused_as_logits_is_taken_as_probabilities(seed: int, n: int, 
     assert taken(probs.log(), from_logits=True)
 
 
+@pytest.mark.parametrize(("over", "are_probabilities"), [(9e-7, True), (1.1e-6, False)])
+def test_what_may_be_a_probability_is_one_range_for_every_check(over: float, are_probabilities: bool) -> None:
+    """That of a confidence, of a row that should be probabilities, and of one that should be logits."""
+    rows, flags = (1 + over) * torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    assert taken(rows, from_logits=False) is are_probabilities
+    assert taken(rows, from_logits=True) is not are_probabilities
+    assert bool(F.bin_confidences(rows.diag(), flags).confidence_sums.isfinite().all()) is are_probabilities
+
+
 def test_numbers_that_are_neither_are_no_probabilities() -> None:
     """A row may sum to 3/4, lie outside [0, 1], or hold percentages."""
     for row in ([0.25, 0.25, 0.25], [-0.25, 0.25, 1.0], [0.0, 0.5, 1.5], [30.0, 70.0, 0.0], [0.31, 0.42, 0.40]):

@@ -886,7 +886,7 @@ def test_what_is_emptied_between_updates_is_told_by_name() -> None:
     teacher = EMATeacher(student, 0.5)
     teacher.update(student)
     student.layer.weight.data = torch.empty(0)
-    with pytest.raises(ValueError, match=r"student's layer\.weight must be a tensor with values, got an empty one"):
+    with pytest.raises(ValueError, match=r"student's layer\.weight must have values, got an empty tensor"):
         teacher.update(student)
 
 

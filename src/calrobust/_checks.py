@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 WITHOUT_FLOAT64 = {"mps"}
+ROUNDING = 1e-6  # of probabilities
 
 
 def check_tensor(**tensors: Any) -> None:
@@ -168,11 +169,15 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
                 )
 
 
+def _leave_the_unit_interval(low: Tensor, high: Tensor) -> Tensor:
+    return (low < 0) | (high > 1 + ROUNDING)
+
+
 def _may_be_probabilities(rows: Tensor) -> Tensor:
     """Whether each row may be rounded probabilities; true for NaN."""
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
-    wrong = (low < 0) | (high > 1 + 1e-6) | (off > 1 / 64)  # a softmax in bfloat16
+    wrong = _leave_the_unit_interval(low, high) | (off > 1 / 64)  # a softmax in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
     for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # written to text
         steps = rows[doubtful].double() / step
@@ -187,8 +192,8 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C.
     """
     n_classes = rows.shape[1]
-    low, high = rows[0].aminmax()  # most logits are out of [0, 1]
-    if low < 0 or high > 1 + 1e-6 or not _may_be_probabilities(rows).all():
+    # Most logits are out of [0, 1].
+    if _leave_the_unit_interval(*rows[0].aminmax()) or not _may_be_probabilities(rows).all():
         return False
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)

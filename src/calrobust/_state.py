@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from calrobust._checks import check_instance
+from calrobust._checks import check_instance, check_not_meta
 
 EXTRA = "_extra_state"
 # Of DDP, torch.compile, activation checkpointing and FSDP1.
@@ -64,7 +64,7 @@ class Pair(NamedTuple):
 
 def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
     """Pairs by name, without tensors that both models hold."""
-    check_instance(nn.Module, "pass the model itself", student=theirs)
+    check_model(student=theirs)
     (teacher, averaged), (student, _) = tensors(ours), tensors(theirs)
     check_values(teacher=teacher, student=student)
     check_same_state(teacher=teacher, student=student)
@@ -106,21 +106,22 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
             found += f"; {what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if found:
         fix = "are they one architecture, with the same adapters?"
+        if "updates" in ours.keys() ^ theirs.keys():
+            fix = "is one of an EMATeacher? pass its .module"
         raise ValueError(f"{first} and {second} must have the same names and shapes{found}; {fix}")
 
 
 def check_values(**states: Mapping[str, Tensor]) -> None:
     for model, state in states.items():
         for name, tensor in state.items():
+            check_not_meta(**{f"{model}'s {name}": tensor})
             if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-                kind, fix = "a lazy one", "run a batch through the model first"
-            elif tensor.is_meta:
-                kind, fix = "one on the meta device", "load or initialise the model first"
+                kind, fix = "a lazy tensor", "run a batch through the model first"
             elif isinstance(tensor, nn.Parameter) and tensor.numel() == 0:
-                kind, fix = f"an empty one of shape {list(tensor.shape)}", "use DeepSpeed's ZeRO-2, not ZeRO-3"
+                kind, fix = f"an empty tensor of shape {list(tensor.shape)}", "use DeepSpeed's ZeRO-2, not ZeRO-3"
             else:
                 continue
-            raise ValueError(f"{model}'s {name} must be a tensor with values, got {kind}; {fix}")
+            raise ValueError(f"{model}'s {name} must have values, got {kind}; {fix}")
 
 
 @torch.no_grad()
@@ -157,6 +158,13 @@ class Keeping(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def check_model(**models: Any) -> None:
+    check_instance(nn.Module, "pass the model itself", **models)
+    for name, model in models.items():
+        if isinstance(model, Keeping) and "module" in model._modules:
+            raise TypeError(f"{name} must be the model itself, got an {type(model).__name__}; pass its .module")
+
+
 def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda own: moved if (moved := move(own)).dtype == own.dtype else own.to(moved.device)
 
@@ -174,7 +182,7 @@ def copied(student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
 
 
 def filled(copy: nn.Module, student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
-    check_instance(nn.Module, "pass a model like the student", copy=copy)
+    check_model(copy=copy)
     pairs = paired(copy, student)
     if {*tensors(copy)[0].values()} & {*tensors(student)[0].values()}:
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from calrobust._checks import check_float64, check_floating, check_instance, check_predictions
-from calrobust._state import Keeping, keeping_dtype
+from calrobust._state import Keeping, check_model, keeping_dtype
 from calrobust.functional.fitting import fit_line, fit_temperature
 
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -176,7 +176,7 @@ def zero_shot_classifier(
 
     Reference: Radford et al., 2021, :arxiv:`2103.00020`.
     """
-    check_instance(nn.Module, "pass the model itself", model=model)
+    check_model(model=model)
     captions = _captions(names, templates)
     of_transformers = hasattr(model, "get_text_features")
     if not (of_transformers or hasattr(model, "encode_text")):

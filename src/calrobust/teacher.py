@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
-from calrobust._state import Keeping, Pair, copied, filled, keeping_dtype, paired, parts, tensors, unwrapped, write
+from calrobust._state import (
+    Keeping,
+    Pair,
+    check_model,
+    copied,
+    filled,
+    keeping_dtype,
+    paired,
+    parts,
+    tensors,
+    unwrapped,
+    write,
+)
 
 
 class EMATeacher(Keeping):
@@ -73,7 +85,7 @@ class EMATeacher(Keeping):
         share_frozen: bool = False,
     ) -> None:
         super().__init__()
-        check_instance(nn.Module, "pass the model itself", student=student)
+        check_model(student=student)
         if isinstance(student, torch.jit.ScriptModule):
             raise TypeError("student must be a model in Python, got a ScriptModule; make the teacher before scripting")
         if not callable(decay):
@@ -324,7 +336,7 @@ class Following:
 
     def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
         check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
-        check_instance(nn.Module, "pass the model itself", student=student)
+        check_model(student=student)
         self.teacher = teacher
         self.student = student
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_instance, check_number, check_tensor
-from calrobust._state import EXTRA, check_same_state, check_values, tensors, unwrapped
+from calrobust._state import EXTRA, check_model, check_same_state, check_values, tensors, unwrapped
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
@@ -185,7 +185,10 @@ def _combine(models: Mapping[str, Weights], combination: Combination) -> StateDi
 def _checked(name: str, model: Weights) -> Mapping[str, Any]:
     if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(f"{name} must be a state dict or a torch.nn.Module, got {type(model).__name__}")
-    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        check_model(**{name: model})
+        model = model.state_dict()
+    state: Mapping[str, Any] = model
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")

@@ -61,6 +61,7 @@ def update(teacher: EMATeacher, student: Any) -> None:
 MODEL, LOADER = nn.Identity(), [(torch.randn(2, 3), torch.tensor([0, 2]))]
 INPUTS, LABELS = LOADER[0]
 A = weights()
+TEACHER, OF_A_TEACHER = EMATeacher(nn.Linear(3, 2)), "must be the model itself, got an EMATeacher; pass its .module"
 SCHEDULES: list[tuple[str, Any, dict[str, Any]]] = [
     ("constant", schedules.constant, {"decay": 0.9}),
     ("linear_warmup", schedules.linear_warmup, {"start": 0.1, "end": 0.9, "updates": 10}),
@@ -94,12 +95,13 @@ TABLE: Table = [
                 "device must be the student's, whose tensors share_frozen=True uses, got meta; leave out device or "
                 "share_frozen",
             ),
-            Wrong({"copy": "model"}, TypeError, "copy must be of type Module, got str; pass a model like the student"),
+            Wrong({"copy": "model"}, TypeError, "copy must be of type Module, got str; pass the model itself"),
+            Wrong({"copy": TEACHER}, TypeError, f"copy {OF_A_TEACHER}"),
+            Wrong({"student": TEACHER}, TypeError, f"student {OF_A_TEACHER}"),
             Wrong(
                 {"student": nn.Linear(2, 2, device="meta")},
                 ValueError,
-                "student's weight must be a tensor with values, got one on the meta device; load or initialise the "
-                "model first",
+                "student's weight must have values, got a meta tensor; load or initialise the model first",
             ),
         ],
     ),
@@ -107,6 +109,7 @@ TABLE: Table = [
         [Target("EMATeacher.update", update, followed), Target("EMATeacher.swapped_into", swap, followed)],
         [
             Wrong({"student": {}}, TypeError, "student must be of type Module, got dict; pass the model itself"),
+            Wrong({"student": TEACHER}, TypeError, f"student {OF_A_TEACHER}"),
             Wrong(
                 {"student": nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))},
                 ValueError,
@@ -206,6 +209,20 @@ TABLE: Table = [
             ),
             Wrong({"alpha": lambda name: None}, TypeError, "alpha('w') must be a real number, got NoneType None"),
             Wrong({"zero_shot": "a.pt"}, TypeError, "zero_shot must be a state dict or a torch.nn.Module, got str"),
+            Wrong({"zero_shot": TEACHER}, TypeError, f"zero_shot {OF_A_TEACHER}"),
+            Wrong({"fine_tuned": TEACHER}, TypeError, f"fine_tuned {OF_A_TEACHER}"),
+            *(
+                Wrong(
+                    {one: {"w": A["w"]}, other: EMATeacher(nn.ParameterDict({"w": A["w"]})).state_dict()},
+                    ValueError,
+                    "zero_shot and fine_tuned must have the same names and shapes; "
+                    f"{wrong} fine_tuned: step, updates; is one of an EMATeacher? pass its .module",
+                )
+                for one, other, wrong in (
+                    ("zero_shot", "fine_tuned", "unexpected in"),
+                    ("fine_tuned", "zero_shot", "missing from"),
+                )
+            ),
             Wrong(
                 {"fine_tuned": weights(extra=A["w"])},
                 ValueError,
@@ -248,8 +265,7 @@ TABLE: Table = [
             Wrong(
                 {"models": [weights(m=torch.ones(2, device="meta"))] * 2},
                 ValueError,
-                "models[0]'s m must be a tensor with values, got one on the meta device; load or initialise the model "
-                "first",
+                "models[0]'s m must have values, got a meta tensor; load or initialise the model first",
             ),
             Wrong({"models": []}, ValueError, "models must be at least 1, got 0; is it a used generator?"),
             Wrong({"models": [A, 3]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got int"),
@@ -280,11 +296,15 @@ TABLE: Table = [
             Wrong({"models": A}, TypeError, "models must be an iterable of models, got dict"),
             Wrong({"models": None}, TypeError, "models must be an iterable of models, got NoneType"),
             Wrong({"models": [A, Odd()]}, TypeError, "models[1] must be a state dict or a torch.nn.Module, got Odd"),
+            Wrong({"models": [TEACHER] * 2}, TypeError, f"models[0] {OF_A_TEACHER}"),
         ],
     ),
     (
         [Target("model_stock", model_stock, lambda: {"pretrained": weights(), "models": [weights(), weights()]})],
-        [Wrong({"models": [A]}, ValueError, "models must be at least 2, got 1; is it a used generator?")],
+        [
+            Wrong({"models": [A]}, ValueError, "models must be at least 2, got 1; is it a used generator?"),
+            Wrong({"pretrained": TEACHER}, TypeError, f"pretrained {OF_A_TEACHER}"),
+        ],
     ),
     (
         [Target("zero_shot_classifier", zero_shot_classifier, named_texts)],
@@ -294,6 +314,7 @@ TABLE: Table = [
                 TypeError,
                 "model must be of type Module, got builtin_function_or_method; pass the model itself",
             ),
+            Wrong({"model": TEACHER}, TypeError, f"model {OF_A_TEACHER}"),
             Wrong(
                 {"model": MODEL},
                 TypeError,

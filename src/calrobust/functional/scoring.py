@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import (
+    ROUNDING,
     check_bins,
     check_bool,
     check_flag,
@@ -205,7 +206,7 @@ def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tens
     check_confidences(confidences, correct)
     check_n_bins(n_bins)
     confidences = confidences.detach().double()
-    return confidences.where((confidences - 0.5).abs() <= 0.5 + 1e-6, torch.nan)  # rounding
+    return confidences.where((confidences - 0.5).abs() <= 0.5 + ROUNDING, torch.nan)
 
 
 def brier_score(preds: Tensor, target: Tensor, *, from_logits: bool = True, ignore_index: int | None = None) -> Tensor:

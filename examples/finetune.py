@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from atomic import write_atomically
 from finetune import RunError
-from finetune.models import Classifier, Clip, load_clip
+from finetune.models import Classifier, Clip, load_clip, local_weights
 from finetune.pictures import ID_DOMAIN, VALIDATION, Batch, Domain, Pictures, batches, read_data
 from finetune.training import METHODS, RECIPES, Training
 from torch import Tensor, nn
@@ -43,8 +43,9 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world_size
     """Trains and scores every method, writes down what came out, and reports."""
     if options.batch_size % world_size:
         raise RunError(f"--batch-size {options.batch_size} must be divisible by {world_size} processes")
-    data = read_data(options)
-    origin = hashlib.sha256(repr((options.model, options.pretrained, data)).encode()).hexdigest()
+    data, weights = read_data(options), local_weights(options)
+    vars(options).update(weights)
+    origin = hashlib.sha256(repr((options.model, options.pretrained, data, *weights.values())).encode()).hexdigest()
     unreadable: set[str] = set()
     for method in options.method:
         torch.manual_seed(options.seed)
@@ -60,9 +61,9 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world_size
             print(f"{training.row.name}: alpha is {alpha}") if rank == 0 else None
         scored = {name: score(domain) for name, domain in data.domains.items()}
         if rank == 0:  # the former as open_clip's --pretrained takes it; for Transformers, load_state_dict
-            weights = {"state_dict": clip.network.state_dict(), "head": classifier.head.data, "classes": data.names}
-            weights |= {} if classifier.bias is None else {"bias": classifier.bias.data}
-            for name, content in (("weights.pt", weights), ("logits.pt", {"origin": origin, "sets": scored})):
+            saved = {"state_dict": clip.network.state_dict(), "head": classifier.head.data, "classes": data.names}
+            saved |= {} if classifier.bias is None else {"bias": classifier.bias.data}
+            for name, content in (("weights.pt", saved), ("logits.pt", {"origin": origin, "sets": scored})):
                 write_atomically(options.out / method / name, partial(torch.save, content))
     if rank == 0:
         print(f"\n{report_on(options.out, origin, scored)}\n")

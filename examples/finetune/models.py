@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
@@ -83,6 +85,17 @@ class Classifier(nn.Module):
             features = network.get_image_features(pixel_values=images).pooler_output
         with torch.autocast(images.device.type, enabled=False):
             return F.linear(F.normalize(features.float(), dim=-1), self.head, self.bias)
+
+
+def local_weights(options: argparse.Namespace) -> dict[str, str]:
+    """A digest of the files that ``--model`` and ``--pretrained`` name, since other weights may come to their paths."""
+    folder, digest = Path(options.model.partition(":")[2]), hashlib.sha256()
+    files = sorted(folder.rglob("*")) if folder.name else [Path(options.pretrained or "")]
+    files = [path for path in files if path.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"weights": digest.hexdigest()} if files else {}
 
 
 def load_clip(options: argparse.Namespace, device: torch.device) -> Clip:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -64,6 +65,10 @@ def read_data(options: argparse.Namespace) -> Data:
             if missing := len(folders) - len(domains[name].columns):
                 raise RunError(f"{root}: {missing} of the {len(folders)} classes in {options.train} have no folder")
     domains |= {name: _domain(root, folders, options.map.get(name)) for name, root in options.ood.items()}
+    for name, domain in domains.items():
+        if not any(_can_be_read(path) for path, _ in domain.samples):
+            count, first = len(domain.samples), domain.samples[0][0]
+            raise RunError(f"none of {count} pictures can be read for {name}, {first} for one")
     if len(train) < options.batch_size:
         raise RunError(f"{len(train)} pictures to train on are no batch; pass a smaller --batch-size")
     return Data(_names(options.classes, folders), train, domains)
@@ -185,6 +190,12 @@ class Pictures(Dataset[Batch]):
                 except UNREADABLE as error:
                     bad.append((path, f"{type(error).__name__}: {error}"))
         return Batch(torch.zeros(0), template[:0], template[:0], bad)
+
+
+def _can_be_read(path: str) -> bool:
+    with suppress(*UNREADABLE), Image.open(path) as picture:
+        return bool(_rgb(picture))
+    return False
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from finetune import RunError
-from finetune.models import load_clip
+from finetune.models import load_clip, local_weights
 from finetune.pictures import Batch, Domain, Pictures, order, read_data
 from finetune.training import METHODS
 from leaving import torchrun
@@ -200,6 +200,43 @@ def test_rows_of_another_model_or_shift_of_equal_shape_are_not_in_the_report(
     assert {name for name, _ in figures(out)} == {"ZS", "FLYP"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "folder", "file"),
+    [("local-dir", "tiny-clip", "open_clip_pytorch_model.bin"), ("hf", "tiny-hf", "model.safetensors")],
+)
+def test_other_weights_in_the_same_place_are_another_model(
+    kind: str, folder: str, file: str, made: Path, tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the report nor a checkpoint takes them for the old ones. A copy of the old ones is no other model."""
+    model, out = shutil.copytree(made / folder, tmp_path / "model"), tmp_path / "out"
+    command = options(made, out, "--model", f"{kind}:{model}")
+    main([*command, "--method", "zs", "carot"])
+    (model / file).write_bytes((made / folder / file).read_bytes())
+    main([*command, "--method", "carot"])
+    assert {name for name, _ in figures(out)} == {"ZS", "CaRot"}
+    weights = bytearray((model / file).read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (model / file).write_bytes(weights)
+    main([*command, "--method", "ft"])
+    assert f"{out / 'zs' / 'logits.pt'} is of another model or other pictures" in capsys.readouterr().out
+    assert {name for name, _ in figures(out)} == {"FT"}
+    assert f"{out / 'carot' / 'checkpoint.pt'} was made with weights=" in refusal(main, [*command, "--method", "carot"])
+
+
+def test_a_file_of_weights_is_known_by_its_content(made: Path, tmp_path: Path) -> None:
+    """Tags of open_clip and names on the hub have none here."""
+    file = tmp_path / "weights.pt"
+    digests = []
+    for content in b"old", b"new", b"old":
+        file.write_bytes(content)
+        digests.append(
+            local_weights(parse_options(options(made, tmp_path, "--model", "RN50", "--pretrained", str(file))))
+        )
+    assert digests[0] == digests[2] != digests[1]
+    for more in (("RN50", "--pretrained", "openai"), ("RN50",), ("hf-hub:laion/no-such",), ("hf:openai/no-such",)):
+        assert local_weights(parse_options(options(made, tmp_path, "--model", *more))) == {}
+
+
 @pytest.mark.parametrize("method", ["wise-ft", "carot-neurips"])
 def test_models_of_transformers_are_trained_alike(method: str, made: Path, tmp_path: Path, main: Main) -> None:
     """With their own tokenizer and image processor; recomputing activations changes no step."""
@@ -333,18 +370,25 @@ class TestBadImages:
         assert "Pictures that could not be read: 2." in printed.out
         assert figures(tmp_path / "out")["CaRot", "ID"]["n"] == "8"
 
-    def test_nothing_but_unreadable_pictures_stops_the_run(self, made: Path, tmp_path: Path, main: Main) -> None:
-        """In training, and in a set to judge on."""
-        root = tmp_path / "data"
-        shutil.copytree(made, root)
-        val = ("--val", str(root / "val"))
-        for path in root.glob("test/*/*.png"):
+    @pytest.mark.parametrize(
+        ("folder", "said"),
+        [
+            ("test", "none of 9 pictures can be read for ID, "),
+            ("val", "none of 6 pictures can be read for validation, "),
+            ("subset", "none of 4 pictures can be read for sketch, "),
+            ("train", "none of the 21 training pictures can be read"),
+        ],
+    )
+    def test_nothing_but_unreadable_pictures_stops_the_run_before_training(
+        self, folder: str, said: str, made: Path, tmp_path: Path, main: Main
+    ) -> None:
+        """In training, and in each set to judge on."""
+        root = Path(shutil.copytree(made, tmp_path / "data"))
+        for path in (root / folder).glob("*/*.png"):
             path.write_bytes(b"no picture")
-        said = refusal(main, options(root, tmp_path / "a", *val, method="zs"))
-        assert "none of 9 pictures can be read" in said
-        for path in root.glob("train/*/*.png"):
-            path.write_bytes(b"no picture")
-        assert "none of the 21 training pictures can be read" in refusal(main, options(root, tmp_path / "b", *val))
+        sets = ("--val", str(root / "val"), "--ood", f"sketch={root / 'subset'}")
+        assert said in refusal(main, options(root, tmp_path / "out", *sets))
+        assert not (tmp_path / "out").exists()
 
 
 COUNTS = ("--epochs", "--batch-size", "--checkpoint-every")
@@ -423,14 +467,15 @@ class TestFolders:
         more = ("--classes", str(tmp_path / "names.txt")) if lines else ()
         assert read_data(parse_options([*options(made, tmp_path), *more])).names == expected
 
-    def test_imagenet_is_known(self, tmp_path: Path) -> None:
+    def test_imagenet_is_known(self, made: Path, tmp_path: Path) -> None:
         """A thousand synsets have open_clip's names, and ImageNetV2 numbers them."""
+        picture = (made / "test" / "red thing" / "0.png").read_bytes()
         synsets = [f"n{index:08d}" for index in range(1000)]
         for root, folders in (("train", synsets), ("v2", ["999", "10", "2"])):
             for folder in folders:
                 (tmp_path / root / folder).mkdir(parents=True)
                 for name in ("a.png", "b.png", "c.png"):
-                    (tmp_path / root / folder / name).touch()
+                    (tmp_path / root / folder / name).write_bytes(picture)
         without = [option for option in options(tmp_path, tmp_path) if option not in ("--test", str(tmp_path / "test"))]
         data = read_data(parse_options([*without, "--ood", f"v2={tmp_path / 'v2'}"]))
         assert data.names[0] == "tench"

@@ -27,8 +27,8 @@ def check_floating(**tensors: Tensor) -> None:
     check_tensor(**tensors)
     for name, value in tensors.items():
         if not value.is_floating_point() or value.dtype.itemsize < 2:
-            rule = "floating point of at least 16 bits" if value.is_floating_point() else "floating point"
-            raise TypeError(f"{name} must be {rule}, got {value.dtype}; convert it with .float()")
+            rule = " of at least 16 bits" * value.is_floating_point()
+            raise TypeError(f"{name} must be floating point{rule}, got {value.dtype}; convert it with .float()")
 
 
 def check_not_meta(**values: Any) -> None:
@@ -160,7 +160,8 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
     """Reads values."""
     for name, value in preds.items():
         faults = {"NaN": value.isnan().any(1), "+inf": value.isposinf().any(1)}
-        for fault, wrong in (*faults.items(), ("-inf in every class", value.isneginf().all(1))):
+        faults["-inf in every class"] = value.isneginf().all(1)
+        for fault, wrong in faults.items():
             if wrong.any():
                 row = int(wrong.nonzero()[0])
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""A model's state, read at each use, since ``.to()`` and FSDP replace tensors."""
+"""A model's state, read at each use, since FSDP replaces tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
@@ -103,7 +103,7 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
     found = ""
     for what, names in wrong.items():
         if names:
-            found += f"; {what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            found += f"; {what}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
     if found:
         fix = "are they one architecture, with the same adapters?"
         if "updates" in ours.keys() ^ theirs.keys():
@@ -140,7 +140,7 @@ _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
 class Keeping(nn.Module):
-    """Its state has the attributes ``_kept``, which as buffers would make the CPU wait."""
+    """Saves the attributes ``_kept``, which as buffers would make the CPU wait."""
 
     _kept: tuple[str, ...]
 

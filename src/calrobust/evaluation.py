@@ -35,11 +35,10 @@ def collect_logits(
 
     Args:
         model: returns logits ``[B, C, ...]``, or an output with ``logits`` or ``logits_per_image``.
-        loader: yields ``(inputs, target)``, or keyword arguments with the target as ``labels`` or ``label``. Targets
-            are integers.
+        loader: yields ``(inputs, target)``, or keyword arguments with ``labels`` or ``label``. Targets are integers.
         forward: ``forward(model, batch) -> (logits, target)``, for other batches and outputs.
         device: moves each batch there.
-        progress: shows a bar, if tqdm is installed.
+        progress: shows a bar of tqdm, if installed.
 
     Raises:
         TypeError: an argument, batch or output has the wrong type.
@@ -55,8 +54,7 @@ def collect_logits(
     """
     check_instance(nn.Module, "pass the model itself", model=model)
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        kind = _kind(loader)
-        raise TypeError(f"loader must be something to iterate over, got {kind}; pass a DataLoader or a list of batches")
+        raise TypeError(f"loader must be iterable, got {_kind(loader)}; pass a DataLoader or a list of batches")
     if forward is not None and not callable(forward):
         raise TypeError(f"forward must be callable, got {_kind(forward)}; pass {_FORWARD}")
     if progress:
@@ -152,8 +150,8 @@ def zero_shot_classifier(
 
     .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    where :math:`x_{c,t}` is the unit-norm feature of class :math:`c` in template :math:`t`. Weights are at least
-    float32; logits are ``logit_scale * image_features @ weight.T``.
+    of the unit-norm features :math:`x_{c,t}` of class :math:`c` in template :math:`t`, in float32 or better. Logits
+    are ``logit_scale * image_features @ weight.T``.
 
     Args:
         model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
@@ -295,7 +293,7 @@ class PlattScaler(_Scaler):
     .. math:: z \mapsto a z + b, \qquad a, b = \arg\min_{a > 0,\, b} \sum_i \log\bigl(1 + e^{\mp (a z_i + b)}\bigr)
 
     with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. Fit on pairs that match as
-    often as in use. Data without a minimum give a :class:`UserWarning` (:doc:`/guides/temperature`).
+    often as in use. Data without a minimum give a warning (:doc:`/guides/temperature`).
 
     Example:
         >>> import torch

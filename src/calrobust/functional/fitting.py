@@ -57,7 +57,7 @@ def fit_temperature(
 
     .. math:: T = \arg\min_{T > 0} -\sum_i w_{y_i} \log \mathrm{softmax}(z_i / T)_{y_i}
 
-    Data without a minimum (separable, anti-correlated or constant logits) give a :class:`UserWarning` and the T that
+    Data without a minimum (separable, anti-correlated or constant logits) give a warning and the T that
     :doc:`/derivations` names. A single sample or class gives a warning too.
 
     Args:

@@ -46,7 +46,7 @@ def multimodal_contrastive_loss(
 
     Raises:
         ValueError: features or ``labels`` do not fit, or M < N without; an image has no positive; a number or option is
-            out of range; ``reduction="none"`` is of both directions of what are no pairs; ``impl="triton"`` finds no
+            out of range; ``reduction="none"`` is of both directions of unpaired features; ``impl="triton"`` finds no
             CUDA device.
         TypeError: features are not floating, ``labels`` not ``int64``, or an option is unknown.
 

@@ -99,7 +99,7 @@ def probability_blocks(
     validate: bool | None = None,
     temperature: float | None = None,
 ) -> Iterator[Block]:
-    """Yields at least one block; ``validate=None`` checks values where that is free."""
+    """At least one; ``validate=None`` checks values where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate

@@ -17,6 +17,7 @@ from calrobust._checks import (
     check_softmax_exists,
     check_tensor,
 )
+from calrobust._state import keeping_dtype
 from calrobust.functional.scoring import Bins, Block, as_rows, confidences_of, probability_blocks, top_labels
 
 
@@ -139,12 +140,7 @@ class PredictionMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PredictionMetric":
         check_float64(metric=fn(torch.empty(0, device=self.device)))
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, exclude_state)
+        super()._apply(keeping_dtype(fn), exclude_state)
         self._dtype = torch.float64
         return self
 

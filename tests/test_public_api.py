@@ -69,7 +69,7 @@ ALLOWED = {  # who may import whom, from the ground floor up
     "kernels": {"_checks", "distributed", "kernels"},
     "functional": {"_checks", "distributed", "kernels", "functional"},
     "losses": {"_checks", "distributed", "kernels", "functional"},
-    "metrics": {"_checks", "functional", "metrics"},
+    "metrics": {"_checks", "_state", "functional", "metrics"},
     "_state": {"_checks"},
     "teacher": {"_checks", "_state"},
     "schedules": {"_checks"},

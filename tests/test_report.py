@@ -29,7 +29,7 @@ from calrobust.functional.fitting import best_temperature, fit_temperature
 from calrobust.functional.scoring import risk_coverage_curve, top_label
 from calrobust.plotting import reliability_grid, risk_coverage
 from calrobust.report import ShiftReport
-from calrobust.report.figures import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of, score_interval
+from calrobust.report._figures import ECE_PARTS, ENDS, FIGURES, SCORES, fingerprints_of, score_interval
 
 DOMAINS = ("photo", "sketch", "clipart")
 

@@ -209,7 +209,10 @@ def _check_functions(student: nn.Module) -> None:
         skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS
         for name in vars(owner).keys() - skipped:
             for value in _captured(vars(owner)[name], set()):
-                if id(value) in parts or (name in _HOOKS and _may_be_written_to(value)):
+                # Torch's own objects are taken for settings.
+                home = type(value).__module__.split(".")[0]
+                settings = isinstance(value, type) or home in ("builtins", "functools", "torch")
+                if id(value) in parts or (name in _HOOKS and (isinstance(value, _WRITABLE) or not settings)):
                     raise ValueError(
                         f"student must have no function that captures what a copy would share, got one in {name} of "
                         f"the {type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a "
@@ -245,9 +248,3 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
         held = getattr(value, "__dict__", {}).values()
     for one in held:
         yield from _captured(one, seen, captured)
-
-
-def _may_be_written_to(value: object) -> bool:
-    """Torch's own objects are taken for settings."""
-    home = type(value).__module__.split(".")[0]
-    return isinstance(value, _WRITABLE) or not (isinstance(value, type) or home in ("builtins", "functools", "torch"))

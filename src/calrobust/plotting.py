@@ -11,7 +11,7 @@ from calrobust._checks import check_bins, check_choice, check_instance
 from calrobust.functional.calibration import binned_error
 from calrobust.functional.scoring import Bins, risk_coverage_curve
 from calrobust.report import ShiftReport
-from calrobust.report.figures import HEADINGS, check_columns, scale_of
+from calrobust.report._figures import HEADINGS, check_columns, scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
     """Reliability diagrams of methods, in distribution (left) and of all OOD samples (right).
 
-    The ECE at the right is usually below the report's, since gaps of opposite sign cancel.
+    The ECE at the right is usually below the report's, since gaps cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
@@ -121,7 +121,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
 def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     """OOD ECE against OOD accuracy of each method in per cent; the lower right is best.
 
-    Lines are 95 % intervals; only a single OOD domain has one of the ECE. A dash is the noise floor.
+    Lines are 95 % intervals, of the ECE only for a single OOD domain. A dash is the noise floor.
 
     Args:
         report: with data of ``id_domain`` and another domain for every method.
@@ -209,8 +209,7 @@ def differences(
 ) -> Figure:
     """Figures of the other methods minus those of one, with 95 % intervals.
 
-    Values are those of :meth:`~calrobust.ShiftReport.compare`. A marker is filled if the interval
-    excludes 0.
+    Values are those of :meth:`~calrobust.ShiftReport.compare`. Filled markers have an interval without 0.
 
     Args:
         report: with the same samples for every method.

@@ -25,7 +25,7 @@ class _Schedule:
 
 @dataclass(frozen=True)
 class constant(_Schedule):
-    """One decay: 1 freezes the teacher, 0 makes it the student.
+    """One decay: 1 freezes the teacher, 0 copies the student.
 
     Example:
         >>> from calrobust import schedules
@@ -130,8 +130,8 @@ class beta(_Schedule):
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
     Model 0 is the pre-trained one, and model :math:`n + 1` the student at update ``n``. :math:`T` is ``updates``, at
-    most ten million; then the decay is 1. Both shapes are > 0: ``a`` < 1 favours the pre-trained model,
-    ``b`` < 1 the last students, and ``a = b = 1`` is :class:`uniform`.
+    most ten million; then the decay is 1. Both ``a`` and ``b`` are > 0: ``a`` < 1 favours the pre-trained model,
+    ``b`` < 1 the last students.
 
     Example:
         >>> from calrobust import schedules
@@ -162,7 +162,7 @@ class beta(_Schedule):
 
 @dataclass(frozen=True)
 class every(_Schedule):
-    """Moves the teacher only at steps 0, k, 2k, ..., where k is ``steps``.
+    """Moves the teacher only at every ``steps``-th step, from the first on.
 
     ``decay`` is in [0, 1], or a schedule of the step. The teacher needs ``update_every=1``.
 

@@ -1,4 +1,4 @@
-"""EMATeacher: a frozen copy that follows a student."""
+"""A frozen copy that follows a student."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -177,7 +177,7 @@ class EMATeacher(Keeping):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block.
 
-        Its own, which are copied, come back bit for bit, also after an exception. Raises as :meth:`update`.
+        Its own come back bit for bit, also after an exception. Raises as :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -206,7 +206,7 @@ class EMATeacher(Keeping):
     # Only `state_dict` sees the copy and its masters.
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules that were added to the teacher."""
+        """What was added to the teacher."""
         return ((name, child) for name, child in super().named_children() if name not in ("module", "masters"))
 
     def named_modules(self, memo: Any = None, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -282,7 +282,6 @@ def _inner(module: nn.Module) -> nn.Module:
 
 
 def _names_not_finite(state: dict[str, Any]) -> set[str]:
-    """Names of tensors with values that are not finite."""
     return {name for name, value in state.items() if isinstance(value, Tensor) and not value.sum().isfinite()}
 
 

@@ -14,7 +14,7 @@ from calrobust._state import EXTRA, check_model, check_same_state, check_values,
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
-Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and which values to combine
+Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and what to combine
 _INTEGER = re.compile(r"torch\.(bool|u?int(8|16|32|64))")
 _SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
@@ -64,8 +64,8 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
 
     .. math:: \theta = \sum_k w_k\, \theta_k \Big/ \sum_k w_k
 
-    ``models`` are state dicts or modules of the same names and shapes; ``weights`` are numbers ≥ 0, and a model of
-    weight 0 takes no part. The result is a new state dict with the names, dtypes and devices of the first.
+    ``models`` are state dicts or modules of the same names and shapes; ``weights`` are numbers ≥ 0, where 0 leaves a
+    model out. The result is a new state dict with the names, dtypes and devices of the first.
 
     Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
     other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which

@@ -359,7 +359,7 @@ TABLE: Table = [
             Wrong(
                 {"loader": 5},
                 TypeError,
-                "loader must be something to iterate over, got int; pass a DataLoader or a list of batches",
+                "loader must be iterable, got int; pass a DataLoader or a list of batches",
             ),
             Wrong(
                 {"loader": []},

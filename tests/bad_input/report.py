@@ -17,7 +17,7 @@ from calrobust import EMATeacher, ShiftReport
 from calrobust.functional import bin_confidences
 from calrobust.integrations import lightning, transformers
 from calrobust.plotting import differences, reliability_diagram, reliability_grid, risk_coverage, shift_scatter
-from calrobust.report.figures import HEADINGS
+from calrobust.report._figures import HEADINGS
 
 LOGITS, TARGET = classifier(30, 3, 0)
 OTHER, OTHER_TARGET = classifier(30, 3, 1)

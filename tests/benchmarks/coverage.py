@@ -15,7 +15,7 @@ from benchmarks.measure import Row, Table
 
 from calrobust.functional.calibration import mean_interval
 from calrobust.functional.scoring import risk_contributions
-from calrobust.report.figures import FEWEST, mean_accuracy, n_deciding, score_interval
+from calrobust.report._figures import FEWEST, mean_accuracy, n_deciding, score_interval
 
 SIZES = (300, 1_000, 2_000, 5_000, 50_000)
 DATA_SETS = 5_000  # the share that is measured has a standard error of 0.3 %

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calrobust.functional import CalibrationInterval, bin_confidences, binned_error, calibration_interval, top_label
 from calrobust.functional.calibration import bin_moments, mean_interval
-from calrobust.report.figures import mean_accuracy
+from calrobust.report._figures import mean_accuracy
 
 Samples = tuple[Tensor, Tensor]
 

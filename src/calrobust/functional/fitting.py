@@ -67,7 +67,7 @@ def fit_temperature(
         weight: shape ``[C]``, floating, >= 0, as in :func:`torch.nn.functional.cross_entropy`.
 
     Returns:
-        A float64 scalar, exact to about 1e-7 relative, or 1e-5 where logits hardly differ.
+        A float64 scalar with a relative error of about 1e-7, or 1e-5 where logits hardly differ.
 
     Raises:
         TypeError, ValueError: as for :func:`~calrobust.functional.calibration_error`, or there are no samples, a logit

@@ -66,7 +66,7 @@ class Bins(NamedTuple):
 
 
 def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked scores ``[M, C]`` and labels ``[M]``, without ignored ones."""
+    """Checked ``[M, C]`` and ``[M]``, without ignored ones."""
     check_predictions(target, **preds)
     check_float64(**preds)
     check_ignore_index(ignore_index)
@@ -266,7 +266,7 @@ def negative_log_likelihood(
 
     .. math:: -\frac{1}{N} \sum_i \log p_{i y_i}
 
-    A label of probability 0, or of logit ``-inf``, makes it inf. The result is a float64 scalar ≥ 0.
+    The result is a float64 scalar ≥ 0, inf if a label has probability 0.
     Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:

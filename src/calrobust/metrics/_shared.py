@@ -146,8 +146,6 @@ class PredictionMetric(Metric):
 
 
 class BinnedMetric(PredictionMetric):
-    """A metric whose state is the sums of bins."""
-
     plot_upper_bound: float | None = 1.0
     counts: Tensor
     confidence_sums: Tensor
@@ -191,11 +189,9 @@ class SampledMetric(PredictionMetric):
 
 
 class MeanMetric(PredictionMetric):
-    """The mean of one value for each sample."""
-
     @abstractmethod
     def _values(self, block: Block) -> Tensor:
-        """``[n]``: the values of a block."""
+        """``[n]``."""
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         values = torch.cat([self._values(block) for block in blocks]).double()

@@ -16,7 +16,7 @@ from calrobust._checks import check_choice, check_flag, check_n_bins, check_soft
 from calrobust.functional.calibration import bin_confidences
 from calrobust.functional.fitting import determined_temperature
 from calrobust.functional.scoring import Bins
-from calrobust.report.figures import (
+from calrobust.report._figures import (
     DEFAULT,
     HEADINGS,
     Fit,
@@ -187,7 +187,7 @@ class ShiftReport:
 
         Returns:
             ``a``, ``b``, and the differences of the figures of :meth:`summary` but ``temperature``, with ``…_low`` and
-            ``…_high``. NaN as there, and ends also if fewer than about ten samples make the difference.
+            ``…_high``. NaN as there, and ends also where fewer than about ten samples differ.
 
         Raises:
             ValueError: a name is no method's, targets differ, or the report is incomplete.

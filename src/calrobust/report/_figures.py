@@ -68,8 +68,6 @@ HASHED = 64  # logits of each row
 
 
 class Fit(NamedTuple):
-    """A method's T and the data of its fit."""
-
     temperature: float
     fingerprints: Tensor
 
@@ -89,7 +87,7 @@ class Samples:
         return batches[0]
 
     def add(self, logits: Tensor, columns: dict[str, Tensor]) -> None:
-        """Adds a batch; the caller may reuse the buffers."""
+        # The caller may reuse the buffers.
         self._append(columns)
         self.columns.pop("nll_own_t", None)
         self.unscaled.append((logits.clone(), columns["target"]))
@@ -101,13 +99,11 @@ class Samples:
             self.columns.setdefault(name, []).append(column)
 
     def scale(self, temperature: float) -> None:
-        """Adds the columns at T."""
         for batch in self.unscaled:
             self._append(columns_of(*batch, temperature))
         self.unscaled = []
 
     def has(self, score: str) -> bool:
-        """Whether there are :meth:`scores`."""
         return score in ("accuracy", "aurc", *self.columns) or (score == "nll_own_t" and self.keep_logits)
 
     def scores(self, name: str) -> Tensor:
@@ -126,7 +122,6 @@ class Samples:
 
 
 def columns_of(logits: Tensor, target: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
-    """What is kept of each sample, or what depends on T."""
     rows, ts = [], "_ts" * (temperature is not None)
     for block in probability_blocks(logits, target, True, validate=False, temperature=temperature):
         row = {f"confidences{ts}": block.confidences, f"nll{ts}": log_losses(block)}
@@ -138,7 +133,6 @@ def columns_of(logits: Tensor, target: Tensor, temperature: float | None = None)
 
 
 def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked ``[N, C]`` and ``[N]``."""
     check_predictions(target, logits=logits)
     logits, target = as_rows(target.cpu(), logits=logits.cpu())
     if len(logits) == 0:
@@ -163,7 +157,6 @@ def _bits(logits: Tensor) -> Tensor:
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
-    """Raises if too many samples are in both."""
     # Coincident rows have twins in both sets, repeated ones in one.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
@@ -184,7 +177,6 @@ def _with_twins(fingerprints: Tensor) -> float:
 
 
 def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
-    """``FIGURES``: means over data sets, or NaN."""
     found = dict.fromkeys(FIGURES, math.nan)
     if not data:
         return found
@@ -241,13 +233,11 @@ def score_interval(scores: Tensor, *, paired: bool = False) -> Tensor:
 
 
 def n_deciding(scores: Tensor) -> Tensor:
-    """The effective number of scores."""
     squares = (scores.double() - scores.double().mean()).square()
     return squares.sum().square() / squares.square().sum()
 
 
 def differences(pairs: Sequence[tuple[Samples, Samples]], a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    """``a`` - ``b`` of each figure, with ends."""
     found: dict[str, float] = {}
     same = all(first.columns.keys() == second.columns.keys() for first, second in pairs) and all(
         torch.equal(first[name], second[name]) for first, second in pairs for name in first.columns
@@ -272,8 +262,6 @@ def _difference(a: Samples, b: Samples, name: str) -> Tensor:
 
 
 def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains: list[str], n_bins: int) -> str:
-    """The caption of a table."""
-
     def has(word: str) -> bool:
         return any(word in column for column in columns)
 
@@ -290,14 +278,12 @@ def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains
 
 
 def cells(summary: Callable[[], list[dict[str, Any]]], columns: Sequence[str], intervals: bool) -> list[list[str]]:
-    """Headings, then each row."""
     check_columns(columns)
     body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)] for row in summary()]
     return [["Method", *map(HEADINGS.__getitem__, columns)], *body]
 
 
 def check_columns(columns: Any, but: str = "") -> None:
-    """Raises unless they name figures."""
     if not isinstance(columns, (list, tuple)):
         raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
     if not columns:
@@ -312,7 +298,6 @@ def scale_of(column: str) -> tuple[int, int]:
 
 
 def markdown(table: list[list[str]], caption: str) -> str:
-    """The table and its caption."""
     table = [[cell.translate(MARKDOWN) for cell in row] for row in table]
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -324,7 +309,6 @@ def markdown(table: list[list[str]], caption: str) -> str:
 
 
 def latex(table: list[list[str]], caption: str) -> str:
-    """The same for booktabs."""
     head, *body = (" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table)
     begin, end = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}", r"\end{tabular}"
     return "\n".join(["% " + caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])

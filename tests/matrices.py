@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from calrobust.kernels import dense
-from calrobust.kernels.dense import Factors, Strip
+from calrobust.kernels.dense import Factors, Pairing, Statistics
 
 
 def factors(n: int, m: int, width: int, seed: int, *, scale: float, teacher: bool) -> list[Factors]:
@@ -27,25 +28,33 @@ def factors(n: int, m: int, width: int, seed: int, *, scale: float, teacher: boo
     return models
 
 
-def partners(n: int, m: int, shift: int = 0) -> Tensor:
-    """A column for each row, one after the other, and none (-1) for rows beyond the last column."""
+def pairs(n: int, m: int, shift: int = 0, classes: Sequence[Tensor] = ()) -> Pairing:
+    """A column for each row, one after the other, and none for rows beyond the last column."""
     columns = torch.arange(shift, n + shift)
-    return torch.where(columns < m, columns, -1)
+    return Pairing(torch.where(columns < m, columns, -1), shift if n + shift <= m else -1, classes)
 
 
-def vectors(strip: Strip) -> list[Tensor]:
-    """All statistics: lse and divergences of rows and of columns, and a teacher's lse."""
-    return [vector for part in strip for vector in part if len(vector)]
+def classes(n: int, m: int, seed: int) -> list[Tensor]:
+    """Of rows and of columns: some on one side only, some on both and several times."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1 + m // 2, (k,), generator=generator) + shift for k, shift in ((n, 0), (m, m // 4))]
+
+
+def vectors(found: Statistics) -> list[Tensor]:
+    """All statistics: lse and divergences of rows and of columns, a teacher's lse, and what is linear."""
+    rows, columns, *others = found
+    return [vector for vector in (*rows, *columns, *others) if len(vector)]
 
 
 def value_and_gradients(
-    statistics: Any, inputs: list[Factors], seed: int = 0, shift: int = 0
+    statistics: Any, inputs: list[Factors], seed: int = 0, shift: int = 0, classes: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Of a random combination of all statistics, so that each upstream gradient differs from pair to pair."""
     student, *teacher = inputs
     x, y, scale = (factor.clone().requires_grad_() for factor in student)
-    partner = partners(len(x), len(y), shift).to(x.device)
-    outputs = vectors(statistics(Factors(x, y, scale), teacher[0] if teacher else None, partner))
+    with x.device:
+        pairing = pairs(len(x), len(y), shift, classes)
+    outputs = vectors(statistics(Factors(x, y, scale), teacher[0] if teacher else None, pairing))
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v) for v in outputs]
     # The lse over no candidate at all is a large negative number, which would swamp the others.
@@ -53,11 +62,13 @@ def value_and_gradients(
     return outputs, list(torch.autograd.grad(total, (x, y, scale)))
 
 
-def assert_like_dense(statistics: Any, inputs: list[Factors], tolerance: float, *, columns: bool = True) -> None:
+def assert_like_dense(
+    statistics: Any, inputs: list[Factors], tolerance: float, *, columns: bool = True, **options: Any
+) -> None:
     """In all statistics and both gradients, relative to their largest entry; of rows alone without ``columns``."""
     definition, form = (partial(each, columns=columns) for each in (dense.softmax_statistics, statistics))
-    expected, expected_gradients = value_and_gradients(definition, inputs)
-    outputs, gradients = value_and_gradients(form, inputs)
+    expected, expected_gradients = value_and_gradients(definition, inputs, **options)
+    outputs, gradients = value_and_gradients(form, inputs, **options)
     for ours, theirs in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
         shown = theirs > -1e30
         assert torch.equal(ours > -1e30, shown)

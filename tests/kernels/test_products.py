@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from matrices import factors, value_and_gradients
 from strategies import seeds, unit_rows
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from calrobust.functional import multimodal_contrastive_loss
+from calrobust import MultimodalContrastiveLoss, MultimodalDistillationLoss
+from calrobust.functional import carot_loss, multimodal_contrastive_loss
 from calrobust.kernels import dense, operators, tiled
 from calrobust.kernels.dense import Factors
 
@@ -48,6 +51,9 @@ def test_tiles_of_any_size_give_the_gradients_of_the_factors(
     for start in range(0, n, rows):
         tile = slice(start, min(start + rows, n))
         found.add(tile, (gradient[tile].to(x.dtype) * found.gain).to(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "SCALE_ROWS", rows)
+        results = found.results()
     x, y = x.double(), y.double()
     expected = 30 * gradient @ y, 30 * gradient.T @ x, (gradient * (x @ y.T)).sum()
     terms = (
@@ -55,7 +61,7 @@ def test_tiles_of_any_size_give_the_gradients_of_the_factors(
         30 * gradient.abs().T @ x.abs(),
         (gradient.abs() * (x.abs() @ y.abs().T)).sum(),
     )
-    for a, b, sum_of_sizes, needed in zip(found.results(), expected, terms, needs, strict=True):
+    for a, b, sum_of_sizes, needed in zip(results, expected, terms, needs, strict=True):
         assert len(a.shape) == len(b.shape) if needed else not a.numel()
         assert not needed or ((a.double() - b).abs() <= ROUNDING[dtype] * sum_of_sizes).all()
 
@@ -151,3 +157,59 @@ def test_low_precision_is_for_devices_that_have_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     features: Any = SimpleNamespace(device=torch.device(device))  # of a device that need not be there
     assert tiled.are_narrow(features, operands) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_autograd_keeps_features_in_their_own_dtype(dtype: torch.dtype, labelled: bool) -> None:
+    """Once for each tower of student and teacher, whatever is asked of them."""
+    n, width = 40, 1000
+    features = [unit_rows(n, width, seed, dtype) for seed in range(4)]
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= n * width:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    image, text, *teacher = features
+    labels = torch.arange(n) // 2 if labelled else None
+    options: Any = {"label_smoothing": 0.1, "distillation_weight": 1.0, "labels": labels, "impl": "tiled"}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = carot_loss(image.requires_grad_(), text.requires_grad_(), 20.0, teacher[0], teacher[1], 20.0, **options)
+    loss.backward()
+    assert sum(kept.values()) == 4 * n * width * dtype.itemsize
+
+
+def test_gradients_of_several_passes_are_rounded_once() -> None:
+    """Those of terms at different temperatures are added in float32, as of the same features in float32."""
+    features = [unit_rows(60, 64, seed, torch.bfloat16) for seed in range(4)]
+    loss = MultimodalContrastiveLoss(impl="tiled") + MultimodalDistillationLoss(temperature=2.0, impl="tiled")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        image, text, *teacher = (each.to(dtype) for each in features)
+        student = image.requires_grad_(), text.requires_grad_()
+        found.append(torch.cat(torch.autograd.grad(loss(*student, 20.0, *teacher, 15.0), student)))
+    assert torch.equal(found[0], found[1].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_step_in_low_precision_holds_few_copies_of_the_features(
+    teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CUDA device: twelve times the bytes of a tower beyond the inputs, counted from all allocations."""
+    monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: True)
+    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 1)
+    n, width = 32, 4096
+    image, text, *others = (unit_rows(n, width, seed, torch.bfloat16) for seed in range(4))
+    loss = MultimodalContrastiveLoss(impl="tiled")
+    taught = loss + MultimodalDistillationLoss(impl="tiled")
+    arguments = (image.requires_grad_(), text.requires_grad_(), torch.tensor(20.0, requires_grad=True))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        value = taught(*arguments, *others, 20.0) if teacher else loss(*arguments)
+        value.backward()
+    results: Any = seen.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    peak = max(itertools.accumulate(event.nbytes() for event in events))
+    assert 10 * n * width * 2 < peak < 12.5 * n * width * 2

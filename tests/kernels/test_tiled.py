@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import NoFloat64, Products, assert_like_dense, factors, partners, value_and_gradients, vectors
+from matrices import NoFloat64, Products, assert_like_dense, classes, factors, pairs, value_and_gradients, vectors
 from strategies import seeds, unit_rows
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from calrobust import kernels
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.kernels import dense, operators, tiled
-from calrobust.kernels.dense import Factors
+from calrobust.kernels.dense import Factors, linear_parts
 
 KEEP, RECOMPUTE = 2**40, 0
 
@@ -37,16 +37,41 @@ def tiled_with(memory_budget: int) -> Any:
     teacher=st.booleans(),
     columns=st.booleans(),
     budget=st.sampled_from([KEEP, RECOMPUTE]),
+    shift=st.integers(0, 9),
+    labelled=st.booleans(),
     seed=seeds(),
 )
 def test_equals_the_dense_definition_for_every_tile_size(
-    n: int, m: int, width: int, rows: int, scale: float, teacher: bool, columns: bool, budget: int, seed: int
+    n: int,
+    m: int,
+    width: int,
+    rows: int,
+    scale: float,
+    teacher: bool,
+    columns: bool,
+    budget: int,
+    shift: int,
+    labelled: bool,
+    seed: int,
 ) -> None:
-    """Value and gradients for any shape, tile and upstream gradient, with kept and with recomputed exponentials."""
+    """Value and gradients for any shape, tile, pairing and upstream gradient, with kept and recomputed exponentials."""
     inputs = factors(n, m, width, seed, scale=scale, teacher=teacher)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "_tile_rows", lambda *_: min(n, rows))
-        assert_like_dense(tiled_with(budget), inputs, 1e-12, columns=columns)
+        of = classes(n, m, seed) if labelled else ()
+        assert_like_dense(tiled_with(budget), inputs, 1e-12, columns=columns, shift=shift, classes=of)
+
+
+@pytest.mark.parametrize("shift", [0, 2, 4])  # from 3 on the last row has no partner
+def test_linear_parts_are_entries_and_sums_of_the_matrix(shift: int) -> None:
+    """Own entries where there are some, sums over all candidates, and over those of the anchor's class."""
+    x, y, of = unit_rows(5, 3, 0), unit_rows(8, 3, 1), classes(5, 8, 0)
+    matrix, same = x @ y.T, of[0][:, None] == of[1]
+    own, of_rows, of_columns = linear_parts(x, y, pairs(5, 8, shift, of), columns=True)
+    there = min(5, 8 - shift)
+    assert_close(own[:there], matrix.diagonal(shift)[:there])
+    assert_close(of_rows, torch.stack([matrix.sum(1), (matrix * same).sum(1)]))
+    assert_close(of_columns, torch.stack([matrix.sum(0), (matrix * same).sum(0)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -66,8 +91,9 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     assert_like_dense(tiled_with(budget), inputs, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("start", [1, 2])  # all rows have a partner, or the last has none
 @pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
-def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_gradcheck(budget: int, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, so that dense and tiled are not wrong together."""
     monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
     student, teacher = factors(5, 6, 3, 0, scale=3.0, teacher=True)
@@ -75,27 +101,28 @@ def test_passes_gradcheck(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
         factor.requires_grad_()
 
     def statistics(*moved: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            v for v in vectors(tiled_with(budget)(Factors(*moved), teacher, partners(5, 6))) if v.requires_grad
-        )
+        pairing = pairs(5, 6, start, classes(5, 6, 0))
+        return tuple(v for v in vectors(tiled_with(budget)(Factors(*moved), teacher, pairing)) if v.requires_grad)
 
-    assert len(statistics(*student)) == 4
+    assert len(statistics(*student)) == 7
     assert torch.autograd.gradcheck(statistics, tuple(student))
 
 
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("columns", [False, True])
-def test_the_operators_pass_opcheck(teacher: bool, keep: bool, columns: bool) -> None:
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_operators_pass_opcheck(teacher: bool, keep: bool, columns: bool, labelled: bool) -> None:
     """Schema, fake tensors and tracing, as torch.library checks them."""
     each = [factor for model in factors(7, 5, 3, 0, scale=3.0, teacher=teacher) for factor in model]
     checks = ("test_schema", "test_faketensor")  # the derivative is that of an autograd function around them
-    inputs = ([*each, partners(7, 5)], "tiled", torch.float64, columns, keep)
+    of = classes(7, 5, 0) if labelled else []
+    inputs = ([*each, pairs(7, 5).partner, *of], "tiled", torch.float64, columns, keep, -1)
     torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
     found = torch.ops.calrobust.softmax_statistics(*inputs)
-    upstream = [torch.ones_like(result) for result in found[:4]]
+    upstream = [torch.ones_like(result) for result in found[:7]]
     for needs in ([True, True, True], [True, False, True], [False, True, True], [False, False, True]):
-        more: Any = ([*upstream, *found, *inputs[0]], needs, "tiled", torch.float64)
+        more: Any = ([*upstream, *found, *inputs[0]], needs, "tiled", torch.float64, -1)
         torch.library.opcheck(torch.ops.calrobust.softmax_statistics_backward.default, more, test_utils=checks)
 
 
@@ -104,7 +131,7 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero() -> None:
     x, y, scale = unit_rows(33, 8, 0, torch.float32), unit_rows(33, 8, 1, torch.float32), torch.tensor(50.0)
     for statistics in (tiled_with(KEEP), tiled_with(RECOMPUTE)):
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-        rows, columns = statistics(Factors(a, b, scale), Factors(x, y, scale), partners(33, 33))
+        rows, columns, *_ = statistics(Factors(a, b, scale), Factors(x, y, scale), pairs(33, 33))
         assert (rows.divergence == 0).all()
         assert (columns.divergence == 0).all()
         for gradient in torch.autograd.grad(rows.divergence.sum() + columns.divergence.sum(), (a, b)):
@@ -151,7 +178,7 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
     ((x, y, scale),) = factors(9, 9, 3, 0, scale=1.0, teacher=False)
     with torch.set_grad_enabled(enabled):
         student = Factors(x.requires_grad_(needs_gradient), y, scale)
-        operators.softmax_statistics(student, None, partners(9, 9), memory_budget=KEEP)
+        operators.softmax_statistics(student, None, pairs(9, 9), memory_budget=KEEP)
     assert kept == [needs_gradient and enabled]
 
 
@@ -332,7 +359,7 @@ def test_products_are_as_many_as_documented(
     student = Factors(x.requires_grad_(frozen != "x"), y.requires_grad_(frozen != "y"), scale.requires_grad_())
     counter: Any = Products()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with counter:
-        strip = tiled_with(budget)(student, others[0] if others else None, partners(6, 6), columns=columns)
+        strip = tiled_with(budget)(student, others[0] if others else None, pairs(6, 6), columns=columns)
         torch.stack([v.sum() for v in vectors(strip) if v.requires_grad]).sum().backward()
     widths = 3 + 4 * teacher  # the teacher's features are one wider
     assert counter.width == widths * (1 if budget else 2) + 3 * (1 if frozen else 2)

@@ -21,7 +21,7 @@ import pytest
 import torch
 import wrong_kernels
 from ahead_of_time import compiled
-from matrices import assert_like_dense, factors, partners, value_and_gradients, vectors
+from matrices import assert_like_dense, factors, pairs, value_and_gradients, vectors
 from strategies import class_labels, unit_rows
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +30,7 @@ from torch.testing import assert_close
 from calrobust import CaRotLoss
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.kernels import dense, operators
-from calrobust.kernels.dense import Factors, merge
+from calrobust.kernels.dense import Factors, Pairing, merge
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 from calrobust.kernels.tiled import Softmaxes
 
@@ -200,14 +200,15 @@ def test_strips_of_rows_make_up_the_whole_matrix(operands: torch.dtype) -> None:
         whole = moved(moved(whole, operands), torch.float32)
     (x, y, scale), (tx, ty, t_scale) = whole
     texts = y.double().requires_grad_()
-    partner = partners(45, 45)
+    pairing = pairs(45, 45)
     exact = Factors(x.double(), texts, scale.double()), Factors(tx.double(), ty.double(), t_scale.double())
-    expected = dense.softmax_statistics(*exact, partner)
+    expected = dense.softmax_statistics(*exact, pairing)
     (expected_gradient,) = torch.autograd.grad(expected.rows.lse.sum() - expected.rows.lse[7], texts)
     y = y.requires_grad_()
     strips = [slice(0, 19), slice(19, 45)]
     found = [
-        statistics(Factors(x[s], y, scale), Factors(tx[s], ty, t_scale), partner[s], operands=operands) for s in strips
+        statistics(Factors(x[s], y, scale), Factors(tx[s], ty, t_scale), Pairing(pairing.partner[s]), operands=operands)
+        for s in strips
     ]
     tolerance = 1e-12 if operands == torch.float64 else 5e-6
     rows = [torch.cat(parts) for parts in zip(*(strip.rows for strip in found), strict=True)]
@@ -259,7 +260,7 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(operands: torch.dtype
     """Value and gradient: both sides take the same steps (trap 2)."""
     ((x, y, scale),) = moved(moved(factors(33, 40, 20, 0, scale=50.0, teacher=False), operands), torch.float32)
     a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-    rows, columns = statistics(Factors(a, b, scale), Factors(x, y, scale), partners(33, 40), operands=operands)
+    rows, columns, *_ = statistics(Factors(a, b, scale), Factors(x, y, scale), pairs(33, 40), operands=operands)
     assert (rows.divergence == 0).all()
     assert (columns.divergence == 0).all()
     for gradient in torch.autograd.grad(rows.divergence.sum() + columns.divergence.sum(), (a, b)):
@@ -282,7 +283,7 @@ def test_low_precision_holds_gradients_of_any_size(size: float, factor: float) -
 def gradients_of_row_lse(x: Tensor, y: Tensor, scale: Tensor, operands: torch.dtype, weight: float = 1.0) -> Any:
     """Of their weighted sum, in x and y."""
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-    strip = statistics(Factors(x, y, scale), None, partners(len(x), len(y)), operands=operands)
+    strip = statistics(Factors(x, y, scale), None, pairs(len(x), len(y)), operands=operands)
     return torch.autograd.grad(weight * strip.rows.lse.sum(), (x, y))
 
 
@@ -305,8 +306,7 @@ def test_layout_of_the_features_does_not_matter() -> None:
     x, y = unit_rows(8, 12, 0).to(DEVICE)[:, ::2], unit_rows(6, 8, 1).to(DEVICE).T
     scale = torch.tensor(3.0).double()
     found, expected = (
-        statistics(Factors(*features, scale), None, partners(8, 8))
-        for features in ((x, y), (x.clone(), y.contiguous()))
+        statistics(Factors(*features, scale), None, pairs(8, 8)) for features in ((x, y), (x.clone(), y.contiguous()))
     )
     assert_close(vectors(found), vectors(expected))
 
@@ -318,7 +318,7 @@ def test_the_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd registration and tracing, as torch.library checks them."""
     for teacher in (False, True):
         each = [factor for model in moved(factors(7, 5, 3, 0, scale=3.0, teacher=teacher)) for factor in model]
-        inputs = [*each, partners(7, 5)], "triton", torch.float64, True, True
+        inputs = [*each, pairs(7, 5).partner], "triton", torch.float64, True, True, -1
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.calrobust.softmax_statistics.default, inputs, test_utils=checks)
 
@@ -583,9 +583,9 @@ def test_the_kernels_compile_and_fit_into_shared_memory(operands: torch.dtype, c
         inputs = [Factors(*(tensor.to(operands).to(total) for tensor in model)) for model in models]
         rows, columns, none = (torch.ones(n, dtype=total) for n in (130, 200, 0))
         for ours, weights in ((True, columns), (False, none)):
-            softmax.forward(inputs, partners(130, 200), operands, columns=ours)
+            softmax.forward(inputs, pairs(130, 200).partner, operands, columns=ours)
             softmaxes = [Softmaxes(rows, columns if ours else none, rows, weights, none)] * len(inputs)
-            softmax.backward(inputs, softmaxes, partners(130, 200), operands, [True, True, True])
+            softmax.backward(inputs, softmaxes, pairs(130, 200).partner, operands, [True, True, True])
         biased = [Model(*model, torch.zeros((), dtype=total)) for model in inputs]
         sigmoid: Any = importlib.import_module("calrobust.kernels.triton.sigmoid")
         weights = torch.ones(len(biased), 130, dtype=total)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from calrobust.distributed import Ranks
 from calrobust.kernels import dense, operators
-from calrobust.kernels.dense import EXCLUDED, Factors, Part, divergence_terms, merge, wide
+from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, divergence_terms, merge, wide
 
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
@@ -60,15 +60,15 @@ class PairBatch:
         self.swapped = swapped
         self.rows, self.columns = ranks[::-1] if swapped else ranks
         with torch.autocast(images.device.type, enabled=False):
-            self.student = self._factors(student)
+            self.student = self._factors(student, self.dtype)
             self.teacher = None
             if teacher is not None:
                 with torch.no_grad():
-                    self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher)))
+                    self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher, self.operands)))
         n, m = images.shape[0], texts.shape[0]
         self.pairs = n if n <= m else 0  # in order; a bank of few texts has none
         self.in_order = not isinstance(labels, tuple)
-        self.classes: tuple[Tensor, Tensor] | None = None  # of rows and of columns
+        self.classes: tuple[Tensor, ...] = ()  # of rows and of columns
         rows, columns = (torch.arange(k, device=images.device) for k in ((m, n) if swapped else (n, m)))
         self.partner = torch.where(rows < self.pairs, rows + self.columns.here.start, -1)
         self.of_rows = _anchors((rows < self.pairs).long(), ranks[0].total, are_images=not swapped)
@@ -77,18 +77,15 @@ class PairBatch:
             both = labels if isinstance(labels, tuple) else (labels, labels)
             self._label(*(both[::-1] if swapped else both))
 
-    def own(self, factors: Factors) -> Tensor:
-        """``[n]``: the logit of each row and its partner, or `EXCLUDED`."""
-        x, y, scale = factors
-        if self.in_order:
-            partners, start = y, self.columns.here.start
-            # The gradient of a slice is as large as the whole, so what is whole is not sliced.
-            if torch.compiler.is_compiling() or not x.shape[0] == y.shape[0] == self.pairs:
-                x, partners = x[: self.pairs], y[start : start + self.pairs]
-        else:
-            partners = y.index_select(0, self.partner.clamp(min=0))
-        own = scale * torch.linalg.vecdot(x, partners)
-        return F.pad(own, (0, self.partner.shape[0] - own.shape[0])).masked_fill(self.partner < 0, EXCLUDED)
+    def masked(self, own: Tensor) -> Tensor:
+        """`EXCLUDED` for rows without a partner."""
+        return own.masked_fill(self.partner < 0, EXCLUDED)
+
+    @property
+    def pairing(self) -> Pairing:
+        """What belongs together."""
+        start = self.columns.here.start if self.in_order and self.partner.shape[0] == self.pairs else -1
+        return Pairing(self.partner, start, self.classes)
 
     def own_of_columns(self, own: Part) -> Part:
         """``[M]`` each: of the own entries of each column."""
@@ -99,10 +96,10 @@ class PairBatch:
             return Part(*padded) if own.teacher_lse.shape[0] else Part.without_teacher(next(padded))
         return _by_partner(own, self.partner, m)
 
-    def _factors(self, features: Features) -> Factors:
+    def _factors(self, features: Features, dtype: torch.dtype) -> Factors:
         images, texts, scale = features
         x, y = map(_tracked, (texts, images) if self.swapped else (images, texts))
-        return Factors(x.to(self.dtype), self.columns.gather(y, self.dtype), self.scalar(scale, x.device))
+        return Factors(x.to(dtype), self.columns.gather(y, dtype), self.scalar(scale, x.device))
 
     def scalar(self, value: Tensor | float, device: torch.device) -> Tensor:
         """A number, or equal entries, as a tensor ``[]``."""
@@ -134,10 +131,7 @@ def _anchors(positives: Tensor, number: Tensor | int, *, are_images: bool) -> An
 def pair_statistics(
     batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
 ) -> tuple[Direction, Direction | None]:
-    """Of ``S = scale / temperature · x yᵀ``, for this rank's rows and maybe its columns.
-
-    What is linear in ``S`` is left to autograd.
-    """
+    """Of ``S = scale / temperature · x yᵀ``, for this rank's rows and maybe its columns."""
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
     if distils and batch.teacher is not None:
@@ -145,29 +139,21 @@ def pair_statistics(
         teacher = Factors(teacher_x, teacher_y, teacher_scale / temperature)
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        # Linear parts come first, so that their gradients come after the tiles of backward.
-        own = Part.without_teacher(batch.own(student).to(precise))
-        if teacher is not None:
-            own = Part(own.lse, torch.zeros_like(own.lse), batch.own(teacher).to(precise))
-        row_sums, column_sums = [scale * (x @ y.sum(0))], [scale * (y @ x.sum(0))]
-        if batch.classes is not None:
-            row_classes, column_classes = batch.classes
-            of_positives = _class_sums(y, column_classes, row_classes, y.shape[0])
-            row_sums.append(scale * torch.linalg.vecdot(x, of_positives))
-            if columns:
-                of_positives = _class_sums(x, row_classes, column_classes, y.shape[0])
-                column_sums.append(scale * torch.linalg.vecdot(y, of_positives))
         if impl == "dense":
-            strip = dense.softmax_statistics(student, teacher, batch.partner, columns=columns)
+            found = dense.softmax_statistics(student, teacher, batch.pairing, columns=columns)
         else:
             options: Any = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
-            strip = operators.softmax_statistics(student, teacher, batch.partner, columns=columns, **options)
+            found = operators.softmax_statistics(student, teacher, batch.pairing, columns=columns, **options)
+        own = Part.without_teacher(batch.masked(scale * found.own).to(precise))
+        if teacher is not None:
+            own_logits = batch.masked(teacher.scale * found.teacher_own)
+            own = Part(own.lse, torch.zeros_like(own.lse), own_logits.to(precise))
         n, m = batch.rows.total, batch.columns.total
-        rows = _direction(own, strip.rows.to(precise), torch.stack(row_sums), m, batch.of_rows, n)
+        rows = _direction(own, found.rows.to(precise), scale * found.row_sums, m, batch.of_rows, n)
         if not columns:
             return rows, None
-        parts = [batch.own_of_columns(own), strip.columns.to(precise)]
-        sums = batch.columns.scatter_sum(torch.stack(column_sums, 1)).T
+        parts = [batch.own_of_columns(own), found.columns.to(precise)]
+        sums = batch.columns.scatter_sum((scale * found.column_sums).T).T
         own, other = _over_ranks(parts, batch.columns)
         return rows, _direction(own, other, sums, n, batch.of_columns, m)
 
@@ -244,9 +230,3 @@ def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor
     first = torch.searchsorted(ordered, wanted)
     number = torch.searchsorted(ordered, wanted, right=True) - first
     return torch.where(number > 0, first, labels.shape[0]), number, order
-
-
-def _class_sums(features: Tensor, classes: Tensor, wanted: Tensor, absent: int) -> Tensor:
-    """The sum of features of each ``wanted`` class, ``[K, D]``."""
-    sums = features.new_zeros(absent + 1, features.shape[1])
-    return sums.index_add(0, classes, features).index_select(0, wanted)  # cheaper in backward than indexing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,22 @@ class Part(NamedTuple):
         return Part(*(vector.to(dtype) for vector in self))
 
 
-class Strip(NamedTuple):
-    """Of some rows and, over these, of the columns, without own entries."""
+class Pairing(NamedTuple):
+    """Which rows and columns belong together."""
 
-    rows: Part
-    columns: Part  # [0] if not asked for
+    partner: Tensor  # [N]: a column, or -1
+    start: int = -1  # of the columns that are the partners of all rows in their order; -1 if they are not
+    classes: Sequence[Tensor] = ()  # of rows [N] and of columns [M], from 0 to M; or none
+
+    def of_rows(self, features: Tensor) -> Tensor:
+        """The features of the partners; without one, of any column."""
+        if self.start < 0:
+            return features.index_select(0, self.partner.clamp(min=0))
+        return features[self.start : self.start + self.partner.shape[0]]
+
+    def own(self, x: Tensor, y: Tensor) -> Tensor:
+        """``[N]``: the entry of each row and its partner."""
+        return _dot(x, self.of_rows(y))
 
 
 class Factors(NamedTuple):
@@ -45,11 +56,57 @@ class Factors(NamedTuple):
     scale: Tensor  # []
 
 
-def softmax_statistics(student: Factors, teacher: Factors | None, partner: Tensor, *, columns: bool = True) -> Strip:
-    """Row i has its own entry in column ``partner[i]``, or none for -1."""
-    s = _logits(student, partner)
-    t = None if teacher is None else _logits(teacher, partner)
-    return Strip(along(1, s, t), along(0, s, t) if columns else Part.without_teacher(s.new_empty(0)))
+class Statistics(NamedTuple):
+    """Of some rows and, over these, of the columns; then `linear_parts`, where the scale is left out."""
+
+    rows: Part  # without own entries, like the next
+    columns: Part  # [0] if not asked for
+    own: Tensor
+    row_sums: Tensor
+    column_sums: Tensor
+    teacher_own: Tensor  # [0] without a teacher
+
+
+def softmax_statistics(
+    student: Factors, teacher: Factors | None, pairing: Pairing, *, columns: bool = True
+) -> Statistics:
+    """By definition."""
+    x, y, scale = student
+    s, t, teacher_own = _logits(student, pairing.partner), None, scale.new_empty(0)
+    if teacher is not None:
+        teacher = Factors(*(factor.to(scale.dtype) for factor in teacher))
+        t, teacher_own = _logits(teacher, pairing.partner), pairing.own(*teacher[:2])
+    of_columns = along(0, s, t) if columns else Part.without_teacher(s.new_empty(0))
+    return Statistics(along(1, s, t), of_columns, *linear_parts(x, y, pairing, columns=columns), teacher_own)
+
+
+def linear_parts(x: Tensor, y: Tensor, pairing: Pairing, *, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Own entries, and the sums of rows ``[1 or 2, N]`` and of columns ``[1 or 2, M]``, or ``[0, M]``.
+
+    A sum is over all candidates, the next with classes over those of the anchor's class.
+    """
+    classes, m = pairing.classes, y.shape[0]
+    of_rows = torch.stack([_dot(x, total) for total in totals(y, classes, m)])
+    of_columns = x.new_empty(0, m)
+    if columns:
+        of_columns = torch.stack([_dot(y, total) for total in totals(x, classes[::-1], m)])
+    return pairing.own(x, y), of_rows, of_columns
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return x @ y if y.ndim == 1 else torch.linalg.vecdot(x, y)
+
+
+def totals(
+    features: Tensor, classes: Sequence[Tensor], m: int, weights: Sequence[Tensor] | Tensor = ()
+) -> Iterator[Tensor]:
+    """The sum of all features and, with classes, those over the class of each anchor."""
+    yield weights[0] @ features if len(weights) else features.sum(0)
+    if classes:
+        of_anchors, of_features = classes
+        terms = weights[1][:, None] * features if len(weights) else features
+        of_classes = features.new_zeros(m + 1, features.shape[1]).index_add_(0, of_features, terms)
+        yield of_classes.index_select(0, of_anchors)  # cheaper in backward than indexing
 
 
 def along(dim: int, s: Tensor, t: Tensor | None) -> Part:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from calrobust.kernels import tiled
-from calrobust.kernels.dense import Factors, Part, Strip
-from calrobust.kernels.tiled import CAPABILITY, Softmaxes
+from calrobust.kernels.dense import Factors, Pairing, Part, Statistics, linear_parts
+from calrobust.kernels.tiled import CAPABILITY, Softmaxes, add_gradients
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
@@ -24,26 +24,29 @@ TOLERANCE = 1e-2  # relative, in the Frobenius norm
 def softmax_statistics(
     student: Factors,
     teacher: Factors | None,
-    partner: Tensor,
+    pairing: Pairing,
     *,
     columns: bool = True,
     impl: str = "auto",
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
-) -> Strip:
+) -> Statistics:
     """What `dense.softmax_statistics` gives. Features may be multiplied as ``operands``.
 
     ``"auto"`` is Triton where `kernels` has it, except for float64, and else tiled, which keeps logits that fit into
     ``memory_budget`` bytes.
     """
-    x, y, _ = student
-    factors = [*student, *(teacher or ())]
-    keep = impl == "auto" and is_differentiated(factors)
+    x, y, scale = student
+    models = [student, *([] if teacher is None else [teacher])]
+    keep = impl == "auto" and is_differentiated(student)
     if keep and not torch.compiler.is_exporting():  # an export leaves the sizes open
-        keep = len(factors) // 3 * x.shape[0] * y.shape[0] * x.element_size() <= memory_budget
-    options = impl, operands or x.dtype, columns, keep
-    found = differentiable(_forward, _gradients, 4, options, *factors, partner)
-    return Strip(Part(*found[0:6:2]), Part(*found[1:6:2]))
+        keep = len(models) * x.shape[0] * y.shape[0] * scale.element_size() <= memory_budget
+    options = impl, operands or x.dtype, columns, keep, pairing.start
+    tensors = [*features(models, options[1]), pairing.partner, *pairing.classes]
+    found = differentiable(_forward, _gradients, 7, options, student, tensors)
+    rows, of_columns = (Part(found[k], found[k + 2], found[k + 7]) for k in range(2))
+    own, row_sums, column_sums = found[4:7]
+    return Statistics(rows, of_columns, own, row_sums, column_sums, found[9])
 
 
 def obstacle_to_triton(device: torch.device) -> str:
@@ -99,8 +102,7 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
     generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn(rows: int) -> Tensor:
-        features = normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1)
-        return features.to(operands).to(device, dtype)
+        return normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1).to(device, operands)
 
     scale_and_bias = torch.tensor([20.0, -5.0], dtype=dtype, device=device)
     factors = [t for _ in range(1 + teacher) for t in (drawn(ROWS), drawn(COLUMNS), *scale_and_bias)]
@@ -115,10 +117,11 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
 
 
 def _softmax(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Tensor]:
-    tensors = [*factors[:3], *factors[4:7], torch.arange(ROWS, device=factors[0].device)]
-    found = _forward(tensors, impl, operands, True, False)
-    upstream = [torch.full_like(vector, 1 / ROWS) for vector in found[:4]]
-    return [*found, *_backward([*upstream, *found, *tensors], [True] * 3, impl, operands)]
+    partner = torch.arange(ROWS, device=factors[0].device)
+    tensors = [*factors[:3], *factors[4:7], partner]
+    found = _forward(tensors, impl, operands, True, False, 0)
+    upstream = [torch.full_like(result, 1 / ROWS) for result in found[:7]]
+    return [*found, *_backward([*upstream, *found, *tensors], [True] * 3, impl, operands, 0)]
 
 
 def _sigmoid(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Tensor]:
@@ -131,86 +134,120 @@ def _sigmoid(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Te
 
 
 @torch.library.custom_op("calrobust::softmax_statistics", mutates_args=())
-def _forward(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
-    """Lse, divergence and teacher's lse, each of rows and of columns, then the kept logits of both; empty if absent.
+def _forward(
+    tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool, start: int
+) -> list[Tensor]:
+    """Lse and divergence of rows and of columns; linear parts; lse and own entries of a teacher; both kept logits.
 
-    ``tensors`` are factors and partners.
+    What is absent is empty. ``tensors`` are factors and those of a `Pairing`.
     """
-    *factors, partner = tensors
-    form = kernels("softmax", impl, factors[0], operands, teacher=len(factors) == 6)
-    kept = _results(tensors, impl, operands, columns, keep)[6:]
+    models, pairing = _inputs(tensors, start)
+    form = kernels("softmax", impl, tensors[0], operands, teacher=len(models) == 2)
+    kept = _results(tensors, impl, operands, columns, keep, start)[10:]
     if form:
-        strip = form.forward(_models(factors), partner, operands, columns=columns)
+        rows, of_columns = form.forward(models, pairing.partner, operands, columns=columns)
     else:
-        strip = tiled.forward(_models(factors), partner, operands, columns=columns, kept=kept)
-    return [*(vector for pair in zip(*strip, strict=True) for vector in pair), *kept]
+        rows, of_columns = tiled.forward(models, pairing.partner, operands, columns=columns, kept=kept)
+    x, y, scale = models[0]
+    found = linear_parts(x.to(scale.dtype), y.to(scale.dtype), pairing, columns=columns)
+    own = scale.new_empty(0)
+    for x, y, _ in models[1:]:
+        own = pairing.own(x.to(scale.dtype), y.to(scale.dtype))
+    both = [vector for pair in zip(rows, of_columns, strict=True) for vector in pair]
+    return [*both[:4], *found, *both[4:], own, *kept]
 
 
 @_forward.register_fake
-def _results(tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool) -> list[Tensor]:
-    x, y, *_ = tensors
+def _results(
+    tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool, start: int
+) -> list[Tensor]:
+    x, y, scale, *_ = tensors
     n, m = x.shape[0], y.shape[0]
     kept = (n if keep and not may_take_triton(impl, x) else 0, m)
-    each = [(n,), (m if columns else 0,)]
-    has_teacher = len(tensors) == 7
-    shapes = [*each, *(each * 2 if has_teacher else [(0,)] * 4), kept, kept if has_teacher else (0, m)]
-    return [x.new_empty(shape) for shape in shapes]
+    models, pairing = _inputs(tensors, start)
+    both = [(n,), (m if columns else 0,)]
+    taught = both if len(models) == 2 else [(0,)] * 2
+    number = 1 + bool(pairing.classes)
+    linear = (n,), (number, n), (number if columns else 0, m)
+    shapes = [*both, *taught, *linear, *taught, taught[0], kept, kept if len(models) == 2 else (0, m)]
+    return [scale.new_empty(shape) for shape in shapes]
 
 
 @torch.library.custom_op("calrobust::softmax_statistics_backward", mutates_args=())
-def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype) -> list[Tensor]:
-    """The gradients of the student's factors from a, b, c, d of the derivations, results and tensors of `_forward`."""
-    a, b, c, d, row_lse, column_lse, _, _, *teacher_lses, logits, teacher_logits = tensors[:12]
-    *factors, partner = tensors[12:]
-    has_teacher = len(factors) == 6
+def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype, start: int) -> list[Tensor]:
+    """The gradients of the student's factors from upstream ones, results and tensors of `_forward`.
+
+    The upstream ones are a, b, c, d of the derivations, and those of linear parts, which may be empty.
+    """
+    a, b, c, d, *linear = tensors[:7]
+    row_lse, column_lse, *_, row_teacher_lse, column_teacher_lse, _, logits, teacher_logits = tensors[7:19]
+    models, pairing = _inputs(tensors[19:], start)
+    x, y, _ = models[0]
     softmaxes = [Softmaxes(row_lse, column_lse, a, b, logits)]
-    if has_teacher:
+    if len(models) == 2:
         softmaxes = [
             Softmaxes(row_lse, column_lse, a + c, b + d, logits),
-            Softmaxes(teacher_lses[0], teacher_lses[1], -c, -d, teacher_logits),
+            Softmaxes(row_teacher_lse, column_teacher_lse, -c, -d, teacher_logits),
         ]
     with torch.autocast(a.device.type, enabled=False):  # it may be on in backward
-        form = kernels("softmax", impl, a, operands, teacher=has_teacher) or tiled
-        return list(form.backward(_models(factors), softmaxes, partner, operands, needs))
+        form = kernels("softmax", impl, a, operands, teacher=len(models) == 2) or tiled
+        of_x, of_y, of_scale = form.backward(models, softmaxes, pairing.partner, operands, needs)
+        add_gradients(of_x, of_y, x, y, pairing, *linear)
+    return [of_x, of_y, of_scale]
 
 
 @_backward.register_fake
-def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype) -> list[Tensor]:
-    return like(tensors[12:15], needs)
+def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype, start: int) -> list[Tensor]:
+    return like(tensors[19:22], needs)
+
+
+def features(models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> list[Tensor]:
+    """The factors of models without a graph, features as ``operands``: what operators take and autograd keeps."""
+    return [
+        factor.detach().to(operands) if factor.ndim else factor.detach() for factors in models for factor in factors
+    ]
 
 
 def like(factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     """Memory for the gradients of factors that are needed."""
-    return [factor.new_empty(factor.shape if needed else 0) for factor, needed in zip(factors, needs, strict=True)]
+    scale = factors[2]
+    return [scale.new_empty(factor.shape if needed else 0) for factor, needed in zip(factors, needs, strict=True)]
 
 
-def _models(factors: list[Tensor]) -> list[Factors]:
-    return [Factors(*factors[k : k + 3]) for k in range(0, len(factors), 3)]
+def _inputs(tensors: list[Tensor], start: int) -> tuple[list[Factors], Pairing]:
+    factors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    partner, *classes = tensors[len(factors) :]
+    return [Factors(*factors[k : k + 3]) for k in range(0, len(factors), 3)], Pairing(partner, start, classes)
 
 
 def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
-    impl, operands, *_ = options
-    saved: Any = tensors[4:]
+    impl, operands, *_, start = options
+    saved: Any = tensors[7:]
     upstream = [
-        torch.zeros_like(result) if gradient is None else gradient.contiguous()
-        for gradient, result in zip(tensors[:4], saved[:4], strict=True)
+        gradient.contiguous() if gradient is not None else torch.zeros_like(result if k < 4 else result[:0])
+        for k, (gradient, result) in enumerate(zip(tensors[:7], saved[:7], strict=True))
     ]
-    found: list[Tensor] = _backward([*upstream, *saved], needs[:3], impl, operands)
+    found: list[Tensor] = _backward([*upstream, *saved], needs, impl, operands, start)
     return found
 
 
 def differentiable(
-    forward: Callable[..., Any], backward: Callable[..., Any], number: int, options: Any, *tensors: Tensor
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    number: int,
+    options: Any,
+    factors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
 ) -> Any:
-    """The results of an operator, the first ``number`` of them with a gradient.
+    """The results of an operator on ``tensors``, the first ``number`` of them with a gradient in ``factors``.
 
-    ``backward`` takes options, needs, upstream gradients, results and tensors.
+    ``backward`` takes options, needs, upstream gradients, results and tensors. Only these two are kept.
     """
+    inputs = forward, backward, number, options, len(factors), *factors, *tensors
     if not torch.compiler.is_compiling():
-        return _Eager.apply(forward, backward, number, options, *tensors)
+        return _Eager.apply(*inputs)
     # The compiler fails on an autograd function none of whose inputs has a gradient.
-    run = _Compiled.apply if is_differentiated(tensors) else _Compiled.forward
-    return run(forward, backward, number, options, *tensors)
+    return _Compiled.apply(*inputs) if is_differentiated(factors) else _Compiled.forward(*inputs)
 
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
@@ -230,24 +267,24 @@ class _Compiled(torch.autograd.Function):
     """Autograd does not see tensors in lists."""
 
     @staticmethod
-    def forward(forward: Callable[..., Any], _: Any, __: int, options: Any, *tensors: Tensor) -> Any:
-        return tuple(forward(list(tensors), *options))
+    def forward(forward: Callable[..., Any], _: Any, __: int, options: Any, count: int, *tensors: Tensor) -> Any:
+        return tuple(forward(list(tensors[count:]), *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.derivative, ctx.number, ctx.options, *tensors = inputs
+        _, ctx.derivative, ctx.number, ctx.options, ctx.count, *tensors = inputs
         ctx.set_materialize_grads(False)  # the gradient of kept logits would be a matrix of zeros
         ctx.mark_non_differentiable(*output[ctx.number :])
-        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_backward(*output, *tensors[ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: each reading runs the hooks of checkpointing
-        needs = list(ctx.needs_input_grad[4:])
+        needs = list(ctx.needs_input_grad[5 : 5 + ctx.count])
         inputs = ctx.derivative, ctx.options, needs, *upstream[: ctx.number], *saved
         found = _call(*inputs) if torch.compiler.is_compiling() else _Once.apply(*inputs)
-        wanted = [gradient if needed else None for gradient, needed in zip(found, needs[: len(found)], strict=True)]
-        return *[None] * 4, *wanted, *[None] * (len(needs) - len(found))
+        wanted = [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
+        return *[None] * 5, *wanted, *[None] * (len(ctx.needs_input_grad) - 5 - ctx.count)
 
 
 class _Eager(_Compiled):

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import divergence_terms, wide
-from calrobust.kernels.operators import differentiable, kernels, like
+from calrobust.kernels.operators import differentiable, features, kernels, like
 from calrobust.kernels.tiled import FeatureGradients, are_narrow
 
 BAND_BYTES = 2**17  # as in `tiled`, for more buffers
@@ -61,16 +61,15 @@ def sigmoid_sums(
         return sums, torch.stack([weight * each.sum() for weight, each in zip(weights, sums, strict=False)]).sum()
     needs = [totalled and torch.is_grad_enabled() and factor.requires_grad for factor in models[0]]
     of_rows = torch.stack([x.new_full(x.shape[:1], weight) for weight in weights[: len(models)]])
-    tensors = [*(factor for model in models for factor in model), of_rows, *classes]
-    total, likelihood, divergence, *_ = differentiable(
-        _sums, _gradients, 3, (impl, operands or x.dtype, needs), *tensors
-    )
+    options = impl, operands or x.dtype, needs
+    tensors = [*features(models, options[1]), of_rows, *classes]
+    total, likelihood, divergence, *_ = differentiable(_sums, _gradients, 3, options, models[0], tensors)
     return Sums(likelihood, divergence), total
 
 
 def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
     """The sums by definition."""
-    z, *teacher = (scale * x @ y.T + bias for x, y, scale, bias in models)
+    z, *teacher = (scale * x.to(scale.dtype) @ y.to(scale.dtype).T + bias for x, y, scale, bias in models)
     precise = wide(z.device)
     positive = classes.rows[:, None] == classes.columns
     likelihood = -logsigmoid(torch.where(positive, z, -z)).sum(1, dtype=precise)
@@ -88,17 +87,17 @@ def sweep(
 
     ``weights`` are ``[1, N]``, or with a teacher ``[2, N]``.
     """
-    x, y, *_ = models[0]
-    rows, columns = (each.to(x.dtype) for each in classes)  # faster to compare than integers
+    x, y, scale, _ = models[0]
+    rows, columns = (each.to(scale.dtype) for each in classes)  # faster to compare than integers
     nobody = torch.full_like(classes.rows, -1)
     matrices = [tiled.Matrix(model, nobody, operands) for model in models]
     biases = torch.stack([model.bias for model in models])[:, None, None]
     tiles = tiled.tiles_of(x, y)
-    buffer = x.new_empty(len(models), tiles[0].stop, len(y))
+    buffer = scale.new_empty(len(models), tiles[0].stop, len(y))
     band_bytes = BAND_BYTES if tiled.is_looked_at(x) else tiled.TILE_BYTES
-    height = min(tiles[0].stop, max(1, band_bytes // (len(y) * x.element_size())))
-    scratch = x.new_empty(3 + 2 * len(models), len(models), height, len(y))
-    dtype = torch.float16 if are_narrow(x, operands) else x.dtype
+    height = min(tiles[0].stop, max(1, band_bytes // (len(y) * scale.element_size())))
+    scratch = scale.new_empty(3 + 2 * len(models), len(models), height, len(y))
+    dtype = torch.float16 if are_narrow(x, operands) else scale.dtype
     gradients = FeatureGradients(models[0], weights, needs, dtype)
     found, of_bias = [], []
     for tile in tiles:
@@ -113,7 +112,7 @@ def sweep(
             of_bias.append(band[0].sum())
         if any(needs):
             gradients.add(tile, logits[0])
-    bias = torch.stack(of_bias).sum() if needs[3] else x.new_empty(0)
+    bias = torch.stack(of_bias).sum() if needs[3] else scale.new_empty(0)
     return Sums(*map(torch.cat, zip(*found, strict=True))), [*gradients.results(), bias]
 
 
@@ -175,12 +174,12 @@ def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list
     gradients: Any = results[3:]
     saved: Any = tensors[10:]
     *factors, weights, rows, columns = saved
-    are_made = all(there or not needed for there, needed in zip(made, needs[:4], strict=True))
+    are_made = all(there or not needed for there, needed in zip(made, needs, strict=True))
     if total is not None and are_made and all(upstream is None for upstream in of_sums):
         return [total.to(gradient.dtype) * gradient for gradient in gradients]
     weights = weights * (0 if total is None else total.to(weights.dtype))
     for row, upstream in zip(weights, of_sums[: len(weights)], strict=True):
         if upstream is not None:
             row += upstream
-    found: list[Tensor] = _sums([*factors, weights, rows, columns], impl, operands, needs[:4])
+    found: list[Tensor] = _sums([*factors, weights, rows, columns], impl, operands, needs)
     return found[3:]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from calrobust.kernels import dense
-from calrobust.kernels.dense import EXCLUDED, Factors, Part, Strip, merge, wide
+from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, merge, totals, wide
 
 CAPABILITY = (8, 0)  # the least that multiplies bfloat16 and TF32
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: kernels outlast their launches
 TILE_ROWS = 256  # at least, for fast products
 BAND_BYTES = 2**18  # of rows, fits into the second cache
+SCALE_ROWS = 8192  # at once, for the gradient of the scale
 FAR = 6.0  # nats of shift at which sums over columns cancel too much
 
 
@@ -37,7 +38,7 @@ class Matrix:
 
     def __init__(self, factors: Sequence[Tensor], partner: Tensor, operands: torch.dtype) -> None:
         x, y, self.scale, *_ = factors
-        dtype = operands if are_narrow(x, operands) else x.dtype
+        dtype = operands if are_narrow(x, operands) else self.scale.dtype
         self.x, self.y, self.partner = x.to(dtype), y.to(dtype), partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
@@ -69,34 +70,34 @@ class Matrix:
 
 def forward(
     models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
-) -> Strip:
-    """The statistics; logits stay in ``kept`` if it has rows."""
-    x, y, _ = models[0]
+) -> tuple[Part, Part]:
+    """The statistics of rows and columns; logits stay in ``kept`` if it has rows."""
+    x, y, scale = models[0]
     matrices = [Matrix(factors, partner, operands) for factors in models]
     tiles = tiles_of(x, y)
     keep = any(len(logits) for logits in kept)
-    buffers = kept if keep else [x.new_empty(tiles[0].stop, len(y)) for _ in models]
+    buffers = kept if keep else [scale.new_empty(tiles[0].stop, len(y)) for _ in models]
     of_rows: list[Part] = []
     of_columns: list[Part] = []
     for tile in tiles:
         place = tile if keep else slice(tile.stop - tile.start)
         logits = [m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=False)]
-        strip = _statistics(columns, *logits)
-        of_rows.append(strip.rows)
-        of_columns = [merge([*of_columns, strip.columns]) if columns else strip.columns]
+        rows, over_rows = _statistics(columns, *logits)
+        of_rows.append(rows)
+        of_columns = [merge([*of_columns, over_rows]) if columns else over_rows]
     joined = Part(*map(torch.cat, zip(*of_rows, strict=True)))
-    return Strip(joined.to(x.dtype), of_columns[0].to(x.dtype))
+    return joined.to(scale.dtype), of_columns[0].to(scale.dtype)
 
 
 def backward(
     models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the student's x, y and scale; those that ``needs`` excludes are empty."""
-    x, y, _ = models[0]
+    x, y, scale = models[0]
     matrices = [Matrix(factors, partner, operands) for factors in models]
     tiles = tiles_of(x, y)
-    buffers = x.new_empty(1 + len(models), tiles[0].stop, len(y))
-    dtype = torch.float16 if are_narrow(x, operands) else x.dtype
+    buffers = scale.new_empty(1 + len(models), tiles[0].stop, len(y))
+    dtype = torch.float16 if are_narrow(x, operands) else scale.dtype
     gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
     for tile in tiles:
         scratch, *outs = buffers[:, : tile.stop - tile.start]
@@ -110,7 +111,7 @@ def backward(
     return gradients.results()
 
 
-def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
+def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part, Part]:
     """Of the rows of a tile, and maybe of its columns over these rows."""
     precise = wide(s.device)
     on_cpu = is_looked_at(s)
@@ -148,7 +149,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
             all_sums[2].addmv_(terms.T, of_p[0])
     rows = Part.without_teacher(lse) if t is None else Part(lse, divergence.clamp_(min=0), teacher_lse)
     if not by_band:
-        return Strip(rows, dense.along(0, s, t).to(precise) if columns else Part.without_teacher(lse.new_empty(0)))
+        return rows, dense.along(0, s, t).to(precise) if columns else Part.without_teacher(lse.new_empty(0))
     found = Part.without_teacher(pivot + sums.to(precise).log())
     lost = ~_representable(sums)
     if t is not None:
@@ -164,7 +165,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> Strip:
         exact = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)
         for vector, values in zip(found, exact, strict=True):
             vector[where[: len(values)]] = values  # of a teacher only if there is one
-    return Strip(rows, found)
+    return rows, found
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
@@ -246,16 +247,20 @@ class FeatureGradients:
         self.x, self.y, self.scale, *_ = factors
         self.needs = needs
         self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
-        self.is_rounded = dtype != self.x.dtype
-        self.gain, self.operands = torch.ones_like(self.scale), [[self.x], [self.y]]
-        if self.is_rounded:
+        wide, features = self.scale.dtype, factors[:2]
+        self.is_rounded = dtype != wide
+        self.gain = torch.ones_like(self.scale)
+        if not self.is_rounded:
+            self.operands = [[t.to(wide)] for t in features]
+        else:
             bound = torch.stack([weight.abs().amax() for weight in weights if len(weight)]).sum()
-            self.gain, *self.gains = (_gain(top) for top in (bound, self.x.abs().amax(), self.y.abs().amax()))
+            self.gain, *self.gains = (_gain(top.to(wide)) for top in (bound, *(t.abs().amax() for t in features)))
             self.operands = [
-                _split(gain * t, dtype, parts) for gain, t in zip(self.gains, (self.x, self.y), strict=True)
+                _split(gain * t.to(wide), dtype, parts) for gain, t in zip(self.gains, features, strict=True)
             ]
         wanted = self.takes_rows, needs[1]
-        self.totals = [torch.zeros_like(t) if w else t.new_empty(0) for t, w in zip(factors, wanted, strict=False)]
+        shapes = [t.shape if w else (0,) for t, w in zip(features, wanted, strict=True)]
+        self.totals = [self.scale.new_zeros(shape) for shape in shapes]
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
         """Adds rows of the gradient in S, plain or times ``gain`` in parts."""
@@ -275,9 +280,39 @@ class FeatureGradients:
             of_y.div_(self.gain).div_(self.gains[0])
         of_scale = self.scale.new_empty(0)
         if self.needs[2]:
-            of_scale = torch.linalg.vecdot(*((of_x, self.x) if self.takes_rows else (of_y, self.y))).sum()
+            each = (of_x, self.x) if self.takes_rows else (of_y, self.y)
+            rows = zip(*(t.split(SCALE_ROWS) for t in each), strict=True)
+            of_scale = torch.stack([torch.linalg.vecdot(g, f.to(g.dtype)).sum() for g, f in rows]).sum()
         of_x = of_x.mul_(self.scale) if self.needs[0] else of_x.new_empty(0)
         return of_x, of_y.mul_(self.scale), of_scale
+
+
+def add_gradients(
+    of_x: Tensor, of_y: Tensor, x: Tensor, y: Tensor, pairing: Pairing, own: Tensor, of_rows: Tensor, of_columns: Tensor
+) -> None:
+    """Adds those of `linear_parts`, from their upstream ones, where neither is empty."""
+    _, start, classes = pairing
+    m = y.shape[0]
+    if len(of_x):
+        if len(own):
+            of_x.addcmul_(own[:, None], pairing.of_rows(y))
+        _add_sums(of_x, y, classes, m, of_rows, of_columns)
+    if len(of_y):
+        if len(own) and start < 0:
+            of_y.index_add_(0, pairing.partner.clamp(min=0), own[:, None] * x)
+        elif len(own):
+            pairing.of_rows(of_y).addcmul_(own[:, None], x)
+        _add_sums(of_y, x, classes[::-1], m, of_columns, of_rows)
+
+
+def _add_sums(to: Tensor, features: Tensor, classes: Sequence[Tensor], m: int, here: Tensor, there: Tensor) -> None:
+    features = features.to(to.dtype)
+    if len(here):
+        for weights, total in zip(here, totals(features, classes, m), strict=True):
+            to.addcmul_(weights[:, None], total)
+    if len(there):
+        for total in totals(features, classes, m, there):
+            to += total
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
@@ -292,10 +327,10 @@ def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, a
 
 def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
     """Numbers as sums of numbers of lower precision."""
-    split = []
-    for _ in range(parts):
-        split.append(numbers.to(dtype))
+    split = [numbers.to(dtype)]
+    for _ in range(1, parts):
         numbers = numbers - split[-1]
+        split.append(numbers.to(dtype))
     return split
 
 

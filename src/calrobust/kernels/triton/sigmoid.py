@@ -92,14 +92,14 @@ def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
     """Does what `kernels.sigmoid.sweep` does."""
-    x = models[0].x
+    scale = models[0].scale
     launch = Launcher("sigmoid", models, operands)
     gradients = FeatureGradients(models[0], weights, needs, *launch.split)
     found = []
     for tile, gradient in launch.gradients():
         grid = launch.grid(gradient)
         parts = len(gradient) if any(needs) else 0
-        sums = x.new_empty(len(models) + (parts > 0), grid[1], tile.stop - tile.start)
+        sums = scale.new_empty(len(models) + (parts > 0), grid[1], tile.stop - tile.start)
         launch(
             _sums_kernel,
             grid,
@@ -119,8 +119,8 @@ def sweep(
         )
         if parts:
             gradients.add(tile, *gradient)
-        found.append(sums.sum(1, dtype=wide(x.device)))
+        found.append(sums.sum(1, dtype=wide(scale.device)))
     likelihood, *others = (torch.cat(vectors) for vectors in zip(*found, strict=True))
-    bias = others.pop().sum().to(x.dtype) if any(needs) else x.new_empty(0)
+    bias = others.pop().sum().to(scale.dtype) if any(needs) else scale.new_empty(0)
     divergence = others[0] if others else likelihood.new_empty(0)
-    return Sums(likelihood, divergence), [*gradients.results(), bias if needs[3] else x.new_empty(0)]
+    return Sums(likelihood, divergence), [*gradients.results(), bias if needs[3] else scale.new_empty(0)]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calrobust.kernels import dense
-from calrobust.kernels.dense import Factors, Part, Strip, merge, merge_rows, wide
+from calrobust.kernels.dense import Factors, Part, merge, merge_rows, wide
 from calrobust.kernels.tiled import FeatureGradients, Softmaxes
 from calrobust.kernels.triton import INTERPRETED, LN2, LOG2E, Launcher, comparison, logits, store_parts
 
@@ -267,9 +267,9 @@ def _backward_kernel(
     store_parts(gradient * tl.load(gain), entries, stride, inside, PARTS)
 
 
-def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> Strip:
+def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> tuple[Part, Part]:
     """Does what `tiled.forward` does."""
-    x, y, _ = models[0]
+    x, y, scale = models[0]
     m = len(y)
     launch = Launcher("forward", models, operands)
     # Forming sums again needs many registers.
@@ -277,18 +277,18 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
     sums, references = (1, 1) if len(models) == 1 else (3, 2)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
-    of_a_row = triton.cdiv(sums * m * x.element_size(), launch.blocks.ROWS) if columns else 1  # bytes
+    of_a_row = triton.cdiv(sums * m * scale.element_size(), launch.blocks.ROWS) if columns else 1  # bytes
     for tile in launch.tiles(of_a_row, SUMS_BYTES):
         length = tile.stop - tile.start
         height = triton.cdiv(length, launch.blocks.ROWS)
         span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks
-        by_row = x.new_empty(triton.cdiv(width, span), references + sums, length)
-        by_column = x.new_empty(sums, height, m if columns else 0)
-        pivots = x.new_empty(references, height, width)
+        by_row = scale.new_empty(triton.cdiv(width, span), references + sums, length)
+        by_column = scale.new_empty(sums, height, m if columns else 0)
+        pivots = scale.new_empty(references, height, width)
         arguments = by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS, columns
         launch(_forward_kernel, (len(by_row), height), tile, partner[tile], *arguments)
         of_rows.append(merge_rows(_statistics(by_row)))
-        merged = x.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
+        merged = scale.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
             spans = launch.blocks.COLUMNS, COLUMN_SPAN
             grid = triton.cdiv(m, narrow.COLUMNS), len(merged)
@@ -297,7 +297,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
             )
         of_columns.append(merge_rows(_statistics(merged)))
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
-    return Strip(rows.to(x.dtype), merge(of_columns).to(x.dtype))
+    return rows.to(scale.dtype), merge(of_columns).to(scale.dtype)
 
 
 def _statistics(sums: Tensor) -> Part:

@@ -44,9 +44,9 @@ def softmax_statistics(
     options = impl, operands or x.dtype, columns, keep, pairing.start
     tensors = [*features(models, options[1]), pairing.partner, *pairing.classes]
     found = differentiable(_forward, _gradients, 7, options, student, tensors)
-    rows, of_columns = (Part(found[k], found[k + 2], found[k + 7]) for k in range(2))
+    rows, over_rows = (Part(found[k], found[k + 1], found[7 + k // 2]) for k in (0, 2))
     own, row_sums, column_sums = found[4:7]
-    return Statistics(rows, of_columns, own, row_sums, column_sums, found[9])
+    return Statistics(rows, over_rows, own, row_sums, column_sums, found[9])
 
 
 def obstacle_to_triton(device: torch.device) -> str:
@@ -137,7 +137,7 @@ def _sigmoid(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Te
 def _forward(
     tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool, start: int
 ) -> list[Tensor]:
-    """Lse and divergence of rows and of columns; linear parts; lse and own entries of a teacher; both kept logits.
+    """Lse and divergence of rows and of columns; linear parts; both lse and own entries of a teacher; kept logits.
 
     What is absent is empty. ``tensors`` are factors and those of a `Pairing`.
     """
@@ -145,16 +145,16 @@ def _forward(
     form = kernels("softmax", impl, tensors[0], operands, teacher=len(models) == 2)
     kept = _results(tensors, impl, operands, columns, keep, start)[10:]
     if form:
-        rows, of_columns = form.forward(models, pairing.partner, operands, columns=columns)
+        found = form.forward(models, pairing.partner, operands, columns=columns)
     else:
-        rows, of_columns = tiled.forward(models, pairing.partner, operands, columns=columns, kept=kept)
+        found = tiled.forward(models, pairing.partner, operands, columns=columns, kept=kept)
+    (*rows, row_teacher_lse), (*over_rows, column_teacher_lse) = found
     x, y, scale = models[0]
-    found = linear_parts(x.to(scale.dtype), y.to(scale.dtype), pairing, columns=columns)
+    linear = linear_parts(x.to(scale.dtype), y.to(scale.dtype), pairing, columns=columns)
     own = scale.new_empty(0)
     for x, y, _ in models[1:]:
         own = pairing.own(x.to(scale.dtype), y.to(scale.dtype))
-    both = [vector for pair in zip(rows, of_columns, strict=True) for vector in pair]
-    return [*both[:4], *found, *both[4:], own, *kept]
+    return [*rows, *over_rows, *linear, row_teacher_lse, column_teacher_lse, own, *kept]
 
 
 @_forward.register_fake
@@ -162,14 +162,11 @@ def _results(
     tensors: list[Tensor], impl: str, operands: torch.dtype, columns: bool, keep: bool, start: int
 ) -> list[Tensor]:
     x, y, scale, *_ = tensors
-    n, m = x.shape[0], y.shape[0]
-    kept = (n if keep and not may_take_triton(impl, x) else 0, m)
     models, pairing = _inputs(tensors, start)
-    both = [(n,), (m if columns else 0,)]
-    taught = both if len(models) == 2 else [(0,)] * 2
-    number = 1 + bool(pairing.classes)
-    linear = (n,), (number, n), (number if columns else 0, m)
-    shapes = [*both, *taught, *linear, *taught, taught[0], kept, kept if len(models) == 2 else (0, m)]
+    n, m, taught, sums = x.shape[0], y.shape[0], len(models) - 1, 1 + bool(pairing.classes)
+    length, kept = m * columns, n * (keep and not may_take_triton(impl, x))
+    shapes: Any = [n, n * taught, length, length * taught, n, (sums, n), (sums * columns, m)]
+    shapes += [n * taught, length * taught, n * taught, (kept, m), (kept * taught, m)]
     return [scale.new_empty(shape) for shape in shapes]
 
 
@@ -177,10 +174,10 @@ def _results(
 def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype, start: int) -> list[Tensor]:
     """The gradients of the student's factors from upstream ones, results and tensors of `_forward`.
 
-    The upstream ones are a, b, c, d of the derivations, and those of linear parts, which may be empty.
+    The upstream ones are a, c, b, d of the derivations, and those of linear parts, which may be empty.
     """
-    a, b, c, d, *linear = tensors[:7]
-    row_lse, column_lse, *_, row_teacher_lse, column_teacher_lse, _, logits, teacher_logits = tensors[7:19]
+    a, c, b, d, *linear = tensors[:7]
+    row_lse, _, column_lse, *_, row_teacher_lse, column_teacher_lse, _, logits, teacher_logits = tensors[7:19]
     models, pairing = _inputs(tensors[19:], start)
     x, y, _ = models[0]
     softmaxes = [Softmaxes(row_lse, column_lse, a, b, logits)]

@@ -14,13 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Pairs, class_labels, fractions, seeds, student_and_teacher, unit_rows
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from calrobust import (
     CaRotLoss,
+    FeatureDistillationLoss,
     MultimodalContrastiveLoss,
     MultimodalDistillationLoss,
     OrthogonalityLoss,
+    SigmoidContrastiveLoss,
+    SigmoidDistillationLoss,
     functional,
     kernels,
 )
@@ -228,6 +232,50 @@ def test_losses_listen_to_their_attributes() -> None:
     by_hand.weights[1], by_hand.losses[0].reduction = 1.5, "sum"
     with pytest.raises(ValueError, match=r"^losses that add must agree"):
         by_hand(*STUDENT, *TEACHER)
+    by_hand.weights, by_hand.losses[0].reduction = [1.0], "mean"
+    with pytest.raises(ValueError, match=r"^weights must be one for each loss of the sum, got \[1.0\]"):
+        by_hand(*STUDENT, *TEACHER)
+
+
+def test_a_forward_of_ones_own_runs_or_is_refused() -> None:
+    """It runs alone, also as a sum's only summand; sums, multiples and terms would drop it."""
+
+    class Normalised(MultimodalContrastiveLoss):
+        def forward(self, image_features: Tensor, text_features: Tensor, *others: Any, **named: Any) -> Tensor:
+            features = (torch.nn.functional.normalize(rows, dim=1) for rows in (image_features, text_features))
+            return super().forward(*features, *others, **named)
+
+    class Twice(CaRotLoss):
+        def forward(self, *outputs: Any, **named: Any) -> Tensor:
+            return 2 * super().forward(*outputs, **named)
+
+    alone, plain = Normalised(), MultimodalContrastiveLoss()
+    twice, carot = (kind(label_smoothing=0.1, distillation_weight=1.5) for kind in (Twice, CaRotLoss))
+    summed: Any = sum([alone])
+    assert_close(summed(3 * STUDENT[0], 3 * STUDENT[1], STUDENT[2]), plain(*STUDENT))
+    assert_close(twice(*STUDENT, *TEACHER), 2 * carot(*STUDENT, *TEACHER))
+    changed: Any = plain + plain
+    changed.losses[1] = alone
+    calls: dict[Any, list[Any]] = {
+        alone: [lambda: 2 * alone, lambda: plain + alone, lambda: carot + alone, lambda: alone.terms(*STUDENT)],
+        twice: [lambda: 2 * twice, lambda: twice + plain, lambda: twice.terms(*STUDENT, *TEACHER)],
+    }
+    for loss, refused in calls.items():
+        for call in refused:
+            with pytest.raises(TypeError, match=rf"must not override forward, got {type(loss).__name__}; add values"):
+                call()
+    with pytest.raises(TypeError, match="must not override forward"):
+        changed(*STUDENT)
+
+
+def test_a_subclass_that_only_sets_defaults_adds() -> None:
+    """It has no forward of its own."""
+
+    class Smooth(MultimodalContrastiveLoss):
+        def __init__(self) -> None:
+            super().__init__(label_smoothing=0.2)
+
+    assert_close((2 * Smooth())(*STUDENT), 2 * MultimodalContrastiveLoss(label_smoothing=0.2)(*STUDENT))
 
 
 @pytest.mark.filterwarnings("error")
@@ -320,6 +368,45 @@ def test_a_sum_compiles_without_a_graph_break() -> None:
     expected = criterion(image, *STUDENT[1:], *TEACHER)
     assert_close(compiled, expected)
     assert_close(oracles.gradients(compiled, image), oracles.gradients(expected, image))
+
+
+def test_a_term_that_was_compiled_alone_compiles_in_a_sum() -> None:
+    """torch.compile leaves an attribute in what it compiled, and sets it in the sum."""
+    term = MultimodalContrastiveLoss()
+    compiled: Any = [torch.compile(loss, backend="eager") for loss in (term, 2 * term)]
+    assert_close(compiled[1](*STUDENT), 2 * compiled[0](*STUDENT))
+
+
+EVERY_LOSS = {
+    "contrastive": MultimodalContrastiveLoss(),
+    "distillation": MultimodalDistillationLoss(),
+    "carot": CaRotLoss(label_smoothing=0.1, distillation_weight=1.5),
+    "sigmoid_contrastive": SigmoidContrastiveLoss(),
+    "sigmoid_distillation": SigmoidDistillationLoss(),
+    "feature": FeatureDistillationLoss(),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [*((name, "pairs") for name in EVERY_LOSS), ("all", "labelled pairs"), ("all", "more"), ("all", "bank")],
+)
+def test_a_new_batch_size_compiles_no_new_graph(name: str, texts: str, dynamic: bool | None) -> None:
+    """One graph for the first size and one for all others, as for any plain function; a bank may hold fewer texts."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    criterion: Any = sum(EVERY_LOSS.values()) if name == "all" else EVERY_LOSS[name]
+    compiled: Any = torch.compile(criterion, fullgraph=True, backend=counter, dynamic=dynamic)
+    for n in (8, 5, 7, 3):
+        m = {"more": n + 3, "bank": 6}.get(texts, n)
+        outputs: Any = unit_rows(n, 4, 0).requires_grad_(), unit_rows(m, 4, 1), torch.tensor(20.0), torch.tensor(-1.0)
+        if name not in ("contrastive", "sigmoid_contrastive"):
+            outputs += tuple(output.detach().flip(0) if output.ndim else output for output in outputs)
+        labels: Any = class_labels(n, 0) if "labelled" in texts else None
+        labels = (torch.arange(n) % m, torch.arange(m)) if texts == "bank" else labels
+        assert_close(compiled(*outputs, labels=labels), criterion(*outputs, labels=labels))
+    assert counter.frame_count <= 2 + (texts == "bank")
 
 
 def test_values_of_two_directions_are_no_sum_where_images_and_texts_are_no_pairs() -> None:

@@ -73,9 +73,9 @@ class PairLoss(nn.Module, ABC):
         Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive``, ``sigmoid_distillation`` and ``feature``;
         a second one is ``feature_2``.
         """
-        values = weighted_terms(
-            lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), self.options()
-        )
+        _check_forward(self)
+        options = self.options()
+        values = weighted_terms(lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), options)
         terms: dict[str, Tensor] = {}
         for (_, loss), value in zip(self.weighted(), values, strict=True):
             count = sum(name.startswith(loss._kind) for name in terms)
@@ -122,6 +122,11 @@ class PairLoss(nn.Module, ABC):
         return LossSum((weight, self))
 
     __rmul__ = __mul__
+
+
+def _check_forward(loss: PairLoss) -> None:
+    if type(loss).forward is not PairLoss.forward:
+        raise TypeError(f"a loss in sums or terms() must not override forward, got {type(loss).__name__}; add values")
 
 
 class _TermLoss(PairLoss):
@@ -264,7 +269,7 @@ class LossSum(PairLoss):
     ``weights`` and ``losses`` are lists, whose entries may change while training: ``criterion.weights[1] = 0.5``.
 
     Raises:
-        TypeError: there is no pair, or one of them is not a number and a loss.
+        TypeError: there is no pair, one of them is not a number and a loss, or ``forward`` is overridden.
         ValueError: the losses differ in their options.
 
     Example:
@@ -282,9 +287,9 @@ class LossSum(PairLoss):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], PairLoss)):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
-        terms = [(float(weight) * own, term) for weight, loss in weighted for own, term in loss.weighted()]
-        self.losses = [term for _, term in terms]
-        self.weights = [weight for weight, _ in terms]
+            _check_forward(pair[1])
+        self.losses = [term for _, loss in weighted for _, term in loss.weighted()]
+        self.weights = [float(weight) * own for weight, loss in weighted for own, _ in loss.weighted()]
         self.weighted()  # checks the options
 
     def options(self) -> PairOptions:
@@ -293,23 +298,24 @@ class LossSum(PairLoss):
 
     def weighted(self) -> list[tuple[float, _TermLoss]]:
         """Pairs of a weight and a term."""
-        for weight, loss in zip(self.weights, self.losses, strict=True):
+        if len(self.weights) != len(self.losses):
+            raise ValueError(f"weights must be one for each loss of the sum, got {self.weights}")
+        for weight, loss in (pairs := list(zip(self.weights, self.losses, strict=True))):
             check_number(weight=weight)
+            _check_forward(loss)
             if loss.options() != self.losses[0].options():
-                raise ValueError(
-                    f"losses that add must agree in their shared options, got {self.losses[0]!r} and {loss!r}; "
-                    "pass the same to both"
-                )
-        return list(zip(self.weights, self.losses, strict=True))
+                came = f"got {self.losses[0]!r} and {loss!r}; pass the same to both"
+                raise ValueError(f"losses that add must agree in their shared options, {came}")
+        return pairs
 
     def __setattr__(self, name: str, value: Any) -> None:
         for k, loss in enumerate(vars(self).get("losses", ())):
-            if hasattr(loss, name) and not hasattr(self, name):
+            if hasattr(loss, name) and not hasattr(self, name) and name[0] != "_":  # torch.compile's
                 raise AttributeError(f"{name} belongs to a term of the sum; set criterion.losses[{k}].{name}")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        terms = zip(self.weights, self.losses, strict=True)
+        terms = zip(self.weights, self.losses, strict=False)
         return " + ".join(repr(loss) if weight == 1 else f"{weight:g} * {loss!r}" for weight, loss in terms)
 
 

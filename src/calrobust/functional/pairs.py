@@ -360,7 +360,6 @@ def _check_scalar(name: str, value: Any, *, positive: bool) -> None:
 def _check_anchors(request: Request, options: PairOptions) -> None:
     weighted, (images, texts, *_), _, labels, _ = request
     n, m, device = images.shape[0], texts.shape[0], images.device
-    numbers = f"{n} images and {m} texts"
     if isinstance(labels, tuple) and len(labels) == 2:
         for k, length in enumerate((n, m)):
             one: dict[str, Any] = {f"labels[{k}]": labels[k]}
@@ -369,19 +368,22 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
         if isinstance(labels, tuple) or n != m:
             came = f"a tuple of {len(labels)}" if isinstance(labels, tuple) else "one tensor"
             raise ValueError(
-                f"labels must be one tensor for pairs, or (image_labels, text_labels), got {came} for {numbers}"
+                f"labels must be one tensor for pairs, or (image_labels, text_labels), got {came} for {n} images and "
+                f"{m} texts"
             )
         check_labels(n, device, labels=labels)
     elif n > m and not all(term.distils for _, term in weighted):
         raise ValueError(
-            f"text_features must hold a text for each image, got {numbers}; pass labels=(image_labels, text_labels)"
+            f"text_features must hold a text for each image, got {n} images and {m} texts; "
+            "pass labels=(image_labels, text_labels)"
         )
     anchors = {term.anchors for _, term in weighted}
     several = len(anchors) > 1 or "both" in anchors
     if options["reduction"] == "none" and several and (n != m or isinstance(labels, tuple)):
         raise ValueError(
             f"reduction='none' must be of pairs or of one direction, got {' and '.join(sorted(anchors))} with "
-            f"{numbers} that are no pairs; pass one direction, and one modality to a distillation of features"
+            f"{n} images and {m} texts that are no pairs; pass one direction, and one modality to a distillation of "
+            "features"
         )
 
 

@@ -134,7 +134,7 @@ def check_predictions(target: Any, **preds: Any) -> None:
         if value.shape[1] < 2:
             raise ValueError(
                 f"{name} must have a column for each of two classes or more, got shape {list(value.shape)}; for a "
-                f"single logit of the class 1 pass torch.cat((torch.zeros_like({name}), {name}), 1), for a single "
+                f"logit of the class 1 alone pass torch.cat((torch.zeros_like({name}), {name}), 1), for its "
                 f"probability torch.cat((1 - {name}, {name}), 1)"
             )
         check_labels(len(value), value.device, value.shape[2:], target=target)
@@ -151,8 +151,8 @@ def check_label_values(target: Tensor, n_classes: int) -> None:
     if outside.any():
         first = int(target[outside][0])
         raise ValueError(
-            f"target must be in [0, {n_classes}), one of the C classes, got {first}; drop these samples, or leave them "
-            f"out of a metric with ignore_index={first}"
+            f"target must be in [0, {n_classes}), one of the C classes, got {first}; drop these samples, or pass "
+            f"ignore_index={first} to a metric"
         )
 
 
@@ -175,7 +175,7 @@ def _leave_the_unit_interval(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _may_be_probabilities(rows: Tensor) -> Tensor:
-    """Whether each row may be rounded probabilities; true for NaN."""
+    # True for NaN.
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
     wrong = _leave_the_unit_interval(low, high) | (off > 1 / 64)  # a softmax in bfloat16
@@ -188,10 +188,7 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 
 
 def _cannot_be_logits(rows: Tensor) -> bool:
-    """Whether all rows look like probabilities, and hardly by chance.
-
-    C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C.
-    """
+    # C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C.
     n_classes = rows.shape[1]
     # Most logits are out of [0, 1].
     if _leave_the_unit_interval(*rows[0].aminmax()) or not _may_be_probabilities(rows).all():
@@ -227,7 +224,7 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
 def check_bins(bins: Any) -> None:
     if not isinstance(bins, tuple) or len(bins) != 3:
         raise TypeError(
-            f"bins must be the three sums that bin_confidences gives, got {type(bins).__name__}; "
+            f"bins must be a tuple of three sums, got {type(bins).__name__}; "
             "see functional.bin_confidences, or ShiftReport.bins"
         )
     named = {f"bins[{i}]": sums for i, sums in enumerate(bins)}

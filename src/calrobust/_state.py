@@ -9,7 +9,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from calrobust._checks import check_instance, check_not_meta
 
@@ -34,7 +33,7 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     for path, owner in module.named_modules(remove_duplicate=False):
         if method := getattr(type(owner), "reshard", None):
             method(owner)  # FSDP2 may have kept gathered parameters
-        statistics = ("running_mean", "running_var") if isinstance(owner, _NormBase) else ()
+        statistics = ("running_mean", "running_var") if isinstance(owner, nn.modules.batchnorm._NormBase) else ()
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
                 inexact = tensor.is_floating_point() or tensor.is_complex()
@@ -94,16 +93,16 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
     ]
     (first, second), (ours, theirs) = states, shapes
     wrong = {
-        f"missing from {second}": [name for name in ours if name not in theirs],
-        f"unexpected in {second}": [name for name in theirs if name not in ours],
-        f"of another shape in {second}": [
+        "missing from": [name for name in ours if name not in theirs],
+        "unexpected in": [name for name in theirs if name not in ours],
+        "of another shape in": [
             f"{name} {theirs[name]} for {shape}" for name, shape in ours.items() if theirs.get(name, shape) != shape
         ],
     }
     found = ""
     for what, names in wrong.items():
         if names:
-            found += f"; {what}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+            found += f"; {what} {second}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
     if found:
         fix = "are they one architecture, with the same adapters?"
         if "updates" in ours.keys() ^ theirs.keys():

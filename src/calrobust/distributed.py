@@ -1,4 +1,4 @@
-"""Collectives, with gradient, over the rows of a batch."""
+"""Collectives with gradient."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -41,7 +41,7 @@ class Ranks:
         return own
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, for training that averages gradients over them."""
+        """For training that averages gradients over ranks."""
         if len(self.sizes) == 1:
             return value
         total: Tensor = _Sum.apply(value, self)
@@ -61,7 +61,7 @@ def agree(
 ) -> tuple[Ranks, ...]:
     """The ranks of each batch; ``here`` are the numbers of this rank's rows.
 
-    All raise if ``facts`` differ or one tells `REFUSED`, so that none waits.
+    All raise if ``facts`` differ or one is `REFUSED`, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from calrobust._checks import check_float64, check_floating, check_instance, check_predictions
 from calrobust._state import Keeping, check_model, keeping_dtype
@@ -148,16 +147,16 @@ def zero_shot_classifier(
 ) -> Tensor:
     r"""The weights ``[C, D]`` of a linear classifier from captions.
 
-    .. math:: w_c = \frac{m_c}{\lVert m_c \rVert}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
+    .. math:: w_c = \frac{m_c}{\|m_c\|}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
     of the unit-norm features :math:`x_{c,t}` of class :math:`c` in template :math:`t`, in float32 or better. Logits
     are ``logit_scale * image_features @ weight.T``.
 
     Args:
-        model: a CLIP of open_clip (``encode_text``) or of Transformers (``get_text_features``).
-        tokenizer: the model's own, or its processor in Transformers.
-        names: the class names, in the order of the logits.
-        templates: a text with ``{}`` for the name, a function of the name, or a list of these.
+        model: a CLIP of open_clip or of Transformers.
+        tokenizer: the model's own, or a processor of Transformers.
+        names: of classes, in the order of the logits.
+        templates: a text with ``{}`` for the name, a function of the name, or a list.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -181,14 +180,14 @@ def zero_shot_classifier(
         fix = "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
         raise TypeError(f"model must have encode_text or get_text_features, got {type(model).__name__}; {fix}")
     tower: Any = model
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer) if of_transformers else tokenizer  # of a processor
-    devices = (one.device for one in chain(model.parameters(), model.buffers()))
-    device, features = next(devices, torch.device("cpu")), []
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"} if of_transformers else {}
+    if of_transformers:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        tokenizer = partial(tokenizer, padding="max_length", truncation=True, return_tensors="pt")
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0, device="cpu")).device
+    features = []
     with _evaluating(model):
         for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
-            part = captions[start : start + _CAPTIONS_AT_ONCE]
-            tokens = tokenizer(part, **options)
+            tokens = tokenizer(captions[start : start + _CAPTIONS_AT_ONCE])
             kind, fix = Mapping if of_transformers else Tensor, "pass the model's own tokenizer"
             check_instance(kind, fix, **{"the tokenizer's output": tokens})
             if of_transformers:
@@ -198,8 +197,8 @@ def zero_shot_classifier(
             else:
                 features.append(tower.encode_text(tokens.to(device)))
     found = torch.cat(features)
-    unit = normalize(found.to(torch.promote_types(found.dtype, torch.float32)))
-    return normalize(unit.unflatten(0, (len(names), -1)).mean(1))
+    unit = nn.functional.normalize(found.to(torch.promote_types(found.dtype, torch.float32)))
+    return nn.functional.normalize(unit.unflatten(0, (len(names), -1)).mean(1))
 
 
 def _captions(names: Any, templates: Any) -> list[str]:
@@ -220,8 +219,6 @@ def _captions(names: Any, templates: Any) -> list[str]:
 
 
 class _Scaler(Keeping):
-    """Fitted float64 buffers."""
-
     is_fitted: bool
     """Also true once a fitted state is loaded."""
     _kept = ("is_fitted",)
@@ -258,7 +255,7 @@ class _Scaler(Keeping):
 class TemperatureScaler(_Scaler):
     r"""Divides logits by a temperature that was fitted on held-out data.
 
-    .. math:: z \mapsto z / T, \qquad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
+    .. math:: z \mapsto z / T, \quad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
     Example:
         >>> import torch
@@ -290,10 +287,10 @@ class TemperatureScaler(_Scaler):
 class PlattScaler(_Scaler):
     r"""Maps similarities of pairs to the logit of the probability that a pair matches.
 
-    .. math:: z \mapsto a z + b, \qquad a, b = \arg\min_{a > 0,\, b} \sum_i \log\bigl(1 + e^{\mp (a z_i + b)}\bigr)
+    .. math:: z \mapsto a z + b, \quad a, b = \arg\min_{a > 0, b} \sum_i \log(1 + e^{\mp (a z_i + b)})
 
-    with - for pairs that match and + for others; :math:`\sigma(a z + b)` is the probability. Fit on pairs that match as
-    often as in use. Data without a minimum give a warning (:doc:`/guides/temperature`).
+    with - for pairs that match and + for others. Fit on pairs that match as often as in use. Data without a minimum
+    give a warning (:doc:`/guides/temperature`).
 
     Example:
         >>> import torch
@@ -318,7 +315,7 @@ class PlattScaler(_Scaler):
         """Sets a and b, and returns the scaler.
 
         Args:
-            similarities: floating cosines or logits of pairs, of any shape.
+            similarities: floating, cosines or logits of any shape.
             matched: whether each pair matches, bool.
 
         Raises:

@@ -71,16 +71,16 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
-    """Reliability diagrams of methods, in distribution (left) and of all OOD samples (right).
+    """Reliability diagrams of methods, ID (left) and of all OOD samples (right).
 
     The ECE at the right is usually below the report's, since gaps cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
-        methods: one for each row; None takes the report's first and last two.
+        methods: the rows; None takes the first and last two.
 
     Raises:
-        TypeError, ValueError: ``report`` is incomplete, or ``methods`` is not a sequence of its methods.
+        TypeError, ValueError: ``report`` is incomplete, or ``methods`` are not its own.
 
     Example:
         >>> import torch
@@ -124,7 +124,7 @@ def shift_scatter(report: ShiftReport, ax: Axes | None = None) -> Axes:
     Lines are 95 % intervals, of the ECE only for a single OOD domain. A dash is the noise floor.
 
     Args:
-        report: with data of ``id_domain`` and another domain for every method.
+        report: with data of ``id_domain`` and others for every method.
         ax: as for :func:`reliability_diagram`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decays for :class:`~calrobust.EMATeacher` by the index ``n = 0, 1, ...`` of the update.
+"""Decays for :class:`~calrobust.EMATeacher` by the index ``n`` = 0, 1, ... of the update.
 
 Arguments out of range raise ``ValueError``, those of another type ``TypeError``.
 """
@@ -76,7 +76,7 @@ class power(_Schedule):
     r"""The warm-up of timm's ``ModelEmaV3``, a power law.
 
     .. math::
-        \alpha_n = \min\bigl(\text{end},\, \max(\text{start},\, 1 - (1 + n / \text{scale})^{-\text{exponent}})\bigr)
+        \alpha_n = \min(\text{end}, \max(\text{start}, 1 - (1 + n / \text{scale})^{-\text{exponent}}))
 
     ``exponent`` and ``scale`` are > 0, and ``start <= end``.
 
@@ -104,7 +104,7 @@ class power(_Schedule):
 
 @dataclass(frozen=True)
 class uniform(_Schedule):
-    r"""The mean of the trajectory, the pre-trained model included: stochastic weight averaging.
+    r"""The mean of the trajectory with the pre-trained model: stochastic weight averaging.
 
     .. math:: \alpha_n = \frac{n + 1}{n + 2}
 
@@ -125,7 +125,7 @@ class beta(_Schedule):
     r"""The mean of the trajectory, weighted by the density of a Beta distribution.
 
     .. math::
-        w_t \propto x_t^{a - 1} (1 - x_t)^{b - 1}, \qquad x_t = \frac{t + 1/2}{T + 1}, \quad t = 0, \dots, T
+        w_t \propto x_t^{a - 1} (1 - x_t)^{b - 1}, \quad x_t = \frac{t + 1/2}{T + 1}, \quad t = 0, \dots, T
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 

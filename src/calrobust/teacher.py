@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
 from calrobust._state import (
@@ -29,7 +28,7 @@ from calrobust._state import (
 class EMATeacher(Keeping):
     r"""Frozen copy :math:`\psi` of a student :math:`\theta`, its exponential moving average.
 
-    .. math:: \psi \leftarrow \alpha\, \psi + (1 - \alpha)\, \theta
+    .. math:: \psi \leftarrow \alpha \psi + (1 - \alpha) \theta
 
     Parameters and the running statistics of normalisation layers are averaged, in float32 or better; the rest is the
     student's (:doc:`/guides/weights`).
@@ -276,7 +275,7 @@ class EMATeacher(Keeping):
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    while isinstance(module, (DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
+    while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
         module = next(module.children())
     return module
 
@@ -288,7 +287,7 @@ def _names_not_finite(state: dict[str, Any]) -> set[str]:
 def _broadcast(pairs: list[Pair], student: nn.Module) -> None:
     """Does what DDP did with the student."""
     for module in student.modules():
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
             for pair in pairs:
                 value = pair.ours.to(pair.theirs.device).contiguous()
                 dist.broadcast(value, group=module.process_group, group_src=0)

@@ -14,9 +14,6 @@ from calrobust._state import EXTRA, check_model, check_same_state, check_values,
 
 StateDict = dict[str, Tensor]
 Weights = Mapping[str, Tensor] | nn.Module
-Combination = Callable[[str, list[Tensor], Tensor], Tensor]  # of a name, its entries, and what to combine
-_INTEGER = re.compile(r"torch\.(bool|u?int(8|16|32|64))")
-_SPECTRAL = re.compile(r"parametrizations\..*\._[uv]$")
 
 
 def interpolate(
@@ -27,8 +24,8 @@ def interpolate(
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     ``alpha`` is in [0, 1], any finite number with ``extrapolate=True``, or a function of each floating tensor's name,
-    as in LiNeS (:doc:`/guides/recipes`). At the ends, floating entries are exact. Models, result and errors are as
-    for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
+    as in LiNeS (:doc:`/guides/recipes`). The ends are exact. Models, result and errors are as for :func:`average` of
+    ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
         >>> import torch
@@ -62,7 +59,7 @@ def interpolate(
 def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -> StateDict:
     r"""The weighted or uniform mean of models (a model soup).
 
-    .. math:: \theta = \sum_k w_k\, \theta_k \Big/ \sum_k w_k
+    .. math:: \theta = \sum_k w_k \theta_k / \sum_k w_k
 
     ``models`` are state dicts or modules of the same names and shapes; ``weights`` are numbers ≥ 0, where 0 leaves a
     model out. The result is a new state dict with the names, dtypes and devices of the first.
@@ -107,8 +104,8 @@ def model_stock(pretrained: Weights, models: Iterable[Weights]) -> StateDict:
     .. math::
         \theta = t\, \bar\theta + (1 - t)\, \theta_0, \qquad t = \frac{K \cos\varphi}{1 + (K - 1) \cos\varphi}
 
-    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` the mean cosine of
-    any two of their differences from the pre-trained :math:`\theta_0`, at least 0. Models, result and errors are as for
+    for each tensor. Here :math:`\bar\theta` is the mean of the K ≥ 2 models, and :math:`\cos\varphi` ≥ 0 the mean
+    cosine of any two of their differences from the pre-trained :math:`\theta_0`. Models, result and errors are as for
     :func:`average` of ``[pretrained, *models]``.
 
     Example:
@@ -145,14 +142,14 @@ def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
 
 
 @torch.no_grad()
-def _combine(models: Mapping[str, Weights], combination: Combination) -> StateDict:
+def _combine(models: Mapping[str, Weights], combination: Callable[[str, list[Tensor], Tensor], Tensor]) -> StateDict:
     given = {model: _checked(model, weights) for model, weights in models.items()}
     states = {m: {name: state[key] for name, key in unwrapped(state, m).items()} for m, state in given.items()}
     first, *others = states
     for model in others:
         check_same_state(**{first: states[first], model: states[model]})
     # Buffers, and the unit vectors of spectral_norm.
-    copied = {name for name in states[first] if _SPECTRAL.search(name)}
+    copied = {name for name in states[first] if re.search(r"parametrizations\..*\._[uv]$", name)}
     copied |= {f"{name[:-5]}{end}" for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):
         copied |= state.keys() - averaged
@@ -199,7 +196,7 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
         check_values(**{name: {key: value}})
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) or hasattr(value, "full_tensor")
         floating = value.is_complex() or (value.is_floating_point() and value.dtype.itemsize > 1)
-        if not plain or not (floating or _INTEGER.fullmatch(str(value.dtype))):
+        if not plain or not (floating or re.fullmatch(r"torch\.(bool|u?int(8|16|32|64))", str(value.dtype))):
             _refuse_quantised(entry, f"{type(value).__name__} of {value.dtype}")
     return state
 

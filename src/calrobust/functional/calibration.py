@@ -1,7 +1,5 @@
 """Calibration errors and their intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
@@ -27,7 +25,6 @@ LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an ECE has an interval
 
 
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
-    """The bin of each float64 confidence."""
     edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidences.device) * (1 / n_bins)
     return torch.bucketize(confidences, edges, right=True)
 
@@ -78,16 +75,16 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
 
     .. math::
         \mathrm{ECE} = \sum_b \tfrac{n_b}{N} |a_b - c_b|, \quad
-        \mathrm{RMSCE} = \Bigl(\sum_b \tfrac{n_b}{N} (a_b - c_b)^2\Bigr)^{1/2}, \quad
+        \mathrm{RMSCE} = \sqrt{\sum_b \tfrac{n_b}{N} (a_b - c_b)^2}, \quad
         \mathrm{MCE} = \max_b |a_b - c_b|
 
-    The result is float64 in [0, 1], or NaN without samples, one value for each row of bins.
+    The result is float64 in [0, 1], NaN without samples, one value for each row of bins.
 
     Args:
         bins: sums of shape ``[..., n_bins]``, see :func:`~calrobust.functional.bin_confidences`.
         norm: ``"l1"`` (ECE), ``"l2"`` (RMSCE) or ``"max"`` (MCE).
-        debiased: only for ``"l2"``: subtract what noise adds to each square on average,
-            :math:`a_b (1 - a_b) / (n_b - 1)`. Bins of one sample and negative sums count 0.
+        debiased: only for ``"l2"``: subtract the bias of each square, :math:`a_b (1 - a_b) / (n_b - 1)`. Bins of one
+            sample and negative sums count 0.
 
     Raises:
         TypeError: ``bins`` are not three floating tensors.
@@ -122,7 +119,6 @@ def binned_error(bins: Bins, *, norm: Norm = "l1", debiased: bool = False) -> Te
 
 
 def check_norm(norm: Norm, *, debiased: bool = False) -> None:
-    """Raises for invalid options."""
     check_choice(get_args(Norm), norm=norm)
     check_flag(debiased=debiased)
     if debiased and norm != "l2":
@@ -201,7 +197,7 @@ def adaptive_calibration_error(
 
 
 def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
-    """Sums ``[C, n_bins]`` over the probabilities of each class."""
+    """``[C, n_bins]``."""
     sums = torch.empty(0)
     for block in blocks:
         probs, own, n_classes = block.probs, block.own.double(), block.probs.shape[1]
@@ -225,7 +221,6 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
 
 
 def classwise_error(bins: Bins, norm: Norm) -> Tensor:
-    """:func:`binned_error` of the bins of all classes together."""
     return binned_error(Bins(*(sums.flatten(-2) for sums in bins)), norm=norm)
 
 
@@ -242,8 +237,8 @@ def classwise_calibration_error(
 
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 
-    where :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average, and a share
-    :math:`a_{bc}` belongs to it.
+    of :math:`n_{bc}` samples with a probability of class c in bin b, :math:`p_{bc}` on average, and a share
+    :math:`a_{bc}` of that class.
     Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
@@ -277,7 +272,7 @@ class CalibrationInterval(NamedTuple):
     debiased: Tensor
     """The value minus what noise adds on average; 0 below the noise floor."""
     low: Tensor
-    """Lower end of the interval for the error without noise, or NaN."""
+    """Lower end of the interval of the error without noise, or NaN."""
     high: Tensor
     """Its upper end, or NaN."""
     floor: Tensor
@@ -299,7 +294,7 @@ def calibration_interval(
         confidences: as for :func:`~calrobust.functional.bin_confidences`.
         correct: likewise.
         n_bins: likewise.
-        level: share of data sets whose interval contains the true error, in (0, 1).
+        level: how often intervals contain the true error, in (0, 1).
 
     Returns:
         Six float64 scalars; all NaN without samples.
@@ -323,14 +318,14 @@ def calibration_interval(
 
 
 def bin_moments(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """float64 ``[4, n_bins]``: the sums of ``bin_confidences``, and of c * (1 - c)."""
+    """``[4, n_bins]``: the sums of ``bin_confidences``, and of c * (1 - c)."""
     confidences = valid_confidences(confidences, correct, n_bins)
     variances = (confidences * (1 - confidences)).clamp(min=0)
     return sum_by_bin(bin_index(confidences, n_bins), n_bins, confidences, correct, variances)
 
 
 def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
-    """:func:`calibration_interval` of the mean ECE of D data sets, from moments ``[4, ..., D, n_bins]``."""
+    """:func:`calibration_interval` of the mean of D sets, from ``[4, ..., D, n_bins]``."""
     counts, confidence_sums, correct_sums, variances = moments
     total, n_sets = counts.sum(-1), counts.shape[-2]
     values = (confidence_sums - correct_sums).abs().sum(-1) / total
@@ -347,7 +342,7 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
 
 
 def _errors(moments: Tensor, level: float) -> Tensor:
-    """Lower end, debiased value and upper end, ``[3, ...]``."""
+    # Lower end, debiased value and upper end.
     counts, confidence_sums, correct_sums, variances = moments
     total, filled = counts.sum(-1), counts.clamp(min=1)
     observed = (confidence_sums - correct_sums).abs()
@@ -366,7 +361,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return tried.minimum(largest_gaps)
 
     def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the sum of ``|d|``, and the deviation of its difference from the observed sum."""
+        # The mean of the sum of |d|, and the deviation of its difference from the observed sum.
         accuracies = (confidences - gaps / filled).clamp(min=least)
         variances = effective * accuracies * (1 - accuracies)
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from calrobust._checks import (
     check_bool,
@@ -43,7 +42,6 @@ class _Data(NamedTuple):
     huge: bool = False
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yields ``logits - top`` in one buffer."""
         step = block_rows(self.logits, dtype)
         buffer = self.logits.new_empty(step, self.logits.shape[1], dtype=dtype)
         for logits, top in zip(self.logits.split(step), self.top.split(step), strict=True):
@@ -102,7 +100,6 @@ def fit_temperature(
 
 
 def determined_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None, of: str = "") -> float:
-    """T of valid data, with a warning if they do not determine it."""
     temperature, causes = best_temperature(logits, target, weight)
     if causes:
         warn(f"the data do not determine a temperature{of}: {'; '.join(causes)}; T = {temperature:.6g}")
@@ -110,7 +107,7 @@ def determined_temperature(logits: Tensor, target: Tensor, weight: Tensor | None
 
 
 def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, list[str]]:
-    """T of valid data, and why they do not determine it."""
+    """T, and why the data do not determine it."""
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
         if weight is not None:
@@ -155,7 +152,7 @@ def _visible_means(data: _Data, limit: float) -> Tensor:
 
 
 def _mask_distance(data: _Data, means: Tensor) -> float:
-    """How far below the top finite masks begin, or inf."""
+    """How far below the top masks begin, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
     some = torch.cat((some, means.argmin()[None]))  # has masks if any has
@@ -187,7 +184,6 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
 
 
 def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
-    """1/T, and whether it converged."""
     low, high = 0.0, math.inf  # the gradient changes sign between them
     for _ in range(max_steps):
         gradient, curvature = _derivatives(data, beta)
@@ -223,7 +219,6 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
 
 
 def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
-    """Slope and intercept, ``[2]``."""
     check_floating(similarities=similarities)
     check_bool(matched=matched)
     check_float64(similarities=similarities)
@@ -266,7 +261,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
 def _newton_line(
     z: Tensor, matched: Tensor, mean: Tensor, spread: Tensor, low: float, high: float
 ) -> tuple[Tensor, bool]:
-    """The line of ``(z - mean) / spread``, and whether it converged."""
+    """Of ``(z - mean) / spread``."""
     line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), float("inf")
     for _ in range(MAX_STEPS):
         loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), 1e-9 * torch.eye(2).to(mean)
@@ -274,7 +269,7 @@ def _newton_line(
             x = torch.stack(((some.double() - mean) / spread, torch.ones_like(some, dtype=torch.float64)))
             target, logits = torch.where(flags, high, low), line @ x
             p = logits.sigmoid()
-            loss += (softplus(logits) - target * logits).sum()
+            loss += (torch.nn.functional.softplus(logits) - target * logits).sum()
             gradient += x @ (p - target)
             hessian += (x * p * (1 - p)) @ x.T
         if float(loss) > lowest * (1 + 1e-12):  # the step went too far

@@ -22,7 +22,7 @@ def multimodal_contrastive_loss(
 ) -> Tensor:
     r"""Cross-entropy of images against all texts and of texts against all images (MCL).
 
-    .. math:: \ell_i = \log \sum_j e^{s_{ij}} - (1 - \varepsilon)\, \bar s_i - \tfrac{\varepsilon}{M} \sum_j s_{ij}
+    .. math:: \ell_i = \log \sum_j e^{s_{ij}} - (1 - \varepsilon) \bar s_i - \frac{\varepsilon}{M} \sum_j s_{ij}
 
     Here :math:`s_{ij}` is ``logit_scale`` times the dot product of image :math:`i` and text :math:`j`, and
     :math:`\bar s_i` its mean over the positives of image :math:`i`. From text to image the two are exchanged, and the
@@ -34,8 +34,8 @@ def multimodal_contrastive_loss(
             texts are only candidates.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
-            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive, without
-            which compiled code and GPUs give NaN; from text to image a text without is left out.
+            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive, else
+            compiled code and GPUs give NaN; from text to image a text without is left out.
         label_smoothing: :math:`\varepsilon` in [0, 1), as in torch.
         direction: ``"both"``, ``"image_to_text"`` or ``"text_to_image"``.
         **options: see :class:`~calrobust.functional.PairOptions`.
@@ -81,7 +81,7 @@ def multimodal_distillation_loss(
 ) -> Tensor:
     r"""Divergence of the student's image-to-text and text-to-image softmaxes from those of a teacher (MKD).
 
-    .. math:: \ell_i = \tau^2 \left( \mathrm{KL}(\tilde p_i \,\|\, p_i) + \mathrm{KL}(\tilde q_i \,\|\, q_i) \right)
+    .. math:: \ell_i = \tau^2 (\mathrm{KL}(\tilde p_i \| p_i) + \mathrm{KL}(\tilde q_i \| q_i))
 
     Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by ``temperature``
@@ -93,7 +93,7 @@ def multimodal_distillation_loss(
     gradient. The value is exactly 0 for equal models.
 
     Raises:
-        ValueError, TypeError: as for MCL, of student and teacher; the teacher's batch differs in size.
+        ValueError, TypeError: as for MCL, or the teacher's batch differs in size.
 
     Example:
         >>> import torch
@@ -130,7 +130,7 @@ def carot_loss(
     direction: Directions = "both",
     **options: Unpack[PairOptions],
 ) -> Tensor:
-    """MCL with label smoothing plus ``distillation_weight`` times MKD: CaRot's objective on pairs, without OC.
+    """CaRot's objective on pairs, without OC: MCL with label smoothing plus ``distillation_weight`` times MKD.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_contrastive_loss` and
     :func:`~calrobust.functional.multimodal_distillation_loss`.
@@ -166,7 +166,7 @@ def sigmoid_contrastive_loss(
 ) -> Tensor:
     r"""Binary cross-entropy of every image with every text, summed over the texts: SigLIP's loss.
 
-    .. math:: \ell_i = \sum_j \log \left( 1 + e^{-m_{ij} z_{ij}} \right)
+    .. math:: \ell_i = \sum_j \log(1 + e^{-m_{ij} z_{ij}})
 
     Here :math:`z_{ij}` is ``logit_scale`` times a dot product, plus ``logit_bias``, a finite number or scalar tensor,
     and :math:`m_{ij}` is 1 for positives and -1 for all others. Arguments, results and errors are those of
@@ -200,7 +200,7 @@ def sigmoid_distillation_loss(
 ) -> Tensor:
     r"""Divergence of a sigmoid model's probabilities from a teacher's, of every image with every text.
 
-    .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}\left(\sigma(\tilde z_{ij} / \tau) \,\|\, \sigma(z_{ij} / \tau)\right)
+    .. math:: \ell_i = \tau^2 \sum_j \mathrm{KL}(\sigma(\tilde z_{ij} / \tau) \| \sigma(z_{ij} / \tau))
 
     Here :math:`\tilde z_{ij}` is the teacher's, and KL is binary. Arguments, results and errors are those of
     :func:`~calrobust.functional.sigmoid_contrastive_loss` and
@@ -210,7 +210,7 @@ def sigmoid_distillation_loss(
         >>> import torch
         >>> from calrobust.functional import sigmoid_distillation_loss
         >>> image = text = torch.eye(2)
-        >>> sigmoid_distillation_loss(image, text, 1e-6, 0.0, image, text, 100.0, -50.0)  # 2 log 2: certain against 1/2
+        >>> sigmoid_distillation_loss(image, text, 1e-6, 0.0, image, text, 100.0, -50.0)  # 2 log 2
         tensor(1.3863)
     """
     student = Outputs(image_features, text_features, logit_scale, logit_bias)
@@ -235,9 +235,8 @@ def feature_distillation_loss(
 
     .. math:: \ell_i = \tfrac{1}{2} \lVert x_i - \tilde x_i \rVert^2
 
-    For unit norm this is :math:`1 - x_i^\top \tilde x_i`, without its rounding, and D/2 times torch's ``mse_loss``. The
-    means over images and over texts are **summed**, unless ``modality`` is ``"image"`` or ``"text"``, which leaves the
-    other without a gradient.
+    For unit norm this is :math:`1 - x_i^\top \tilde x_i`. The means over images and over texts are **summed**, unless
+    ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a gradient.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_distillation_loss`, but features
     may have any norm, and the teacher's must have the student's width D. The logit scales are not used.

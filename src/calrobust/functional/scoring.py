@@ -1,4 +1,4 @@
-"""Scores of predictions, in blocks of rows."""
+"""Scores, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """Sums over each bin, float64 ``[..., n_bins]``; ``a + b`` holds the samples of both.
+    """Sums over each bin, float64 ``[..., n_bins]``; ``a + b`` has the samples of both.
 
     Example:
         >>> import torch
@@ -66,7 +66,6 @@ class Bins(NamedTuple):
 
 
 def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked ``[M, C]`` and ``[M]``, without ignored ones."""
     check_predictions(target, **preds)
     check_float64(**preds)
     check_ignore_index(ignore_index)
@@ -79,12 +78,11 @@ def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) ->
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether reading values is free: on a CPU, outside a graph."""
+    # Reading is free on a CPU, outside a graph.
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
-    """How many rows make a block."""
     rows = len(scores)
     if not torch.compiler.is_compiling():  # the compiler fuses the passes itself
         size = GPU_BLOCK_BYTES if scores.is_cuda else CPU_BLOCK_BYTES * torch.get_num_threads()
@@ -99,7 +97,7 @@ def probability_blocks(
     validate: bool | None = None,
     temperature: float | None = None,
 ) -> Iterator[Block]:
-    """At least one; ``validate=None`` checks values where that is free."""
+    """Yields at least one; ``validate=None`` checks values where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
@@ -130,7 +128,6 @@ def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tens
 
 
 def log_losses(block: Block) -> Tensor:
-    """``[n]``: minus the logarithm of the label's probability."""
     own, losses = block.own, -block.own.log()
     if not block.from_logits:
         return losses.where(~block.confidences.isnan(), torch.nan)
@@ -142,7 +139,7 @@ def log_losses(block: Block) -> Tensor:
 
 
 def certainties(block: Block) -> Tensor:
-    """``[n]``: in the order of the confidences, also where those of logits round to 1."""
+    # In the order of the confidences, also where those of logits round to 1.
     found = block.confidences.clone()
     if block.from_logits:
         sure = found > SURE
@@ -155,7 +152,6 @@ def certainties(block: Block) -> Tensor:
 
 
 def squared_errors(block: Block) -> Tensor:
-    """``[n]``: squared distance of the probabilities from the label's indicator."""
     # Subtracting from the sum would lose small scores.
     own = (block.own - 1).square()
     return block.probs.square().scatter_(1, block.target[:, None], own[:, None]).sum(1)
@@ -179,18 +175,15 @@ def top_label(
 
 
 def confidences_of(block: Block) -> Tensor:
-    """``[n]``."""
     return block.confidences
 
 
 def top_labels(blocks: Iterable[Block], score: Callable[[Block], Tensor] = confidences_of) -> tuple[Tensor, Tensor]:
-    """:func:`top_label` of blocks, or another score."""
     scores, correct = zip(*((score(block), block.correct) for block in blocks), strict=True)
     return torch.cat(scores), torch.cat(correct)
 
 
 def check_confidences(confidences: Tensor, correct: Tensor) -> None:
-    """Raises unless they are valid."""
     check_floating(confidences=confidences)
     check_bool(correct=correct)
     if confidences.ndim != 1 or confidences.shape != correct.shape:
@@ -202,7 +195,6 @@ def check_confidences(confidences: Tensor, correct: Tensor) -> None:
 
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """In float64, with NaN outside [0, 1]."""
     check_confidences(confidences, correct)
     check_n_bins(n_bins)
     confidences = confidences.detach().double()
@@ -291,7 +283,7 @@ def selective_risk(
 ) -> Tensor:
     r"""Area under the risk-coverage curve (AURC): how often the most confident predictions are wrong.
 
-    .. math:: \mathrm{AURC} = \frac{1}{N} \sum_{k=1}^N r_k, \qquad
+    .. math:: \mathrm{AURC} = \frac{1}{N} \sum_{k=1}^N r_k, \quad
         \mathrm{AUGRC} = \frac{1}{N} \sum_{k=1}^N \tfrac{k}{N} r_k
 
     where :math:`r_k` is :func:`~calrobust.functional.risk_coverage_curve`. ``generalized`` gives AUGRC.
@@ -337,12 +329,11 @@ def risk_coverage_curve(confidences: Tensor, correct: Tensor) -> Tensor:
 
 
 def area(curve: Tensor, generalized: bool) -> Tensor:
-    """AURC or AUGRC."""
     return (curve * _ranks(curve) / len(curve) if generalized else curve).mean()
 
 
 def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
-    """float64 ``[N]``: AURC plus the influence of each sample on it."""
+    """AURC plus the influence of each sample on it."""
     order, ordered, ties, wrong = _ranked(confidences, correct)
     shares = _shared(wrong, ties) / _ranks(ordered)
     weights = (1 / _ranks(ordered)).flip(0).cumsum(0).flip(0)
@@ -351,7 +342,6 @@ def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
 
 
 def _ranked(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The order, then the sorted confidences, their ties and errors."""
     check_confidences(confidences, correct)
     ordered, order = confidences.detach().sort(descending=True)
     changes = torch.ones_like(ordered, dtype=torch.int64)
@@ -365,7 +355,6 @@ def _ranks(like: Tensor) -> Tensor:
 
 
 def _shared(values: Tensor, ties: Tensor) -> Tensor:
-    """The mean of each value's tie."""
     sums, counts = torch.zeros(2, len(values), dtype=torch.float64, device=values.device)
     sums.index_add_(0, ties, values)
     counts.index_add_(0, ties, torch.ones_like(values))

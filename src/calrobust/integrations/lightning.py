@@ -1,4 +1,4 @@
-"""Lightning: an EMA teacher."""
+"""An EMA teacher."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -18,12 +18,12 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Following, Callback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in checkpoints.
 
-    The teacher gets the trainer's device and precision, and is updated after each batch with a step of an optimiser,
+    The teacher gets the trainer's device and precision, and is updated after each batch with an optimiser's step,
     unless a ``GradScaler`` skips it. A module that holds it saves it. See also :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.
-        student: the ``LightningModule``, or the part of it that was copied.
+        student: the ``LightningModule`` or its copied part.
         evaluate_teacher: whether validation, test and prediction run with the averaged weights.
         name: tells several callbacks apart in checkpoints.
 

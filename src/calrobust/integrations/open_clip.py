@@ -1,11 +1,10 @@
-"""open_clip: losses that its trainer can call."""
+"""Losses for the trainer of open_clip."""
 
 import sys
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from calrobust._checks import check_instance, check_number, warn
 from calrobust.losses import PairLoss
@@ -13,11 +12,10 @@ from calrobust.losses import PairLoss
 __all__ = ["OpenClipLoss"]
 
 OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
-ARGUMENTS = {name: name for name in OUTPUTS} | {f"dist_{name}": f"teacher_{name}" for name in OUTPUTS}
 
 
 class OpenClipLoss(nn.Module):
-    """A loss on pairs that is called like open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
+    """A loss on pairs, called as open_clip's ``ClipLoss``, ``DistillClipLoss`` and ``CoCaLoss``.
 
     Terms include the criterion's weights. See also :doc:`/guides/open_clip`.
 
@@ -54,7 +52,7 @@ class OpenClipLoss(nn.Module):
         """A scalar, or its terms ``contrastive_loss``, ``distillation_loss`` and ``caption_loss``.
 
         Args:
-            *outputs: the student's and then the teacher's: image and text features, logit scale, maybe logit bias.
+            *outputs: the student's and the teacher's: image and text features, logit scale, maybe logit bias.
             output_dict: whether to return the terms.
             **named: the same by name, the teacher's as ``dist_image_features``, and ``logits`` and ``labels`` of
                 captions. Other names are ignored.
@@ -66,7 +64,11 @@ class OpenClipLoss(nn.Module):
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ours = "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks"
             warn(f"{ours}; pass gather=True to its losses")
-        found = {ARGUMENTS[name]: value for name, value in named.items() if name in ARGUMENTS}
+        found = {
+            name.replace("dist_", "teacher_"): value
+            for name, value in named.items()
+            if name.removeprefix("dist_") in OUTPUTS
+        }
         try:
             terms = self.criterion.terms(*outputs, **found)
         except TypeError as error:
@@ -80,7 +82,7 @@ class OpenClipLoss(nn.Module):
                 rule = "caption_weight must be given for a model that returns logits of captions, as CoCa does"
                 raise TypeError(f"{rule}; {fix}2.0), or 0.0 to leave captions untrained")
             if labels is not None:
-                caption = cross_entropy(logits.movedim(-1, 1), labels, ignore_index=0)
+                caption = nn.functional.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=0)
                 terms = {**terms, "caption": self.caption_weight * caption}
             elif self.caption_weight:
                 raise TypeError(f"labels must be given with logits of captions; {fix}0.0) for a task that has none")

@@ -21,7 +21,7 @@ class EMATeacherCallback(Following, TrainerCallback):
 
     The teacher gets the trainer's device and is updated after each step of the optimiser, unless a ``GradScaler``
     skips it. It is loaded when training resumes, or with ``load_best_model_at_end``. ``student`` is the trainer's
-    model, or the part of it that was copied. See also :doc:`/guides/transformers`.
+    model or its copied part. See also :doc:`/guides/transformers`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -78,7 +78,7 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
 
     They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one. Features
     have unit norm, except those of PE-video, whose videos stand for images. The ``model`` may be in a
-    ``DistributedDataParallel`` or EMA teacher. What lacks these raises ``TypeError``.
+    ``DistributedDataParallel`` or EMA teacher. Others raise ``TypeError``.
 
     Example:
         >>> import torch

@@ -1,5 +1,3 @@
-"""What the metrics share."""
-
 # TorchScript cannot read postponed annotations.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,7 +106,6 @@ class PredictionMetric(Metric):
             self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
 
     def _as_states(self, states: Any) -> dict[str, Any]:
-        """Other states on this device, if they fit."""
         if not isinstance(states, Mapping):
             raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
         kept: dict[str, Any] = {}

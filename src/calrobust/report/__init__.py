@@ -1,6 +1,4 @@
-"""Accuracy and calibration of methods under distribution shift."""
-
-from __future__ import annotations
+"""Accuracy and calibration under shift."""
 
 import csv
 import math
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calrobust._checks import check_choice, check_flag, check_n_bins, check_softmax_exists
+from calrobust._checks import check_choice, check_flag, check_instance, check_n_bins, check_softmax_exists
 from calrobust.functional.calibration import bin_confidences
 from calrobust.functional.fitting import determined_temperature
 from calrobust.functional.scoring import Bins
@@ -145,9 +143,12 @@ class ShiftReport:
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
         """Sums over bins, of logits / T if ``scaled``; ``ValueError`` if there are no such data, or no T."""
         confidences, correct = self.confidences(method, domain)
-        if scaled and method not in self._fits:
-            raise ValueError(f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first")
-        confidences = self._scaled(method, domain)["confidences_ts"] if scaled else confidences
+        if scaled:
+            if method not in self._fits:
+                raise ValueError(
+                    f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first"
+                )
+            confidences = self._scaled(method, domain)["confidences_ts"]
         return bin_confidences(confidences, correct, n_bins=self.n_bins)
 
     def confidences(self, method: str, domain: str) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,7 @@ class ShiftReport:
         summary = {row.pop("method"): row for row in map(_finite, self.summary())}
         return {**head, "summary": summary, "per_domain": domains}
 
-    def to_pandas(self, *, per_domain: bool = False) -> pd.DataFrame:
+    def to_pandas(self, *, per_domain: bool = False) -> "pd.DataFrame":
         """:meth:`summary`, or :meth:`per_domain`, as a ``DataFrame``; ``ImportError`` without pandas."""
         try:
             import pandas as pd
@@ -339,9 +340,8 @@ class ShiftReport:
 
 
 def _check_names(**names: Any) -> None:
+    check_instance(str, "pass its name", **names)
     for name, value in names.items():
-        if not isinstance(value, str):
-            raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
         if not value.strip():
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
 

@@ -1,5 +1,3 @@
-"""What a report keeps, estimates and prints."""
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -47,13 +45,12 @@ DEFAULT = "id_accuracy", "ood_accuracy", "id_ece", "ood_ece", "temperature", "id
 MISSING = "\N{EN DASH}"
 BRACKETS = (
     "In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
-    "the noise floor, which is the ECE that a perfectly calibrated model shows. An ECE without an interval, such as "
-    "the mean of several domains, has in brackets its debiased value, noise floor and p-value against perfect "
-    "calibration."
+    "the noise floor, the ECE of a perfectly calibrated model. An ECE without an interval, such as a mean of domains, "
+    "has its debiased value, noise floor and p-value against perfect calibration."
 )
 NOTES = {  # of columns whose name holds the word
     "nll": "NLL: negative log-likelihood in nats.",
-    "own": "At own T: each data set at the T that is best for it, a diagnosis that no method may claim as its result.",
+    "own": "At own T: each data set at its best T, a diagnosis that no method may claim as its result.",
     "brier": "Brier score: over all classes, in [0, 2].",
     "aurc": "AURC: area under the risk-coverage curve, in per cent.",
 }

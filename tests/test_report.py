@@ -400,7 +400,7 @@ class TestIntervals:
         everything = report.to_dict()
         assert everything["summary"]["FT"]["ood_ece_high"] is None
         for said in (str(report), report.to_latex(), everything["caption"]):
-            assert "has in brackets its debiased value, noise floor and p-value against perfect calibration." in said
+            assert "has its debiased value, noise floor and p-value against perfect calibration." in said
         value, debiased, floor = (100 * row["ood_ece" + part] for part in ("", "_debiased", "_floor"))
         assert row["ood_ece_p"] < 0.001
         assert f"| {value:.1f} ({debiased:.1f}; {floor:.1f}; p < 0.001) |" in str(report)
@@ -769,7 +769,7 @@ class TestTables:
         )
         more = report.to_markdown(columns=["ood_ece_ts", "id_aurc"])
         assert "\n\nECE (15 bins) in per cent; ID: photo; OOD: plain mean over sketch, clipart; + TS: logits" in more
-        assert "noise floor, which is" in more
+        assert "noise floor, the ECE of" in more
         assert more.endswith("in per cent. Other figures have their 95 % interval in brackets.")
         assert report.to_markdown(columns=["id_accuracy"]).endswith("clipart. In brackets: the 95 % interval.")
         assert report.to_markdown(columns=["temperature"]).endswith("which was fitted on held-out data.")

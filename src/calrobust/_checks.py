@@ -134,7 +134,7 @@ def check_predictions(target: Any, **preds: Any) -> None:
         if value.shape[1] < 2:
             raise ValueError(
                 f"{name} must have a column for each of two classes or more, got shape {list(value.shape)}; for a "
-                f"logit of the class 1 alone pass torch.cat((torch.zeros_like({name}), {name}), 1), for its "
+                f"single logit of the class 1 pass torch.cat((torch.zeros_like({name}), {name}), 1), for a single "
                 f"probability torch.cat((1 - {name}, {name}), 1)"
             )
         check_labels(len(value), value.device, value.shape[2:], target=target)

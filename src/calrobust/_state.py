@@ -22,7 +22,7 @@ def unwrapped(names: Mapping[str, Any], owner: str) -> dict[str, str]:
     if len(own) < len(names):
         raise ValueError(
             f"names in the {owner} must differ without the words of wrappers, such as 'module' and '_orig_mod', got "
-            f"{len(names) - len(own)} that do not; rename the submodule that is called 'module'"
+            f"{len(names) - len(own)} that do not; rename the submodule 'module'"
         )
     return own
 
@@ -33,11 +33,13 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     for path, owner in module.named_modules(remove_duplicate=False):
         if method := getattr(type(owner), "reshard", None):
             method(owner)  # FSDP2 may have kept gathered parameters
-        statistics = ("running_mean", "running_var") if isinstance(owner, nn.modules.batchnorm._NormBase) else ()
+        normalises = isinstance(owner, nn.modules.batchnorm._NormBase)
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
                 inexact = tensor.is_floating_point() or tensor.is_complex()
-                averaged = inexact and (isinstance(tensor, nn.Parameter) or name in statistics)
+                averaged = inexact and (
+                    isinstance(tensor, nn.Parameter) or (normalises and name in ("running_mean", "running_var"))
+                )
                 found[f"{path}.{name}" if path else name] = tensor, averaged
     own = unwrapped(found, type(module).__name__)
     return {key: found[name][0] for key, name in own.items()}, {key for key, name in own.items() if found[name][1]}
@@ -215,7 +217,7 @@ def _check_functions(student: nn.Module) -> None:
                     raise ValueError(
                         f"student must have no function that captures what a copy would share, got one in {name} of "
                         f"the {type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a "
-                        f"method of an object, which is copied, or add a hook after the teacher is made, or {_FIX}"
+                        f"method of an object, which is copied, or add hooks after the teacher is made, or {_FIX}"
                     )
 
 

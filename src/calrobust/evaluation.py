@@ -71,7 +71,7 @@ def collect_logits(
                     "loader one of a single data set?"
                 )
     if not found:
-        raise ValueError("loader must yield at least one batch, got none; an exhausted generator, or drop_last?")
+        raise ValueError("loader must yield at least one batch, got none; a used generator, or drop_last?")
     logits, target = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(target)
 
@@ -103,11 +103,11 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
         if logits.ndim > 1 and target.shape == logits.shape:
             raise ValueError(
-                "target must hold the index of each sample's class, got a value for every class, of shape "
+                "target must hold each sample's class, got a value for every class, of shape "
                 f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
             )
     check_predictions(target, logits=logits)
-    # Copies, since loaders and models may reuse memory.
+    # Loaders and models may reuse memory.
     return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()
 
 
@@ -129,7 +129,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:
-    if callable(getattr(batch, "to", None)):  # also the batches of tokenizers
+    if callable(getattr(batch, "to", None)):  # also of tokenizers
         return batch.to(device)
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
@@ -149,7 +149,7 @@ def zero_shot_classifier(
 
     .. math:: w_c = \frac{m_c}{\|m_c\|}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    of the unit-norm features :math:`x_{c,t}` of class :math:`c` in template :math:`t`, in float32 or better. Logits
+    of the unit-norm features :math:`x_{c,t}` of class c in template t, in float32 or better. Logits
     are ``logit_scale * image_features @ weight.T``.
 
     Args:
@@ -220,7 +220,7 @@ def _captions(names: Any, templates: Any) -> list[str]:
 
 class _Scaler(Keeping):
     is_fitted: bool
-    """Also true once a fitted state is loaded."""
+    """Also after a fitted state is loaded."""
     _kept = ("is_fitted",)
 
     def __init__(self, **values: float) -> None:
@@ -253,7 +253,7 @@ class _Scaler(Keeping):
 
 
 class TemperatureScaler(_Scaler):
-    r"""Divides logits by a temperature that was fitted on held-out data.
+    r"""Divides logits by a temperature fitted on held-out data.
 
     .. math:: z \mapsto z / T, \quad T = \arg\min_{T > 0} \mathrm{NLL}(z_\mathrm{val} / T)
 
@@ -285,7 +285,7 @@ class TemperatureScaler(_Scaler):
 
 
 class PlattScaler(_Scaler):
-    r"""Maps similarities of pairs to the logit of the probability that a pair matches.
+    r"""Maps similarities to the logit of the probability that a pair matches.
 
     .. math:: z \mapsto a z + b, \quad a, b = \arg\min_{a > 0, b} \sum_i \log(1 + e^{\mp (a z_i + b)})
 

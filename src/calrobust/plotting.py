@@ -30,15 +30,15 @@ BARS: dict[str, dict[str, Any]] = {
     "overconfident by": {"facecolor": "#F6CDB4", "edgecolor": VERMILION, "linewidth": 0.6, "hatch": "//////"},
     "underconfident by": {"facecolor": "#C4DFF0", "edgecolor": BLUE, "linewidth": 0.6, "hatch": "......"},
 }
-FAINTEST = 0.15  # opacity
+FAINTEST = 0.15
 STRIP = 0.2  # height of the histogram
-ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}  # legends
+ABOVE: dict[str, Any] = {"loc": "lower left", "frameon": False, "fontsize": FONT - 1, "columnspacing": 1}
 
 
 def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
-    """Accuracy against confidence in each bin, above a histogram of confidences.
+    """Accuracy against confidence of each bin, above a histogram.
 
-    Hatching lies between accuracy and mean confidence. Bins with fewer samples are fainter.
+    Hatching is the gap to the mean confidence. Bins with fewer samples are fainter.
 
     Args:
         bins: sums ``[n_bins]`` from :func:`~calrobust.functional.bin_confidences`, a metric or a report.
@@ -166,7 +166,7 @@ def risk_coverage(
 
     Args:
         report: a ``ShiftReport``, or confidences as for :func:`~calrobust.functional.risk_coverage_curve`.
-        correct: likewise, only with confidences.
+        correct: likewise, with confidences.
         domain: of the report; None is ``id_domain``.
         ax: as for :func:`reliability_diagram`.
 

@@ -1,6 +1,6 @@
 """Decays for :class:`~calrobust.EMATeacher` by the index ``n`` = 0, 1, ... of the update.
 
-Arguments out of range raise ``ValueError``, those of another type ``TypeError``.
+Invalid arguments raise ``ValueError`` or ``TypeError``.
 """
 
 from collections.abc import Callable
@@ -125,11 +125,11 @@ class beta(_Schedule):
     r"""The mean of the trajectory, weighted by the density of a Beta distribution.
 
     .. math::
-        w_t \propto x_t^{a - 1} (1 - x_t)^{b - 1}, \quad x_t = \frac{t + 1/2}{T + 1}, \quad t = 0, \dots, T
+        w_t \propto x_t^{a - 1} (1 - x_t)^{b - 1}, \quad x_t = \frac{t + 1/2}{T + 1}
 
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
-    Model 0 is the pre-trained one, and model :math:`n + 1` the student at update ``n``. :math:`T` is ``updates``, at
+    Model 0 is the pre-trained one, and model n + 1 the student at update ``n``. :math:`T` is ``updates``, at
     most ten million; then the decay is 1. Both ``a`` and ``b`` are > 0: ``a`` < 1 favours the pre-trained model,
     ``b`` < 1 the last students.
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from calrobust._checks import check_flag, check_fraction, check_instance, check_integer
 from calrobust._state import (
@@ -275,7 +276,7 @@ class EMATeacher(Keeping):
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
+    while isinstance(module, (DistributedDataParallel, nn.DataParallel)) or "_orig_mod" in module._modules:
         module = next(module.children())
     return module
 
@@ -285,9 +286,9 @@ def _names_not_finite(state: dict[str, Any]) -> set[str]:
 
 
 def _broadcast(pairs: list[Pair], student: nn.Module) -> None:
-    """Does what DDP did with the student."""
+    """As DDP did with the student."""
     for module in student.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+        if isinstance(module, DistributedDataParallel):
             for pair in pairs:
                 value = pair.ours.to(pair.theirs.device).contiguous()
                 dist.broadcast(value, group=module.process_group, group_src=0)
@@ -327,7 +328,7 @@ def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module 
 
 
 class Following:
-    """What the callbacks of trainers share."""
+    """What callbacks share."""
 
     _scaler: Any = torch.amp.GradScaler(enabled=False)
     _scale = 1.0
@@ -353,7 +354,7 @@ class Following:
 
 
 def whole_state(teacher: EMATeacher) -> dict[str, Any]:
-    """The state of whole tensors; every rank has to call it."""
+    """The state of whole tensors; every rank must call it."""
     state = teacher.state_dict()
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 

@@ -64,9 +64,9 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
     ``models`` are state dicts or modules of the same names and shapes; ``weights`` are numbers ≥ 0, where 0 leaves a
     model out. The result is a new state dict with the names, dtypes and devices of the first.
 
-    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. Integers,
-    other buffers, and values that are not finite in some model, are the last model's. If no model is a module, which
-    knows its buffers, all floating entries are averaged.
+    Parameters and the running statistics of torch's normalisation layers are averaged, in float32 or better. The
+    rest, and values that are not finite in some model, are the last model's. If no model is a module, which knows its
+    buffers, all floating entries are averaged.
 
     Raises:
         ValueError: there is no model, names or shapes differ, or ``weights`` are wrong.
@@ -150,7 +150,7 @@ def _combine(models: Mapping[str, Weights], combination: Callable[[str, list[Ten
         check_same_state(**{first: states[first], model: states[model]})
     # Buffers, and the unit vectors of spectral_norm.
     copied = {name for name in states[first] if re.search(r"parametrizations\..*\._[uv]$", name)}
-    copied |= {f"{name[:-5]}{end}" for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
+    copied |= {name[:-5] + end for name in states[first] if name.endswith("_orig") for end in ("_u", "_v")}
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):
         copied |= state.keys() - averaged
     combined: dict[str, Any] = {}

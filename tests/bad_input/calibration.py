@@ -174,8 +174,8 @@ def no_batches(name: str) -> list[Wrong]:
         Wrong(
             {"target": TARGET - 1},
             ValueError,
-            "target must be in [0, 3), one of the C classes, got -1; drop these samples, or leave them out of a metric "
-            "with ignore_index=-1",
+            "target must be in [0, 3), one of the C classes, got -1; drop these samples, or pass ignore_index=-1 to a "
+            "metric",
         ),
         Wrong({"target": TARGET + 1}, ValueError),
         Wrong({"target": torch.full_like(TARGET, -100)}, ValueError),
@@ -366,7 +366,7 @@ TABLE: Table = [
             Wrong(
                 {"incoming_state": None},
                 TypeError,
-                "incoming_state must be a metric or a dict of states, got NoneType",
+                "incoming_state must be of type Mapping, got NoneType; pass a metric or its metric_state",
             ),
             Wrong({"incoming_state": [1.0]}, TypeError),
             Wrong({"incoming_state": {}}, ValueError, STATES),
@@ -398,8 +398,7 @@ TABLE: Table = [
             Wrong(
                 {"bins": torch.zeros(3, 5)},
                 TypeError,
-                "bins must be the three sums that bin_confidences gives, got Tensor; see functional.bin_confidences, "
-                "or ShiftReport.bins",
+                "bins must be a tuple of three sums, got Tensor; see functional.bin_confidences, or ShiftReport.bins",
             ),
             Wrong({"bins": BINS[:2]}, TypeError),
             Wrong({"bins": (1.0, 2.0, 3.0)}, TypeError),

@@ -127,7 +127,7 @@ TABLE: Table = [
                 {"student": nn.ModuleDict({"module": nn.ModuleDict({"a": nn.Linear(3, 2)}), "a": nn.Linear(3, 2)})},
                 ValueError,
                 "names in the ModuleDict must differ without the words of wrappers, such as 'module' and '_orig_mod', "
-                "got 2 that do not; rename the submodule that is called 'module'",
+                "got 2 that do not; rename the submodule 'module'",
             ),
             Wrong(
                 {
@@ -364,7 +364,7 @@ TABLE: Table = [
             Wrong(
                 {"loader": []},
                 ValueError,
-                "loader must yield at least one batch, got none; an exhausted generator, or drop_last?",
+                "loader must yield at least one batch, got none; a used generator, or drop_last?",
             ),
             Wrong(
                 {"loader": [INPUTS]},

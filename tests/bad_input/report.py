@@ -88,11 +88,11 @@ TABLE: Table = [
     (
         [Target("ShiftReport", ShiftReport, lambda: {"id_domain": "photo"})],
         [
-            Wrong({"id_domain": 3}, TypeError, "id_domain must be a str, got int 3"),
+            Wrong({"id_domain": 3}, TypeError, "id_domain must be of type str, got int; pass its name"),
             Wrong(
                 {"id_domain": "  "},
                 ValueError,
-                "id_domain must not be blank, got '  '; it is a heading of the report's tables",
+                "id_domain must not be blank, got '  '; it is a heading of tables",
             ),
             Wrong({"n_bins": 0}, ValueError),
             Wrong({"n_bins": 1.5}, TypeError),
@@ -158,7 +158,7 @@ TABLE: Table = [
                 {"method": "FT"},
                 ValueError,
                 "'FT' must be fitted once, on all its validation data, got a second call after T = "
-                "1.71225; concatenate the batches, or use another method name",
+                "1.71225; concatenate the batches, or use another name",
             ),
             Wrong(
                 {"report": filled(fit=False), "method": "FT", "logits": OTHER, "target": OTHER_TARGET},

@@ -178,7 +178,7 @@ def test_a_checkpoint_without_a_teacher_is_an_error(tmp_path: Path, save_weights
     if not save_weights_only:  # else Lightning says itself that training cannot go on from it
         callback.evaluate_teacher = False
         model.train()
-        with pytest.raises(ValueError, match="ckpt_path must be a checkpoint with a teacher in it"):
+        with pytest.raises(ValueError, match="ckpt_path must be a checkpoint with a teacher, got "):
             run.fit(model, BATCHES, BATCHES, ckpt_path=tmp_path / "none.ckpt")
 
 

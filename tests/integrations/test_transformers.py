@@ -145,7 +145,8 @@ def test_resuming_without_the_teacher_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3" / "teacher.pt").unlink()
     again = trainer(tmp_path, EMATeacher(student), student, num_train_epochs=2)
     with pytest.raises(
-        FileNotFoundError, match=r"checkpoint-3 must hold the teacher as teacher.pt.*; copy the checkpo"
+        FileNotFoundError,
+        match=r"checkpoint-3 must hold the teacher as teacher.pt.*; copy all files of the resumed checkpo",
     ):
         again.train(resume_from_checkpoint=True)
 

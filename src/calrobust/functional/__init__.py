@@ -1,4 +1,4 @@
-"""The maths: pure functions of tensors."""
+"""Pure functions of tensors."""
 
 from calrobust.functional.calibration import (
     CalibrationInterval,

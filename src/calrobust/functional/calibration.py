@@ -179,7 +179,7 @@ def adaptive_calibration_error(
 ) -> Tensor:
     """Calibration error of the top label over bins that hold equally many samples.
 
-    Samples of equal confidence share the bin of the middle one.
+    Equal confidences share the bin of the middle one.
     Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
@@ -270,7 +270,7 @@ class CalibrationInterval(NamedTuple):
     value: Tensor
     """The ECE of the samples."""
     debiased: Tensor
-    """The value minus what noise adds on average; 0 below the noise floor."""
+    """The value minus what noise adds; 0 below the noise floor."""
     low: Tensor
     """Lower end of the interval of the error without noise, or NaN."""
     high: Tensor

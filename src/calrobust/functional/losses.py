@@ -30,8 +30,8 @@ def multimodal_contrastive_loss(
 
     Args:
         image_features: shape ``[N, D]``, floating, unit norm; not normalised here.
-        text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and further
-            texts are only candidates.
+        text_features: shape ``[M, D]``. Without labels, text :math:`i` is the positive of image :math:`i`, and others
+            are only candidates.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
             ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive, else
@@ -279,7 +279,7 @@ def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> T
     Reference: Oh et al., 2024, :arxiv:`2311.01723`.
     """
     matrix = weight.weight.T if isinstance(weight, nn.Linear) else weight
-    if hasattr(matrix, "full_tensor"):  # a DTensor
+    if hasattr(matrix, "full_tensor"):
         matrix = matrix.full_tensor()
     check_instance(Tensor, "pass the projection, e.g. model.visual.proj", weight=matrix)
     check_floating(weight=matrix)

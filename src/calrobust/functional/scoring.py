@@ -147,7 +147,7 @@ def certainties(block: Block) -> Tensor:
         scores = block.scores[rows]
         top = scores.amax(1, keepdim=True)
         others = scores.masked_fill_(scores == top, -torch.inf).logsumexp(1)
-        found[rows] = torch.where(sure[rows], top[:, 0] - others, found[rows])  # log-odds, which are above 6
+        found[rows] = torch.where(sure[rows], top[:, 0] - others, found[rows])  # log-odds, above 6
     return found
 
 

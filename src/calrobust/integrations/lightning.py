@@ -112,7 +112,7 @@ class EMATeacherCallback(Following, Callback):
         self._start(pl_module, trainer.precision_plugin)
         if trainer.ckpt_path is not None and not self._restored:
             raise ValueError(
-                f"ckpt_path must be a checkpoint with a teacher in it, got {trainer.ckpt_path}, which has none under "
-                f"{self.state_key!r}; pass one that was saved with this callback, or load the student's weights before "
+                f"ckpt_path must be a checkpoint with a teacher, got {trainer.ckpt_path}, which has none under "
+                f"{self.state_key!r}; pass one saved with this callback, or load the student's weights before "
                 "EMATeacher(student) and leave ckpt_path out"
             )

@@ -62,7 +62,7 @@ class OpenClipLoss(nn.Module):
         """
         alone = "gather=True" not in repr(self.criterion)
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            ours = "the criterion contrasts the pairs of each rank alone, but open_clip contrasts those of all ranks"
+            ours = "the criterion contrasts the pairs of each rank alone, open_clip those of all ranks"
             warn(f"{ours}; pass gather=True to its losses")
         found = {
             name.replace("dist_", "teacher_"): value

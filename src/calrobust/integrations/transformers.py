@@ -45,7 +45,7 @@ class EMATeacherCallback(Following, TrainerCallback):
         self.teacher.to(args.device)
         share_first_rank(self.teacher)
         if state.global_step > 0:
-            self._load(_checkpoint(args, state), "copy the checkpoint that is resumed into output_dir, all its files")
+            self._load(_checkpoint(args, state), "copy all files of the resumed checkpoint into output_dir")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Updates the teacher."""
@@ -77,7 +77,7 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from a model's output.
 
     They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one. Features
-    have unit norm, except those of PE-video, whose videos stand for images. The ``model`` may be in a
+    have unit norm, except PE-video's, whose videos stand for images. The ``model`` may be in a
     ``DistributedDataParallel`` or EMA teacher. Others raise ``TypeError``.
 
     Example:

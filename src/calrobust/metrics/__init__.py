@@ -238,7 +238,7 @@ class SelectiveRisk(SampledMetric):
 class CalibrationSummary(BinnedMetric):
     """Accuracy, confidence, scores and calibration errors, streaming.
 
-    ``compute`` gives a dict: ``accuracy``, ``confidence``, ``nll`` in nats, ``brier``, ``ece``, ``rmsce``, ``mce``.
+    ``compute`` gives ``accuracy``, ``confidence``, ``nll`` in nats, ``brier``, ``ece``, ``rmsce``, ``mce``.
     Arguments are those of :class:`CalibrationError` without ``norm`` and ``debiased``.
 
     Example:

@@ -11,6 +11,7 @@ from calrobust._checks import (
     check_flag,
     check_float64,
     check_ignore_index,
+    check_instance,
     check_n_bins,
     check_softmax_exists,
     check_tensor,
@@ -106,8 +107,7 @@ class PredictionMetric(Metric):
             self.__dict__.update(states, _computed=None, _update_count=_any_samples(states))
 
     def _as_states(self, states: Any) -> dict[str, Any]:
-        if not isinstance(states, Mapping):
-            raise TypeError(f"incoming_state must be a metric or a dict of states, got {type(states).__name__}")
+        check_instance(Mapping, "pass a metric or its metric_state", incoming_state=states)
         kept: dict[str, Any] = {}
         for name, state in states.items():
             pieces = state if isinstance(state, list) else [state]
@@ -160,7 +160,7 @@ class BinnedMetric(PredictionMetric):
 
 
 class SampledMetric(PredictionMetric):
-    """A metric whose state is a score of each sample, negative for wrong predictions."""
+    """Its state is a score of each sample, negative for wrong predictions."""
 
     plot_upper_bound = 1.0
     sampled = "confidences"

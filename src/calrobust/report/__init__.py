@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 class ShiftReport:
     """Accuracy and calibration error of methods in and out of distribution, with and without temperature scaling.
 
-    OOD figures are plain means over all domains but ``id_domain``. The parts of an ECE are those of
-    :func:`~calrobust.functional.calibration_interval`, for fixed T; a mean ECE of several domains has no interval.
-    :doc:`/derivations` has the other intervals. Domains must not share samples.
+    OOD figures are plain means over all domains but ``id_domain``. Domains must not share samples. An ECE has the parts
+    of :func:`~calrobust.functional.calibration_interval`, for fixed T, but a mean ECE has no interval.
+    :doc:`/derivations` has the other intervals.
 
     Figures are fractions, in printed tables per cent. Tables raise ``ValueError`` if a method lacks
     ``id_domain`` or a domain that others have. A report keeps about 44 bytes for each sample, and logits on the CPU.
@@ -117,7 +117,7 @@ class ShiftReport:
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
-        """Fits a method's temperature T to held-out data in distribution, before or after :meth:`add`.
+        """Fits a method's T to held-out data in distribution, before or after :meth:`add`.
 
         T is that of :func:`~calrobust.functional.fit_temperature`. Arguments and errors are those of :meth:`add`; a
         second call for a method raises ``ValueError`` too.
@@ -126,7 +126,7 @@ class ShiftReport:
         if method in self._fits:
             raise ValueError(
                 f"{method!r} must be fitted once, on all its validation data, got a second call after T = "
-                f"{self._fits[method].temperature:.6g}; concatenate the batches, or use another method name"
+                f"{self._fits[method].temperature:.6g}; concatenate the batches, or use another name"
             )
         logits, target = on_cpu(logits, target)
         fingerprints = fingerprints_of(logits, target)
@@ -141,7 +141,7 @@ class ShiftReport:
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
-        """Sums over bins, of logits / T if ``scaled``; ``ValueError`` if there are no such data, or no T."""
+        """Sums over bins, of logits / T if ``scaled``; ``ValueError`` without such data or T."""
         confidences, correct = self.confidences(method, domain)
         if scaled:
             if method not in self._fits:
@@ -152,7 +152,7 @@ class ShiftReport:
         return bin_confidences(confidences, correct, n_bins=self.n_bins)
 
     def confidences(self, method: str, domain: str) -> tuple[Tensor, Tensor]:
-        """Confidences ``[N]`` and whether each prediction is right; ``ValueError`` if there are no such data."""
+        """Confidences ``[N]`` and whether predictions are right; ``ValueError`` without such data."""
         samples = self._samples_of(method, domain)
         return samples["confidences"].clone(), samples["correct"].clone()
 
@@ -162,7 +162,7 @@ class ShiftReport:
         Returns:
             Dicts of ``method``, ``temperature`` and, after ``id_`` and ``ood_``, with ``…_low`` and ``…_high``:
             ``accuracy``, ``ece`` and ``ece_ts`` (also with ``…_debiased``, ``…_floor`` and ``…_p``), ``nll`` in
-            nats, ``nll_ts``, ``nll_own_t`` (at each domain's best T, only a diagnosis),
+            nats, ``nll_ts``, ``nll_own_t`` (at each domain's best T, a diagnosis),
             ``brier``, and ``aurc`` (:func:`~calrobust.functional.selective_risk`). NaN where there is no temperature,
             OOD domain, interval or logits.
         """
@@ -252,7 +252,7 @@ class ShiftReport:
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes :meth:`summary`, or :meth:`per_domain`, at once or not at all (``OSError``); NaN is an empty field."""
         path, rows = Path(path), self.per_domain() if per_domain else self.summary()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder, to be renamed
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder
         try:
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -263,7 +263,7 @@ class ShiftReport:
             temporary.unlink(missing_ok=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything by name, ready for JSON: NaN and inf are None.
+        """Everything by name, for JSON: NaN and inf are None.
 
         Returns:
             ``id_domain``, ``n_bins``, ``caption``, ``summary[method][column]`` and
@@ -343,7 +343,7 @@ def _check_names(**names: Any) -> None:
     check_instance(str, "pass its name", **names)
     for name, value in names.items():
         if not value.strip():
-            raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of the report's tables")
+            raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of tables")
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

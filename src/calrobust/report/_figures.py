@@ -22,7 +22,7 @@ LEVEL = 0.95  # also in captions
 Z = 1.959963984540054  # normal quantile
 ENDS = ("", "_low", "_high")
 ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")
-PRINTED = {  # figure -> heading
+PRINTED = {
     "accuracy": "accuracy",
     "ece": "ECE",
     "ece_ts": "ECE + TS",
@@ -140,7 +140,7 @@ def on_cpu(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints_of(logits: Tensor, target: Tensor) -> Tensor:
-    """``[N]`` int64 hashes of labels, their logits, which no mask hides, and some others."""
+    """``[N]`` hashes of labels, their logits, which no mask hides, and some others."""
     some = logits[:, :: max(1, -(-logits.shape[1] // HASHED))]
     generator = torch.Generator("cpu").manual_seed(0)
     weights = torch.randint(1, 2**22 // HASHED, some.shape[1:], generator=generator, device="cpu").double()
@@ -197,7 +197,7 @@ def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor) -> Tensor:
-    """The mean accuracy of data sets ``[..., D]`` and its ends, ``[3, ...]``."""
+    """The mean of data sets ``[..., D]`` and its ends, ``[3, ...]``."""
     shares = correct / counts
     centres = (correct + Z**2 / 2) / (counts + Z**2)
     halves = Z / (counts + Z**2) * (correct * (1 - shares) + Z**2 / 4).sqrt()
@@ -205,7 +205,7 @@ def mean_accuracy(correct: Tensor, counts: Tensor) -> Tensor:
 
 
 def mean_of_intervals(parts: Tensor) -> Tensor:
-    """The mean of independent values and its ends, ``[3, ...]``, from ``[3, ..., D]``."""
+    """The same of independent values, from ``[3, ..., D]``."""
     values, lows, highs = parts
     mean = values.mean(-1)
     distances = torch.stack((values - lows, highs - values)).square().sum(-1).sqrt() / values.shape[-1]

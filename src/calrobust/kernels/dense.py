@@ -143,6 +143,8 @@ def merge(several: Sequence[Part]) -> Part:
 def merge_rows(parts: Part) -> Part:
     """The same of parts ``[number, length]``."""
     lse, divergence, teacher_lse = parts
+    if lse.shape[0] == 1:
+        return Part(*(vector.flatten() for vector in parts))
     total = lse.logsumexp(0)
     if teacher_lse.shape[-1] == 0:
         return Part.without_teacher(total)

@@ -253,8 +253,8 @@ class FeatureGradients:
         if not self.is_rounded:
             self.operands = [[t.to(wide)] for t in features]
         else:
-            bound = torch.stack([weight.abs().amax() for weight in weights if len(weight)]).sum()
-            self.gain, *self.gains = (_gain(top.to(wide)) for top in (bound, *(t.abs().amax() for t in features)))
+            bound, *tops = (_largest(tensors, wide) for tensors in (weights, *([t] for t in features)))
+            self.gain, *self.gains = _gain(torch.stack([bound, *tops])).unbind()
             self.operands = [
                 _split(gain * t.to(wide), dtype, parts) for gain, t in zip(self.gains, features, strict=True)
             ]
@@ -306,7 +306,8 @@ def add_gradients(
 
 
 def _add_sums(to: Tensor, features: Tensor, classes: Sequence[Tensor], m: int, here: Tensor, there: Tensor) -> None:
-    features = features.to(to.dtype)
+    if len(here) or len(there):
+        features = features.to(to.dtype)
     if len(here):
         for weights, total in zip(here, totals(features, classes, m), strict=True):
             to.addcmul_(weights[:, None], total)
@@ -332,6 +333,11 @@ def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
         numbers = numbers - split[-1]
         split.append(numbers.to(dtype))
     return split
+
+
+def _largest(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of their largest sizes."""
+    return torch.stack([torch.linalg.vector_norm(t, math.inf).to(dtype) for t in tensors if len(t)]).sum()
 
 
 def _gain(bound: Tensor) -> Tensor:

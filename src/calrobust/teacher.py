@@ -31,7 +31,7 @@ class EMATeacher(Keeping):
 
     .. math:: \psi \leftarrow \alpha \psi + (1 - \alpha) \theta
 
-    Parameters and the running statistics of normalisation layers are averaged, in float32 or better; the rest is the
+    Parameters and running statistics of normalisation layers are averaged, in float32 or better; the rest is the
     student's (:doc:`/guides/weights`).
 
     The copy has no gradient and stays in eval mode. ``.to()`` and ``state_dict`` of a parent reach it, ``parameters()``

@@ -287,8 +287,8 @@ def calibration_interval(
     r"""Interval and noise floor of the ECE, and a test against perfect calibration.
 
     Interval and debiased value are about infinitely many samples, so the interval may lie below the value. There is
-    no interval if the sum of c * (1 - c) over the confidences is below 50: up to about 300 samples, or 1,400 of a very
-    confident model. :doc:`/derivations` has formulas and coverage.
+    no interval if the sum of c * (1 - c) over the confidences is below 50, as with up to about 300 samples.
+    :doc:`/derivations` has formulas and coverage.
 
     Args:
         confidences: as for :func:`~calrobust.functional.bin_confidences`.

@@ -1,7 +1,5 @@
 """Scores, in blocks of rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -59,7 +57,7 @@ class Bins(NamedTuple):
     correct_sums: Tensor
     """Number of correct ones."""
 
-    def __add__(self, other: Bins) -> Bins:  # type: ignore[override]
+    def __add__(self, other: "Bins") -> "Bins":  # type: ignore[override]
         if self.counts.shape != other[0].shape:
             raise ValueError(f"bins must be as many to be added, got {[*self.counts.shape]} and {[*other[0].shape]}")
         return Bins(*(a + b for a, b in zip(self, other, strict=True)))

@@ -77,7 +77,7 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from a model's output.
 
     They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one. Features
-    have unit norm, except PE-video's, whose videos stand for images. The ``model`` may be in a
+    have unit norm, except PE-video's. The ``model`` may be in a
     ``DistributedDataParallel`` or EMA teacher. Others raise ``TypeError``.
 
     Example:

@@ -213,7 +213,7 @@ def mean_of_intervals(parts: Tensor) -> Tensor:
 
 
 def score_interval(scores: Tensor, *, paired: bool = False) -> Tensor:
-    """The mean of scores ``[N]``, or of ``paired`` differences, and its ends: ``[3]``."""
+    """The mean of scores ``[N]`` and its ends, ``[3]``."""
     scores, n = scores.double(), len(scores)
     mean = scores.mean()
     centred = scores - mean

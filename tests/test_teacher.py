@@ -420,7 +420,8 @@ def test_the_teacher_follows_its_parent_to_another_dtype_and_device() -> None:
     assert teacher.masters is None
     parent.bfloat16()
     assert teacher.masters is not None
-    teacher.masters.get_parameter("layer.bias").fill_(1 + 2**-20)
+    for module in (teacher.module, teacher.masters):
+        module.get_parameter("layer.bias").fill_(1 + 2**-20)
     parent.half().bfloat16()
     assert torch.all(teacher.masters.get_parameter("layer.bias") == 1 + 2**-20)
     parent.to("meta", torch.float16)
@@ -653,14 +654,82 @@ def test_the_state_of_a_low_precision_teacher_loads_into_one_of_float32() -> Non
     assert_close(other.module.state_dict(), teacher.masters.state_dict(), rtol=0, atol=0)
 
 
-def test_sparse_buffers_are_copied() -> None:
+LOW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("wholly", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share_frozen", [False, True])
+def test_the_state_of_a_float32_teacher_loads_into_one_of_low_precision(
+    dtype: torch.dtype, wholly: torch.dtype, share_frozen: bool
+) -> None:
+    """Trained whole, judged low: the masters get the digits, and a parent's state too."""
+    students = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to(kind) for kind in (wholly, dtype)]
+    for student in students:
+        student[0].weight.requires_grad_(not share_frozen)
+    whole, low = (EMATeacher(student, share_frozen=share_frozen) for student in students)
+    nn.init.uniform_(whole.module.get_parameter("0.bias"))
+    whole.step = 3
+    nn.Sequential(low).load_state_dict(nn.Sequential(whole).state_dict())
+    assert low.step == 3
+    assert low.masters is not None
+    bias = whole.module.get_parameter("0.bias")
+    assert torch.equal(low.masters.get_parameter("0.bias"), bias.float())
+    assert torch.equal(low.module.get_parameter("0.bias"), bias.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_what_is_written_into_a_copy_of_low_precision_stays(dtype: torch.dtype) -> None:
+    """In the next update, in the state and through a cast; what was not written keeps its digits, infinite or not."""
+    student = nn.Sequential(nn.Linear(1, 2, bias=False), nn.BatchNorm1d(1)).to(dtype)
+    nn.init.constant_(student.get_parameter("0.weight"), 1.0)
+    teacher = EMATeacher(student, 0.5)
+    assert teacher.masters is not None
+    nn.init.constant_(student.get_parameter("0.weight"), 1 + 2**-7)
+    for _ in range(4):
+        teacher.update(student)
+    weight, master = (module.get_parameter("0.weight") for module in (teacher.module, teacher.masters))
+    kept = master[1].clone()
+    assert kept != kept.to(dtype)
+    weight.data[0] = 9.0
+    teacher.module.get_submodule("1").train()(torch.tensor([[3.0], [5.0]], dtype=dtype))  # as `update_bn`
+    other = EMATeacher(nn.Sequential(nn.Linear(1, 2, bias=False), nn.BatchNorm1d(1)))
+    other.load_state_dict(teacher.state_dict())
+    assert torch.equal(other.module.get_parameter("0.weight").flatten(), torch.stack([torch.tensor(9.0), kept[0]]))
+    assert_close(other.module.get_buffer("1.running_mean"), torch.tensor([0.4]), rtol=4e-3, atol=0)
+    weight.data[0] = 7.0
+    teacher.update(student)
+    assert torch.equal(master.flatten(), torch.stack([torch.tensor(4 + 2**-8), (kept[0] + 1 + 2**-7) / 2]))
+    weight.data[0] = 3.0
+    whole = teacher.float().module.get_parameter("0.weight")
+    assert torch.equal(whole.flatten(), torch.stack([torch.tensor(3.0), master[1, 0]]))
+    whole.data[0] = 1.0
+    teacher.update(student)
+    assert whole[0] == 1 + 2**-8
+
+
+def test_a_weight_beyond_float16_comes_back() -> None:
+    """The copy is infinite, and its master is not."""
+    student = single(6e4, torch.float16)
+    teacher = EMATeacher(student, 0.5)
+    assert teacher.masters is not None
+    master = teacher.masters.get_parameter("weight")
+    master.fill_(1e5)
+    teacher.module.get_parameter("weight").fill_(torch.inf)
+    nn.init.constant_(student.weight, 0.0)
+    teacher.update(student)
+    assert master.item() == 5e4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_buffers_are_copied(dtype: torch.dtype) -> None:
     """They have no strides."""
-    student = nn.Linear(1, 1)
-    student.register_buffer("adjacency", torch.eye(2).to_sparse())
+    student = nn.Linear(1, 1, dtype=dtype)
+    student.register_buffer("adjacency", torch.eye(2, dtype=dtype).to_sparse())
     teacher = EMATeacher(student)
     student.get_buffer("adjacency").mul_(3)
     teacher.update(student)
-    assert_close(teacher.module.get_buffer("adjacency").to_dense(), 3 * torch.eye(2))
+    assert_close(teacher.module.get_buffer("adjacency").to_dense(), 3 * torch.eye(2, dtype=dtype))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))])

@@ -48,7 +48,7 @@ class EMATeacher(Keeping):
 
     Attributes:
         module: the copy.
-        masters: a float32 copy, averaged for a student of low precision.
+        masters: a float32 copy, averaged for a student of low precision. It follows what is written into ``module``.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
@@ -148,6 +148,7 @@ class EMATeacher(Keeping):
                         f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student, "
                         "or with share_frozen=False"
                     )
+                self._renew_masters()
                 if self.step == 0:
                     _broadcast(pairs, student)
                 if acts:
@@ -172,6 +173,17 @@ class EMATeacher(Keeping):
         place = {one: i for i, one in enumerate(self._seen)}
         self._places = [(place[id(mine)], place[id(theirs)], name, averaged) for mine, theirs, name, averaged in pairs]
         return pairs
+
+    def _with_masters(self) -> list[tuple[Tensor, Tensor]]:
+        own = tensors(self.module)[0]
+        masters = tensors(self.masters)[0].items() if self.masters is not None else ()
+        return [(own[name], master) for name, master in masters if own.get(name, master) is not master]
+
+    def _renew_masters(self) -> None:
+        for own, master in self._with_masters():
+            if own.dtype != master.dtype and own.layout == torch.strided:  # keeps the master's digits
+                own = torch.where(master.to(own) == own, master.to(own.device), own)
+            write([(master, own)])
 
     @contextmanager
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
@@ -219,6 +231,7 @@ class EMATeacher(Keeping):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._renew_masters()
         shared = {*self._shared.values()}
 
         def move(own: Tensor) -> Tensor:
@@ -229,6 +242,7 @@ class EMATeacher(Keeping):
             self.register_module("masters", _float32_masters(self.module, shared))
         else:
             self.masters._apply(keeping_dtype(move))
+            write(self._with_masters())
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -252,24 +266,28 @@ class EMATeacher(Keeping):
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """The state without what is shared."""
+        self._renew_masters()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for key in self._shared_by_key(prefix):
             del state[key]
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        shared = self._shared_by_key(prefix)
-        if given := [key for key in shared if key in state_dict]:
+        shared, module, masters = self._shared_by_key(prefix), f"{prefix}module.", f"{prefix}masters."
+        given = [key for key in state_dict if key.startswith(masters)]
+        if extra := [key for key in shared if key in state_dict]:
             args[4].append(
-                f"the state must not have what share_frozen=True shares with the student, got {given[0]} and "
-                f"{len(given) - 1} more; load one that was saved with share_frozen=True"
+                f"the state must not have what share_frozen=True shares with the student, got {extra[0]} and "
+                f"{len(extra) - 1} more; load one that was saved with share_frozen=True"
             )
         state_dict.update(shared)  # none is missing
         if self.masters is None:  # those of a teacher of lower precision have the digits
-            masters = f"{prefix}masters."
-            for key in [key for key in state_dict if key.startswith(masters)]:
-                state_dict[key.replace(masters, f"{prefix}module.", 1)] = state_dict.pop(key)
-        start = f"{prefix}{'module' if self.masters is None else 'masters'}."
+            for key in given:
+                state_dict[key.replace(masters, module, 1)] = state_dict.pop(key)
+        elif not given:
+            whole = [key for key in state_dict if key.startswith(module)]
+            state_dict.update({key.replace(module, masters, 1): state_dict[key] for key in whole})
+        start = module if self.masters is None else masters
         loaded = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
         self._not_finite |= _names_not_finite({name: loaded[key] for name, key in unwrapped(loaded, "state").items()})
         super()._load_from_state_dict(state_dict, prefix, *args)

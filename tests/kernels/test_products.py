@@ -161,8 +161,11 @@ def test_low_precision_is_for_devices_that_have_it(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_autograd_keeps_features_in_their_own_dtype(dtype: torch.dtype, labelled: bool) -> None:
+def test_autograd_keeps_features_as_they_are_multiplied(
+    dtype: torch.dtype, labelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once for each tower of student and teacher, whatever is asked of them."""
+    monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: operands == torch.bfloat16)
     n, width = 40, 1000
     features = [unit_rows(n, width, seed, dtype) for seed in range(4)]
     kept: dict[int, int] = {}

@@ -199,10 +199,11 @@ def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype
 
 
 def features(models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> list[Tensor]:
-    """The factors of models without a graph, features as ``operands``: what operators take and autograd keeps."""
-    return [
-        factor.detach().to(operands) if factor.ndim else factor.detach() for factors in models for factor in factors
-    ]
+    """The factors of models without a graph, features as they are multiplied: what autograd keeps."""
+    x, _, scale, *_ = models[0]
+    dtype = operands if tiled.are_narrow(x, operands) else scale.dtype
+    every = (factor.detach() for factors in models for factor in factors)
+    return [factor.to(dtype) if factor.ndim else factor for factor in every]
 
 
 def like(factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import divergence_terms, wide
 from calrobust.kernels.operators import differentiable, features, kernels, like
-from calrobust.kernels.tiled import FeatureGradients, are_narrow
+from calrobust.kernels.tiled import FeatureGradients
 
 BAND_BYTES = 2**17  # as in `tiled`, for more buffers
 
@@ -81,7 +81,7 @@ def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
 
 
 def sweep(
-    models: Sequence[Model], classes: Classes, weights: Tensor, operands: torch.dtype, needs: list[bool]
+    models: Sequence[Model], classes: Classes, weights: Tensor, __: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
     """The sums, and the gradients of the student's x, y, scale and bias; those that ``needs`` excludes are empty.
 
@@ -90,15 +90,14 @@ def sweep(
     x, y, scale, _ = models[0]
     rows, columns = (each.to(scale.dtype) for each in classes)  # faster to compare than integers
     nobody = torch.full_like(classes.rows, -1)
-    matrices = [tiled.Matrix(model, nobody, operands) for model in models]
+    matrices = [tiled.Matrix(model, nobody) for model in models]
     biases = torch.stack([model.bias for model in models])[:, None, None]
     tiles = tiled.tiles_of(x, y)
     buffer = scale.new_empty(len(models), tiles[0].stop, len(y))
     band_bytes = BAND_BYTES if tiled.is_looked_at(x) else tiled.TILE_BYTES
     height = min(tiles[0].stop, max(1, band_bytes // (len(y) * scale.element_size())))
     scratch = scale.new_empty(3 + 2 * len(models), len(models), height, len(y))
-    dtype = torch.float16 if are_narrow(x, operands) else scale.dtype
-    gradients = FeatureGradients(models[0], weights, needs, dtype)
+    gradients = FeatureGradients(models[0], weights, needs)
     found, of_bias = [], []
     for tile in tiles:
         logits = buffer[:, : tile.stop - tile.start]

@@ -36,10 +36,9 @@ class Softmaxes(NamedTuple):
 class Matrix:
     """``scale · x yᵀ`` without own entries, a tile at a time."""
 
-    def __init__(self, factors: Sequence[Tensor], partner: Tensor, operands: torch.dtype) -> None:
-        x, y, self.scale, *_ = factors
-        dtype = operands if are_narrow(x, operands) else self.scale.dtype
-        self.x, self.y, self.partner = x.to(dtype), y.to(dtype), partner
+    def __init__(self, factors: Sequence[Tensor], partner: Tensor) -> None:
+        self.x, self.y, self.scale, *_ = factors
+        self.partner = partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
         """Over all tiles, one unit."""
@@ -69,11 +68,11 @@ class Matrix:
 
 
 def forward(
-    models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
+    models: list[Factors], partner: Tensor, _: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
 ) -> tuple[Part, Part]:
     """The statistics of rows and columns; logits stay in ``kept`` if it has rows."""
     x, y, scale = models[0]
-    matrices = [Matrix(factors, partner, operands) for factors in models]
+    matrices = [Matrix(factors, partner) for factors in models]
     tiles = tiles_of(x, y)
     keep = any(len(logits) for logits in kept)
     buffers = kept if keep else [scale.new_empty(tiles[0].stop, len(y)) for _ in models]
@@ -90,15 +89,14 @@ def forward(
 
 
 def backward(
-    models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, operands: torch.dtype, needs: list[bool]
+    models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, _: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the student's x, y and scale; those that ``needs`` excludes are empty."""
     x, y, scale = models[0]
-    matrices = [Matrix(factors, partner, operands) for factors in models]
+    matrices = [Matrix(factors, partner) for factors in models]
     tiles = tiles_of(x, y)
     buffers = scale.new_empty(1 + len(models), tiles[0].stop, len(y))
-    dtype = torch.float16 if are_narrow(x, operands) else scale.dtype
-    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs, dtype)
+    gradients = FeatureGradients(models[0], [w for each in softmaxes for w in each[2:4]], needs)
     for tile in tiles:
         scratch, *outs = buffers[:, : tile.stop - tile.start]
         gradient, *others = (
@@ -240,18 +238,22 @@ class FeatureGradients:
         factors: Sequence[Tensor],
         weights: Iterable[Tensor],
         needs: list[bool],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
         parts: int = 1,
     ) -> None:
-        """Tiles are multiplied in ``parts`` of ``dtype``. The ``weights`` bound the gradient in S."""
+        """Tiles are multiplied in ``parts`` of ``dtype``: by default float16 for features of low precision.
+
+        The ``weights`` bound the gradient in S.
+        """
         self.x, self.y, self.scale, *_ = factors
         self.needs = needs
         self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
         wide, features = self.scale.dtype, factors[:2]
+        dtype = dtype or (wide if self.x.dtype == wide else torch.float16)
         self.is_rounded = dtype != wide
         self.gain = torch.ones_like(self.scale)
         if not self.is_rounded:
-            self.operands = [[t.to(wide)] for t in features]
+            self.operands = [[t] for t in features]
         else:
             bound, *tops = (_largest(tensors, wide) for tensors in (weights, *([t] for t in features)))
             self.gain, *self.gains = _gain(torch.stack([bound, *tops])).unbind()

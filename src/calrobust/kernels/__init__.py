@@ -77,10 +77,6 @@ class PairBatch:
             both = labels if isinstance(labels, tuple) else (labels, labels)
             self._label(*(both[::-1] if swapped else both))
 
-    def masked(self, own: Tensor) -> Tensor:
-        """`EXCLUDED` for rows without a partner."""
-        return own.masked_fill(self.partner < 0, EXCLUDED)
-
     @property
     def pairing(self) -> Pairing:
         """What belongs together."""
@@ -135,8 +131,7 @@ def pair_statistics(
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
     if distils and batch.teacher is not None:
-        teacher_x, teacher_y, teacher_scale = batch.teacher
-        teacher = Factors(teacher_x, teacher_y, teacher_scale / temperature)
+        teacher = batch.teacher._replace(scale=batch.teacher.scale / temperature)
     precise = wide(x.device)
     with torch.autocast(x.device.type, enabled=False):
         if impl == "dense":
@@ -144,10 +139,11 @@ def pair_statistics(
         else:
             options: Any = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
             found = operators.softmax_statistics(student, teacher, batch.pairing, columns=columns, **options)
-        own = Part.without_teacher(batch.masked(scale * found.own).to(precise))
+        without = batch.partner < 0
+        own = Part.without_teacher((scale * found.own).masked_fill(without, EXCLUDED).to(precise))
         if teacher is not None:
-            own_logits = batch.masked(teacher.scale * found.teacher_own)
-            own = Part(own.lse, torch.zeros_like(own.lse), own_logits.to(precise))
+            teacher_own = (teacher.scale * found.teacher_own).masked_fill(without, EXCLUDED)
+            own = Part(own.lse, torch.zeros_like(own.lse), teacher_own.to(precise))
         n, m = batch.rows.total, batch.columns.total
         rows = _direction(own, found.rows.to(precise), scale * found.row_sums, m, batch.of_rows, n)
         if not columns:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -58,6 +59,32 @@ def test_every_block_of_code_runs(page: Path) -> None:
                 assert path.exists()
                 names = {path.stem, *path.relative_to(ROOT).parts[1:-1]}
                 assert any(name in tests for name in names), f"no test runs {source}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def test_a_part_of_an_example_has_the_line_of_each_loss_it_uses(page: Path) -> None:
+    """Who copies it has the names of its own losses; models and data are the reader's."""
+    include = re.compile(r'```{literalinclude} (\S+)\n:language: python\n:start-at: "?(.*?)"?\n:end-at: (.*?)\n')
+    for source, start, end in include.findall(page.read_text(encoding="utf-8")):
+        code = (page.parent / source).read_text(encoding="utf-8")
+        before, shown = code[: code.index(start)], code[code.index(start) :]
+        losses = re.findall(r"^ *(\w+) = .*Loss\(", before, re.MULTILINE)
+        assert [name for name in losses if re.search(rf"\b{name}\b", shown[: shown.index(end)])] == []
+
+
+def test_training_the_probe_of_its_page_leaves_the_zero_shot_head() -> None:
+    """The page's own code, whose head may have been made in inference mode."""
+    page = (DOCS / "guides" / "lora.md").read_text(encoding="utf-8")
+    setup, probe = re.findall(r"```{test(?:setup|code)}\n(.*?)```", page, re.DOTALL)[:2]
+    place: dict[str, Any] = {}
+    exec(setup, place)
+    with torch.inference_mode():
+        head = place["class_features"] = place["class_features"].clone()
+    before = head.clone()
+    exec(probe.partition("print")[0], place)
+    torch.optim.SGD([place["model"].weight], lr=1.0).step()
+    assert not torch.equal(place["model"].weight, before)
+    assert torch.equal(head, before)
 
 
 def test_the_drop_in_lines_run_and_train() -> None:

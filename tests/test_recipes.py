@@ -181,7 +181,7 @@ def test_anchors(of: Models) -> None:
 
 
 def test_lines() -> None:
-    """Layer by layer of open_clip's names: embeddings belong to the first layer, and projections to the last."""
+    """Layer by layer of each tower of open_clip's names: embeddings are in the first one, projections in the last."""
     layers = {
         "visual.class_embedding": 1,
         "visual.conv1.weight": 1,
@@ -189,18 +189,24 @@ def test_lines() -> None:
         "token_embedding.weight": 1,
         "visual.transformer.resblocks.0.ln_1.weight": 1,
         "visual.transformer.resblocks.11.mlp.c_proj.weight": 12,
+        "visual.transformer.resblocks.23.attn.out_proj.weight": 24,
         "transformer.resblocks.4.attn.in_proj_weight": 5,
-        "visual.ln_post.weight": 12,
-        "visual.proj": 12,
+        "transformer.resblocks.11.mlp.c_fc.weight": 12,
+        "visual.ln_post.weight": 24,
+        "visual.proj": 24,
         "ln_final.weight": 12,
         "text_projection": 12,
         "logit_scale": 12,
     }
     start, end = ({name: unit_rows(2, 3, 2 * k + i) for k, name in enumerate(layers)} for i in (0, 1))
-    found = recipe("lines")(start, end, 0.3, 0.9, 12)
+    found = recipe("lines")(start, end, 0.3, 0.9, 24, 12)
     for name, layer in layers.items():
-        expected = start[name] + (0.3 + 0.9 * (layer - 1) / 11) * (end[name] - start[name])
+        last = 23 if "visual" in name else 11
+        expected = start[name] + (0.3 + 0.9 * (layer - 1) / last) * (end[name] - start[name])
         assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+    other = {"vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.eye(2)}
+    with pytest.raises(ValueError, match=r"^in which layer is vision_model"):
+        recipe("lines")(other, other, 0.3, 0.9, 24, 12)
 
 
 def classifiers(n: int, n_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -221,6 +227,8 @@ def test_two_models_logits(n: int, n_classes: int, seed: int) -> None:
         assert_close(mean[i], (p + p0) / 2, rtol=1e-12, atol=1e-12)
         onto = (z - z.min()) / (z.max() - z.min()) * (z0.max() - z0.min()) + z0.min()  # as its authors write it
         assert_close(scaled[i].softmax(0), onto.softmax(0), rtol=1e-12, atol=1e-12)
+    masked, masked0 = (F.pad(z, (0, 1), value=-torch.inf) for z in (logits, logits0))
+    assert_close(recipe("sals")(masked, masked0), F.pad(scaled, (0, 1), value=-torch.inf), rtol=0, atol=0)
 
 
 @given(seed=seeds(), k=st.integers(1, 6))

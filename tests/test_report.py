@@ -790,7 +790,10 @@ class TestTables:
         report = make_report("a|b & 50% of_{x} #1 $~^\\")
         assert r"| a\|b & 50%" in report.to_markdown()
         assert r"| c\\\|d |" in make_report("c\\|d").to_markdown(columns=["id_nll"])
-        assert r"a|b \& 50\% of\_\{x\} \#1 \$\textasciitilde{}\textasciicircum{}\textbackslash{} &" in report.to_latex()
+        assert (
+            r"a\textbar{}b \& 50\% of\_\{x\} \#1 \$\textasciitilde{}\textasciicircum{}\textbackslash{} &"
+            in report.to_latex()
+        )
 
     def test_latex_has_a_row_for_each_method(self) -> None:
         """Eight columns in every row, booktabs' rules around them."""

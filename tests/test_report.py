@@ -622,6 +622,24 @@ class TestHeldOut:
             report.fit_temperature("FT", *mixed)
 
     @pytest.mark.parametrize("fit_first", [True, False])
+    def test_the_id_domain_has_the_classes_of_the_fit(self, fit_first: bool) -> None:
+        """The other domains may have fewer or more."""
+        report = ShiftReport(id_domain="photo")
+        calls: list[Any] = [
+            lambda: report.fit_temperature("FT", *classifier(300, 7, 0)),
+            lambda: report.add("FT", "photo", *classifier(100, 4, 1)),
+        ]
+        report.add("FT", "sketch", *classifier(100, 9, 2))
+        calls[not fit_first]()
+        before = repr(report.per_domain()) if not fit_first else ""
+        got = "7 and then 4" if fit_first else "4 and then 7"
+        with pytest.raises(ValueError, match=rf"^logits must have the same number of classes .* got {got} for 'FT' in"):
+            calls[fit_first]()
+        assert report.domains == ["photo", "sketch"][fit_first:]
+        assert fit_first or repr(report.per_domain()) == before
+        report.add("FT", "clipart", *classifier(100, 2, 3))
+
+    @pytest.mark.parametrize("fit_first", [True, False])
     def test_a_small_scored_set_inside_a_large_fit_set_is_a_leak(self, fit_first: bool) -> None:
         """100 of 20,100 are less than 1 % of what T was fitted on, and all that is scored."""
         large, report = classifier(20100, 4, 0), ShiftReport(id_domain="photo")
@@ -826,6 +844,26 @@ class TestTables:
         make_report().to_csv(str(path))
         assert path.read_text().startswith("method,temperature,id_accuracy,id_accuracy_low,")
         assert len(list(tmp_path.iterdir())) == 1
+
+    def test_csv_goes_through_a_link_and_keeps_permissions(self, tmp_path: Path) -> None:
+        """The link stays one, and what it leads to is written."""
+        real, link = tmp_path / "real.csv", tmp_path / "latest.csv"
+        link.symlink_to(real)
+        make_report().to_csv(link)
+        real.chmod(0o600)
+        real.write_text("old")
+        make_report().to_csv(link)
+        assert link.is_symlink()
+        assert real.read_text().startswith("method,")
+        assert real.stat().st_mode & 0o777 == 0o600
+
+    @pytest.mark.parametrize("place", ["", "missing/results.csv", "pipe"])
+    def test_csv_names_the_path_that_cannot_be_written(self, tmp_path: Path, place: str) -> None:
+        """Not that of the temporary file; what is no regular file is not replaced."""
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(FileNotFoundError, match=rf"^path must be a file in a folder .* got {tmp_path / place}$"):
+            make_report().to_csv(tmp_path / place)
+        assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
 
     def test_to_dict_is_json(self) -> None:
         """Strictly: no NaN, no NumPy integer; figures by method, and by method and domain."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from strategies import Predictions, classifier, predictions
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from calrobust.evaluation import TemperatureScaler
+from calrobust.evaluation import PlattScaler, TemperatureScaler
 from calrobust.functional.fitting import fit_temperature
 
 
@@ -188,6 +189,18 @@ def test_integer_logits_are_refused(scaler: TemperatureScaler) -> None:
     """They are probably class indices."""
     with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
         scaler(torch.zeros(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", [TemperatureScaler, PlattScaler])
+def test_serves_logits_of_the_cpu_under_another_default_device(kind: Any) -> None:
+    """As those of `collect_logits`; a scalar on the CPU serves logits of any device."""
+    similarities, matched = torch.tensor([8.0, 8, 8, 8, 0, 0, 0, 0]), torch.tensor([1, 1, 1, 0, 1, 0, 0, 0])
+    logits = torch.stack([torch.full((8,), 4.0), similarities], 1)
+    given = (logits, matched) if kind is TemperatureScaler else (similarities, matched.bool())
+    expected = kind().fit(*given)(given[0])
+    with torch.device("meta"):
+        found = kind().fit(*given)(given[0])
+    assert torch.equal(found, expected)
 
 
 def test_captures_as_one_graph(scaler: TemperatureScaler) -> None:

@@ -227,7 +227,7 @@ class _Scaler(Keeping):
         super().__init__()
         self.is_fitted = False
         for name, value in values.items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64, device="cpu"))
 
     def _set(self, *values: Tensor) -> Self:
         with torch.inference_mode(False):  # else it could not be used outside

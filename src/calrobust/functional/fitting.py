@@ -264,7 +264,7 @@ def _newton_line(
     """Of ``(z - mean) / spread``."""
     line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), float("inf")
     for _ in range(MAX_STEPS):
-        loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), 1e-9 * torch.eye(2).to(mean)
+        loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), mean.new_full((2,), 1e-9).diag()
         for some, flags in zip(z.split(BLOCK), matched.split(BLOCK), strict=True):
             x = torch.stack(((some.double() - mean) / spread, torch.ones_like(some, dtype=torch.float64)))
             target, logits = torch.where(flags, high, low), line @ x

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,14 +99,11 @@ class ShiftReport:
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
-        n_classes = logits.shape[1]
-        samples = self._samples.get(method, {}).get(domain) or Samples(self.keep_logits, n_classes)
-        if samples.n_classes != n_classes:
-            raise ValueError(
-                f"logits must have the same number of classes in every batch of a domain, got {samples.n_classes} and "
-                f"then {n_classes} for {method!r} in {domain!r}; set the classes that a batch lacks to -inf"
-            )
-        columns, fit = columns_of(logits, target), self._fits.get(method)
+        fit = self._fits.get(method)
+        known = fit.n_classes if fit and domain == self.id_domain else logits.shape[1]
+        samples = self._samples.get(method, {}).get(domain) or Samples(self.keep_logits, known)
+        _check_classes(samples.n_classes, logits, method, domain)
+        columns = columns_of(logits, target)
         if columns["confidences"].isnan().any():
             check_softmax_exists(target, logits=logits)
         if fit and torch.isin(columns["fingerprints"], fit.fingerprints).any():
@@ -132,9 +130,11 @@ class ShiftReport:
         fingerprints = fingerprints_of(logits, target)
         own = self._samples.get(method, {})
         for domain, samples in own.items():
+            if domain == self.id_domain:
+                _check_classes(samples.n_classes, logits, method, domain)
             check_held_out(method, domain, fingerprints, samples["fingerprints"])
         temperature = determined_temperature(logits, target, of=f" of {method!r}")
-        self._fits[method] = Fit(temperature, fingerprints)
+        self._fits[method] = Fit(temperature, fingerprints, logits.shape[1])
         for samples in own.values():
             if not self.keep_logits:
                 samples.scale(temperature)
@@ -251,13 +251,17 @@ class ShiftReport:
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes :meth:`summary`, or :meth:`per_domain`, at once or not at all (``OSError``); NaN is an empty field."""
-        path, rows = Path(path), self.per_domain() if per_domain else self.summary()
+        path, rows = Path(os.path.realpath(path)), self.per_domain() if per_domain else self.summary()
+        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+            raise FileNotFoundError(f"path must be a file in a folder that exists, got {path}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder
         try:
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
+            if path.exists():
+                shutil.copymode(path, temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -344,6 +348,14 @@ def _check_names(**names: Any) -> None:
     for name, value in names.items():
         if not value.strip():
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of tables")
+
+
+def _check_classes(known: int, logits: Tensor, method: str, domain: str) -> None:
+    if logits.shape[1] != known:
+        raise ValueError(
+            f"logits must have the same number of classes in every batch of a domain, got {known} and then "
+            f"{logits.shape[1]} for {method!r} in {domain!r}; set the classes that a batch lacks to -inf"
+        )
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ HASHED = 64  # logits of each row
 class Fit(NamedTuple):
     temperature: float
     fingerprints: Tensor
+    n_classes: int
 
 
 class Samples:

@@ -102,8 +102,10 @@ def score_domain(
         dist.all_gather_object(shares, own)
     if not any(shares):
         raise RunError(f"none of {n} pictures can be read, {domain.samples[0][0]} for one")
-    logits, target = zip(*filter(None, shares), strict=True)
-    return torch.cat(logits), torch.cat(target)
+    logits, target = map(torch.cat, zip(*filter(None, shares), strict=True))
+    if logits.isnan().any():
+        raise RunError("the logits are NaN, so training went wrong; pass a smaller --learning-rate, and another --out")
+    return logits, target
 
 
 def interpolate(

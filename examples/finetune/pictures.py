@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections import Counter
@@ -65,7 +66,12 @@ def read_data(options: argparse.Namespace) -> Data:
             if missing := len(folders) - len(domains[name].columns):
                 raise RunError(f"{root}: {missing} of the {len(folders)} classes in {options.train} have no folder")
     domains |= {name: _domain(root, folders, options.map.get(name)) for name, root in options.ood.items()}
+    fitted_on = {os.path.realpath(path) for path, _ in domains[VALIDATION].samples}
     for name, domain in domains.items():
+        common = [path for path, _ in domain.samples if os.path.realpath(path) in fitted_on]
+        if common and name != VALIDATION:
+            fix = "pass another --val, or leave it out" if options.val else "pass --val"
+            raise RunError(f"{VALIDATION} and {name} must have no picture in common, and have {common[0]}; {fix}")
         if not any(_can_be_read(path) for path, _ in domain.samples):
             count, first = len(domain.samples), domain.samples[0][0]
             raise RunError(f"none of {count} pictures can be read for {name}, {first} for one")

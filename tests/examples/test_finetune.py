@@ -575,6 +575,12 @@ class TestFolders:
             (("--test", "{made}/subset"), "{made}/subset: 1 of the 3 classes in {made}/train have no folder"),
             (("--ood", "r={made}/renamed"), "{made}/renamed: 'cold', for 'cold', is no folder of --train; --map"),
             (("--ood", "r={made}/subset", "--map", "r={made}/renamed.txt"), "{made}/subset has no folder 'cold'"),
+            (("--val", "{made}/test"), "validation and ID must have no picture in common, and have {made}/test/"),
+            (
+                ("--val", "{made}/val", "--ood", "r={made}/../{made.name}/val"),
+                "validation and r must have no picture in",
+            ),
+            (("--ood", "r={made}/train"), "; pass --val"),
             (("--classes", "{made}/none.txt"), "No such file or directory: '{made}/none.txt'"),
             (("--classes", "{made}/renamed.txt"), "renamed.txt does not list 'blue-ish thing', a folder of --train"),
             (("--batch-size", "64"), "18 pictures to train on are no batch; pass a smaller --batch-size"),
@@ -635,6 +641,13 @@ class TestFolders:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         refusal(main, options(made, made / "out", "--device", "cuda"))
         assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
+
+    def test_training_that_diverges_is_told(self, made: Path, tmp_path: Path, main: Main) -> None:
+        """As its logits are judged; the checkpoint has the weights, so another folder is needed."""
+        said = refusal(main, options(made, tmp_path / "out", "--learning-rate", "1e30"))
+        assert said.endswith(
+            "the logits are NaN, so training went wrong; pass a smaller --learning-rate, and another --out"
+        )
 
     def test_an_empty_class_folder_is_named(self, made: Path, tmp_path: Path, main: Main) -> None:
         """Before training."""

@@ -282,8 +282,11 @@ def test_one_hot_labels_are_told_of_argmax(dtype: torch.dtype) -> None:
     """The advice for floating labels, ``.long()``, would not help here."""
     inputs, target = batches(5)[0]
     one_hot = nn.functional.one_hot(target, 4).to(dtype)
-    with pytest.raises(ValueError, match=r"got a value for every class, of shape \[5, 4\]; pass target.argmax\(1\)"):
-        collect_logits(Model(), [(inputs, one_hot)], progress=False)
+    for wrong in (one_hot, one_hot[:, :3]):
+        with pytest.raises(
+            ValueError, match=r"^target must have shape \[5\], .*; pass target.argmax\(1\) if it is one"
+        ):
+            collect_logits(Model(), [(inputs, wrong)], progress=False)
     _, labels = collect_logits(Model(), [(inputs, one_hot.argmax(1))], progress=False)
     assert torch.equal(labels, target)
 

@@ -17,7 +17,8 @@ def check_tensor(**tensors: Any) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise TypeError(f"{name} must be a torch.Tensor, got {kind}; convert it with torch.as_tensor")
+            fix = "its .to_numpy() and " if hasattr(value, "to_numpy") else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {kind}; convert it with {fix}torch.as_tensor")
         if value.is_nested or value.layout != torch.strided:
             kind = "a nested one" if value.is_nested else str(value.layout)
             raise TypeError(f"{name} must be a dense tensor, got {kind}; convert it with .to_dense(), or pad it")
@@ -113,10 +114,12 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
         if isinstance(value, (str, list, tuple)) and str in map(type, value):
             raise TypeError(f"{name} must be a torch.Tensor, got texts; number them, equal ones alike")
         check_tensor(**{name: value})
-        if value.dtype != torch.int64:
+        deep = value.ndim > len(shape)
+        if value.dtype != torch.int64 and not deep:
             raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}; convert it with .long()")
         if list(value.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, one label for each row, got {list(value.shape)}")
+            fix = f"; pass {name}.argmax(1) if it is one-hot, {name}.squeeze(1) if it is a column" if deep else ""
+            raise ValueError(f"{name} must have shape {shape}, one label for each row, got {list(value.shape)}{fix}")
         if value.device != device:
             raise ValueError(
                 f"{name} must be on {device}, as the rows it labels, got {value.device}; move it with .to()"

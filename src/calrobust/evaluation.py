@@ -101,11 +101,6 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
         logits, target = logits.detach().cpu(), target.detach().cpu()
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
-        if logits.ndim > 1 and target.shape == logits.shape:
-            raise ValueError(
-                "target must hold each sample's class, got a value for every class, of shape "
-                f"{list(target.shape)}; pass target.argmax(1) if it is one-hot"
-            )
     check_predictions(target, logits=logits)
     # Loaders and models may reuse memory.
     return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()

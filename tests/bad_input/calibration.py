@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
-from bad_input.table import NESTED, Table, Target, Wrong
+from bad_input.table import DEEP, NESTED, Table, Target, Wrong
 from strategies import classifier
 
 from calrobust import PlattScaler, TemperatureScaler, metrics
@@ -156,7 +157,10 @@ def no_batches(name: str) -> list[Wrong]:
         Wrong({name: LOGITS[:, :1]}, ValueError, column),
         Wrong({name: LOGITS[:, :0]}, ValueError),
         Wrong({"target": TARGET[:5]}, ValueError, "target must have shape [6], one label for each row, got [5]"),
-        Wrong({"target": torch.eye(3, dtype=torch.int64)[TARGET]}, ValueError),
+        *(
+            Wrong({"target": wrong}, ValueError, DEEP.format("target", 6, list(wrong.shape)))
+            for wrong in (torch.eye(3, dtype=torch.int64)[TARGET], torch.eye(3)[TARGET], TARGET[:, None])
+        ),
         Wrong({"target": TARGET[:1].expand(2**40)}, ValueError),
         Wrong(
             {"target": TARGET.float().requires_grad_()},
@@ -165,6 +169,11 @@ def no_batches(name: str) -> list[Wrong]:
         ),
         Wrong({"target": TARGET.int()}, TypeError),
         Wrong({"target": TARGET.tolist()}, TypeError),
+        Wrong(
+            {"target": pd.Series(TARGET.tolist())},
+            TypeError,
+            "target must be a torch.Tensor, got Series; convert it with its .to_numpy() and torch.as_tensor",
+        ),
         Wrong({"target": None}, TypeError),
         Wrong(
             {"target": TARGET.to("meta")},

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from bad_input.table import Odd, Table, Target, Wrong
+from bad_input.table import DEEP, Odd, Table, Target, Wrong
 from strategies import unit_rows
 from torch import nn
 
@@ -266,6 +266,12 @@ TABLE: Table = [
         [
             Wrong(
                 {"labels": torch.arange(3)}, ValueError, "labels must have shape [4], one label for each row, got [3]"
+            ),
+            Wrong({"labels": torch.eye(4)}, ValueError, DEEP.format("labels", 4, [4, 4])),
+            Wrong(
+                {"labels": (torch.arange(4), torch.arange(4)[:, None])},
+                ValueError,
+                DEEP.format("labels[1]", 4, [4, 1]),
             ),
             Wrong(
                 {"labels": torch.ones(4)},

@@ -54,4 +54,8 @@ class Odd:
         return "<odd>"
 
 
+DEEP = (
+    "{0} must have shape [{1}], one label for each row, got {2}; pass {0}.argmax(1) if it is one-hot, {0}.squeeze(1) "
+    "if it is a column"
+)
 NESTED = torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)], layout=torch.jagged)

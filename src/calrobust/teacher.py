@@ -154,8 +154,7 @@ class EMATeacher(Keeping):
                 if acts:
                     _average_(pairs, 1 - float(decay), self._not_finite)
                     self.updates += 1
-                if self.masters is not None:
-                    write(paired(self.module, self.masters))
+                write(self._with_masters())
             self.step += 1
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
@@ -175,14 +174,13 @@ class EMATeacher(Keeping):
         return pairs
 
     def _with_masters(self) -> list[tuple[Tensor, Tensor]]:
-        own = tensors(self.module)[0]
-        masters = tensors(self.masters)[0].items() if self.masters is not None else ()
-        return [(own[name], master) for name, master in masters if own.get(name, master) is not master]
+        own, masters = (tensors(module)[0] if module is not None else {} for module in (self.module, self.masters))
+        return [(own[name], master) for name, master in masters.items() if own[name] is not master]
 
     def _renew_masters(self) -> None:
         for own, master in self._with_masters():
-            if own.dtype != master.dtype and own.layout == torch.strided:  # keeps the master's digits
-                own = torch.where(master.to(own) == own, master.to(own.device), own)
+            if own.dtype != master.dtype and own.layout == torch.strided:
+                own = torch.where(master.to(own) == own, master.to(own.device), own)  # keeps its digits
             write([(master, own)])
 
     @contextmanager
@@ -281,13 +279,10 @@ class EMATeacher(Keeping):
                 f"{len(extra) - 1} more; load one that was saved with share_frozen=True"
             )
         state_dict.update(shared)  # none is missing
-        if self.masters is None:  # those of a teacher of lower precision have the digits
-            for key in given:
-                state_dict[key.replace(masters, module, 1)] = state_dict.pop(key)
-        elif not given:
-            whole = [key for key in state_dict if key.startswith(module)]
-            state_dict.update({key.replace(module, masters, 1): state_dict[key] for key in whole})
-        start = module if self.masters is None else masters
+        source, start = (masters, module) if self.masters is None else (module, masters)
+        if bool(given) == (self.masters is None):  # of another precision; masters have the digits
+            for key in [key for key in state_dict if key.startswith(source)]:
+                state_dict[key.replace(source, start, 1)] = state_dict.pop(key) if given else state_dict[key]
         loaded = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
         self._not_finite |= _names_not_finite({name: loaded[key] for name, key in unwrapped(loaded, "state").items()})
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -252,7 +252,7 @@ class ShiftReport:
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes :meth:`summary`, or :meth:`per_domain`, at once or not at all (``OSError``); NaN is an empty field."""
         path, rows = Path(os.path.realpath(path)), self.per_domain() if per_domain else self.summary()
-        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        if path.exists() != path.is_file() or not path.parent.is_dir():
             raise FileNotFoundError(f"path must be a file in a folder that exists, got {path}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder
         try:

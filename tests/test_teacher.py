@@ -697,15 +697,43 @@ def test_what_is_written_into_a_copy_of_low_precision_stays(dtype: torch.dtype) 
     other.load_state_dict(teacher.state_dict())
     assert torch.equal(other.module.get_parameter("0.weight").flatten(), torch.stack([torch.tensor(9.0), kept[0]]))
     assert_close(other.module.get_buffer("1.running_mean"), torch.tensor([0.4]), rtol=4e-3, atol=0)
-    weight.data[0] = 7.0
+    with torch.no_grad():
+        weight[0] = 7.0
     teacher.update(student)
     assert torch.equal(master.flatten(), torch.stack([torch.tensor(4 + 2**-8), (kept[0] + 1 + 2**-7) / 2]))
     weight.data[0] = 3.0
     whole = teacher.float().module.get_parameter("0.weight")
     assert torch.equal(whole.flatten(), torch.stack([torch.tensor(3.0), master[1, 0]]))
-    whole.data[0] = 1.0
+    with torch.no_grad():
+        whole[0] = 1.0
     teacher.update(student)
     assert whole[0] == 1 + 2**-8
+
+
+def test_masters_are_compared_with_the_copy_only_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison costs several updates of a student of low precision; a copy of the teacher makes it once."""
+    student = nn.Linear(2, 2).to(torch.bfloat16)
+    teacher = EMATeacher(student, 0.5)
+    compared: list[EMATeacher] = []
+    original = EMATeacher._renew_masters
+
+    def noted(one: EMATeacher) -> None:
+        compared.append(one)
+        original(one)
+
+    monkeypatch.setattr(EMATeacher, "_renew_masters", noted)
+    for _ in range(3):
+        teacher.update(student)
+    assert len(compared) == 1
+    with torch.no_grad():
+        teacher.module.get_parameter("weight").zero_()
+    for _ in range(2):
+        teacher.update(student)
+    assert len(compared) == 2
+    duplicate = copy.deepcopy(teacher)
+    for _ in range(2):
+        duplicate.update(student)
+    assert len(compared) == 3
 
 
 def test_a_weight_beyond_float16_comes_back() -> None:

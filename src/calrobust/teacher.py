@@ -48,7 +48,8 @@ class EMATeacher(Keeping):
 
     Attributes:
         module: the copy.
-        masters: a float32 copy, averaged for a student of low precision. It follows what is written into ``module``.
+        masters: a float32 copy, averaged for a student of low precision. It follows what is written into ``module``,
+            but at an update not what is written through ``.data``.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
@@ -97,6 +98,7 @@ class EMATeacher(Keeping):
         self.step = self.updates = 0
         self._swapped = False
         self._seen: list[int] = []
+        self._written: list[tuple[int, int]] = []
         self._places: list[tuple[int, int, str, bool]] = []
         named = tensors(student)[0].items() if share_frozen else ()
         self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
@@ -148,13 +150,15 @@ class EMATeacher(Keeping):
                         f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student, "
                         "or with share_frozen=False"
                     )
-                self._renew_masters()
+                if self._versions() != self._written or not self._written:
+                    self._renew_masters()
                 if self.step == 0:
                     _broadcast(pairs, student)
                 if acts:
                     _average_(pairs, 1 - float(decay), self._not_finite)
                     self.updates += 1
                 write(self._with_masters())
+                self._written = self._versions()
             self.step += 1
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
@@ -176,6 +180,12 @@ class EMATeacher(Keeping):
     def _with_masters(self) -> list[tuple[Tensor, Tensor]]:
         own, masters = (tensors(module)[0] if module is not None else {} for module in (self.module, self.masters))
         return [(own[name], master) for name, master in masters.items() if own[name] is not master]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Each write to the copy changes them."""
+        if torch.compiler.is_compiling():
+            return []
+        return [(id(own), 0 if own.is_inference() else own._version) for own, _ in self._with_masters()]
 
     def _renew_masters(self) -> None:
         for own, master in self._with_masters():
@@ -241,6 +251,7 @@ class EMATeacher(Keeping):
         else:
             self.masters._apply(keeping_dtype(move))
             write(self._with_masters())
+            self._written = self._versions()
         return self
 
     def _replicate_for_data_parallel(self) -> Self:

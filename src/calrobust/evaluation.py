@@ -102,7 +102,7 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         logits, target = logits.detach().cpu(), target.detach().cpu()
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
     check_predictions(target, logits=logits)
-    # Loaders and models may reuse memory.
+    # Loaders may reuse memory.
     return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()
 
 
@@ -144,8 +144,8 @@ def zero_shot_classifier(
 
     .. math:: w_c = \frac{m_c}{\|m_c\|}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    of the unit-norm features :math:`x_{c,t}` of class c in template t, in float32 or better. Logits
-    are ``logit_scale * image_features @ weight.T``.
+    of the unit-norm features :math:`x_{c,t}` of class c in template t, in float32 or better. Logits are
+    ``logit_scale * image_features @ weight.T``.
 
     Args:
         model: a CLIP of open_clip or of Transformers.
@@ -225,7 +225,7 @@ class _Scaler(Keeping):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64, device="cpu"))
 
     def _set(self, *values: Tensor) -> Self:
-        with torch.inference_mode(False):  # else it could not be used outside
+        with torch.inference_mode(False):  # for use outside
             for name, new in zip(list(self._buffers), values, strict=True):
                 setattr(self, name, new.to(getattr(self, name), copy=True))
         self.is_fitted = True
@@ -284,8 +284,8 @@ class PlattScaler(_Scaler):
 
     .. math:: z \mapsto a z + b, \quad a, b = \arg\min_{a > 0, b} \sum_i \log(1 + e^{\mp (a z_i + b)})
 
-    with - for pairs that match and + for others. Fit on pairs that match as often as in use. Data without a minimum
-    give a warning (:doc:`/guides/temperature`).
+    with - for pairs that match. Fit on pairs that match as often as in use. Data without a minimum give a warning
+    (:doc:`/guides/temperature`).
 
     Example:
         >>> import torch

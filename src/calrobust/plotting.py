@@ -24,7 +24,7 @@ COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Ok
 BLUE, VERMILION, *_ = COLOURS
 GREY = "#767676"
 MARKERS = "osD^v<>"
-FONT, COLUMN = 7.5, 3.3  # points; inches
+FONT, COLUMN = 7.5, 3.3  # points, inches
 BARS: dict[str, dict[str, Any]] = {
     "accuracy": {"facecolor": BLUE},
     "overconfident by": {"facecolor": "#F6CDB4", "edgecolor": VERMILION, "linewidth": 0.6, "hatch": "//////"},
@@ -71,9 +71,9 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
-    """Reliability diagrams of methods, ID (left) and of all OOD samples (right).
+    """Reliability diagrams of methods, ID and of all OOD samples.
 
-    The ECE at the right is usually below the report's, since gaps cancel.
+    The pooled ECE is usually below the report's, since gaps cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.

@@ -12,7 +12,7 @@ from calrobust.functional.scoring import (
     Bins,
     Block,
     as_rows,
-    can_read_values,
+    places,
     probability_blocks,
     top_label,
     valid_confidences,
@@ -21,7 +21,7 @@ from calrobust.functional.scoring import (
 Norm = Literal["l1", "l2", "max"]
 
 BISECTIONS = 36
-LEAST_VARIANCE = 50  # sum of c * (1 - c) from which an ECE has an interval
+LEAST_VARIANCE = 50  # sum of c * (1 - c) for an interval
 
 
 def bin_index(confidences: Tensor, n_bins: int) -> Tensor:
@@ -205,14 +205,11 @@ def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
             sums = probs.new_zeros(3, n_classes * n_bins, dtype=torch.float64)
         counts, confidence_sums, correct_sums = sums
         correct_sums.index_add_(0, block.target * n_bins + bin_index(own, n_bins), torch.ones_like(own))
-        # All go into the first bin, then the few high ones move.
+        # All go into the first bin, then high ones move.
         counts[::n_bins] += len(probs)
         confidence_sums[::n_bins] += probs.sum(0, dtype=torch.float64)
         flat = probs.flatten()
-        if can_read_values(flat):
-            high = (flat >= 0.5 / n_bins).nonzero()[:, 0]
-        else:  # no shape may depend on values
-            high = torch.arange(len(flat), device=flat.device)
+        high = places(flat >= 0.5 / n_bins)
         moved, first = flat[high].double(), high % n_classes * n_bins
         index, ones = torch.cat((first, first + bin_index(moved, n_bins))), torch.ones_like(moved)
         counts.index_add_(0, index, torch.cat((-ones, ones)))
@@ -287,8 +284,8 @@ def calibration_interval(
     r"""Interval and noise floor of the ECE, and a test against perfect calibration.
 
     Interval and debiased value are about infinitely many samples, so the interval may lie below the value. There is
-    no interval if the sum of c * (1 - c) over the confidences is below 50, as with up to about 300 samples.
-    :doc:`/derivations` has formulas and coverage.
+    none if the sum of c * (1 - c) is below 50, as for up to about 300 samples. :doc:`/derivations` has formulas and
+    coverage.
 
     Args:
         confidences: as for :func:`~calrobust.functional.bin_confidences`.
@@ -333,7 +330,7 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
     deviations = ((1 - 2 / math.pi) * variances.sum(-1)).clamp(min=1e-300).sqrt() / total
     low, debiased, high = _errors(moments, level)
     if n_sets > 1:
-        debiased = torch.where(values < floors, values - floors, debiased)  # not cut at 0, for the mean
+        debiased = torch.where(values < floors, values - floors, debiased)  # not yet cut at 0
     value, floor = values.mean(-1), floors.mean(-1)
     p_value = torch.special.ndtr((floor - value) / (deviations.norm(dim=-1) / n_sets))
     has_interval = (variances.sum(-1) >= LEAST_VARIANCE).all(-1) & (n_sets == 1)
@@ -361,7 +358,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return tried.minimum(largest_gaps)
 
     def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
-        # The mean of the sum of |d|, and the deviation of its difference from the observed sum.
+        # The mean of the sum of |d|, and the deviation of its distance from the observed one.
         accuracies = (confidences - gaps / filled).clamp(min=least)
         variances = effective * accuracies * (1 - accuracies)
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()
@@ -376,7 +373,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return means.sum(-1), spread.clamp(min=0).sqrt()
 
     quantile = torch.special.ndtri(total.new_tensor((1 + level) / 2))
-    quantiles = torch.stack((quantile, torch.zeros_like(quantile), -quantile)).view(3, *[1] * total.ndim)
+    quantiles = quantile * total.new_tensor([1, 0, -1]).view(3, *[1] * total.ndim)
     positive = deviations.clamp(min=1e-12)
     most = ((observed / positive).amax(-1) + 1).expand(3, *total.shape)  # there all gaps are 0
     fewest = -(largest_gaps / positive).amax(-1).expand(3, *total.shape)  # and here the largest

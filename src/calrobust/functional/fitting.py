@@ -26,8 +26,8 @@ MAX_STEPS = 100
 LARGEST_RATIO = 10.0
 EXTREME = 100.0  # T of degenerate data over the logits' spread
 HUGE = 1e20  # products of logits this far below the top overflow
-FLOOR = -200.0  # replaces them once they are scaled
-GAP = 32.0  # masks are this many times as far below the top as other logits
+FLOOR = -200.0  # for these once they are scaled
+GAP = 32.0  # masks are this many times as far below the top as others
 GAP_LOGITS = 4096
 NEGLIGIBLE = 5.0  # nats
 BLOCK = 2**20  # pairs
@@ -113,7 +113,7 @@ def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = Non
         if weight is not None:
             data = data._replace(weight=(weight / weight.max())[target].to(data.top.dtype))
         limit = _mask_distance(data, means)
-        # Masks affect only the start of Newton's method, and degenerate data.
+        # Masks affect only the first step, and degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
         if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
             temperature, causes = _solve(data, _visible_means(data, math.inf))
@@ -155,7 +155,7 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
     """How far below the top masks begin, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
-    some = torch.cat((some, means.argmin()[None]))  # has masks if any has
+    some = torch.cat((some, means.argmin()[None]))  # has masks if any
     distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
     below = (distances > 0) & distances.isfinite()
     usual = distances.where(below, math.inf).amin(1).median()
@@ -201,7 +201,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """First and second derivative in β = 1/T, times β and β²."""
+    """Both derivatives in β = 1/T, times β and β²."""
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
@@ -262,7 +262,7 @@ def _newton_line(
     z: Tensor, matched: Tensor, mean: Tensor, spread: Tensor, low: float, high: float
 ) -> tuple[Tensor, bool]:
     """Of ``(z - mean) / spread``."""
-    line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), float("inf")
+    line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), math.inf
     for _ in range(MAX_STEPS):
         loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), mean.new_full((2,), 1e-9).diag()
         for some, flags in zip(z.split(BLOCK), matched.split(BLOCK), strict=True):

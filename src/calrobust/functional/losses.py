@@ -85,8 +85,7 @@ def multimodal_distillation_loss(
 
     Here :math:`p_i` is the softmax of image :math:`i` over all texts, :math:`q_i` that of text :math:`i` over all
     images, :math:`\tilde p_i, \tilde q_i` are the teacher's, and all logits are divided by ``temperature``
-    :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper; open_clip's ``DistillClipLoss``
-    averages them, and adds the teacher's entropy.
+    :math:`\tau` > 0. The means of the two directions are **summed**, as in the paper but not in open_clip.
 
     Other arguments and results are those of :func:`~calrobust.functional.multimodal_contrastive_loss`, but images and
     texts need not be pairs. The teacher's features, of the same images ``[N, E]`` and texts ``[M, E]``, get no
@@ -236,7 +235,7 @@ def feature_distillation_loss(
     .. math:: \ell_i = \tfrac{1}{2} \lVert x_i - \tilde x_i \rVert^2
 
     For unit norm this is :math:`1 - x_i^\top \tilde x_i`. The means over images and over texts are **summed**, unless
-    ``modality`` is ``"image"`` or ``"text"``, which leaves the other without a gradient.
+    ``modality`` is ``"image"`` or ``"text"``.
 
     Arguments, results and errors are those of :func:`~calrobust.functional.multimodal_distillation_loss`, but features
     may have any norm, and the teacher's must have the student's width D. The logit scales are not used.

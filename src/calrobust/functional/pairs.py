@@ -181,8 +181,7 @@ def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
     values = []
     for weight, term in sharing:
         wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
-        value = weight * shared.reduce([_of_anchors(term, statistics[way]) for way in wanted])
-        values.append(value.to(batch.dtype))
+        values.append((weight * shared.reduce([_of_anchors(term, statistics[way]) for way in wanted])).to(batch.dtype))
     return values
 
 

@@ -21,7 +21,7 @@ from calrobust._checks import (
     check_predictions,
 )
 
-CPU_BLOCK_BYTES = 2**20  # for each thread, to stay in cache
+CPU_BLOCK_BYTES = 2**20  # of a thread, to stay in cache
 GPU_BLOCK_BYTES = 2**26
 SURE = 0.999  # confidences above are ranked by their odds
 
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 
 class Bins(NamedTuple):
-    """Sums over each bin, float64 ``[..., n_bins]``; ``a + b`` has the samples of both.
+    """Sums over bins, float64 ``[..., n_bins]``; ``a + b`` has the samples of both.
 
     Example:
         >>> import torch
@@ -80,6 +80,11 @@ def can_read_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def places(where: Tensor) -> Tensor:
+    # All of them if no shape may depend on values.
+    return where.nonzero()[:, 0] if can_read_values(where) else torch.arange(len(where), device=where.device)
+
+
 def block_rows(scores: Tensor, dtype: torch.dtype) -> int:
     rows = len(scores)
     if not torch.compiler.is_compiling():  # the compiler fuses the passes itself
@@ -95,7 +100,7 @@ def probability_blocks(
     validate: bool | None = None,
     temperature: float | None = None,
 ) -> Iterator[Block]:
-    """Yields at least one; ``validate=None`` checks values where that is free."""
+    """At least one; ``validate=None`` checks values where that is free."""
     check_flag(from_logits=from_logits)
     free = can_read_values(preds)
     validate = free if validate is None else validate
@@ -137,11 +142,11 @@ def log_losses(block: Block) -> Tensor:
 
 
 def certainties(block: Block) -> Tensor:
-    # In the order of the confidences, also where those of logits round to 1.
+    # In the order of the confidences, even of those that round to 1.
     found = block.confidences.clone()
     if block.from_logits:
         sure = found > SURE
-        rows = sure.nonzero()[:, 0] if can_read_values(sure) else torch.arange(len(sure), device=sure.device)
+        rows = places(sure)
         scores = block.scores[rows]
         top = scores.amax(1, keepdim=True)
         others = scores.masked_fill_(scores == top, -torch.inf).logsumexp(1)
@@ -160,7 +165,7 @@ def top_label(
 ) -> tuple[Tensor, Tensor]:
     """The highest probability of each sample, and whether its class is the label.
 
-    Both are ``[N]`` without ignored samples; the first is at least float32. Of equal scores the first counts.
+    Both are ``[N]``, the first float32 or better. Of equal scores the first counts.
     Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:
@@ -322,8 +327,8 @@ def risk_coverage_curve(confidences: Tensor, correct: Tensor) -> Tensor:
 
     Reference: Geifman and El-Yaniv, 2017, :arxiv:`1705.08500`, section 2.
     """
-    ordered, ties, wrong = _ranked(confidences, correct)[1:]
-    return _shared(wrong, ties).cumsum(0) / _ranks(ordered)
+    _, ties, wrong = _ranked(confidences, correct)
+    return _shared(wrong, ties).cumsum(0) / _ranks(wrong)
 
 
 def area(curve: Tensor, generalized: bool) -> Tensor:
@@ -332,20 +337,20 @@ def area(curve: Tensor, generalized: bool) -> Tensor:
 
 def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
     """AURC plus the influence of each sample on it."""
-    order, ordered, ties, wrong = _ranked(confidences, correct)
-    shares = _shared(wrong, ties) / _ranks(ordered)
-    weights = (1 / _ranks(ordered)).flip(0).cumsum(0).flip(0)
+    order, ties, wrong = _ranked(confidences, correct)
+    shares = _shared(wrong, ties) / _ranks(wrong)
+    weights = (1 / _ranks(wrong)).flip(0).cumsum(0).flip(0)
     found = wrong * _shared(weights, ties) - _shared(shares.flip(0).cumsum(0).flip(0), ties) + wrong.mean()
     return torch.empty_like(found).index_copy(0, order, found)
 
 
-def _ranked(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ranked(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_confidences(confidences, correct)
     ordered, order = confidences.detach().sort(descending=True)
     changes = torch.ones_like(ordered, dtype=torch.int64)
     changes[1:] = ordered[1:] != ordered[:-1]
     wrong = (~correct[order]).double().where(~ordered.isnan(), torch.nan)
-    return order, ordered, changes.cumsum(0) - 1, wrong
+    return order, changes.cumsum(0) - 1, wrong
 
 
 def _ranks(like: Tensor) -> Tensor:

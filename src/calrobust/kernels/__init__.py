@@ -13,7 +13,6 @@ from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, divergence
 Impl = Literal["auto", "dense", "tiled", "triton"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 MEMORY_BUDGET = 256 * 2**20  # bytes of logits
-ABSENT = EXCLUDED, 0.0, EXCLUDED  # a part without entries
 Features = tuple[Tensor, Tensor, Tensor | float]  # images, texts, logit scale
 Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 
@@ -22,7 +21,7 @@ class Anchors(NamedTuple):
     """Rows or columns of this rank."""
 
     weights: Tensor  # [length]: 1 with positives; without, 0 for a text and NaN for an image
-    number: Tensor | int  # of anchors with positives, over all ranks
+    number: Tensor | int  # with positives, over all ranks
     positives: Tensor  # [length]: how many, at least 1
 
 
@@ -38,10 +37,9 @@ class Direction(NamedTuple):
 
 
 class PairBatch:
-    """Images and texts of this rank and of all ranks.
+    """A batch of images and texts. Rows are images, or texts if ``swapped``; columns are gathered from all ranks.
 
-    Rows are images, or texts if ``swapped``. They stay on their rank, and columns are gathered. The partner of an image
-    is the text of its place, or with labels for both sides the first of its label.
+    The partner of an image is the text of its place, or with labels for both sides the first of its label.
     """
 
     def __init__(
@@ -76,20 +74,16 @@ class PairBatch:
         if labels is not None:
             both = labels if isinstance(labels, tuple) else (labels, labels)
             self._label(*(both[::-1] if swapped else both))
-
-    @property
-    def pairing(self) -> Pairing:
-        """What belongs together."""
-        start = self.columns.here.start if self.in_order and self.partner.shape[0] == self.pairs else -1
-        return Pairing(self.partner, start, self.classes)
+        start = self.columns.here.start if self.in_order and rows.shape[0] == self.pairs else -1
+        self.pairing = Pairing(self.partner, start, self.classes)
 
     def own_of_columns(self, own: Part) -> Part:
         """``[M]`` each: of the own entries of each column."""
         m, start = self.columns.total, self.columns.here.start
         if self.in_order:
             place = start, m - start - self.pairs
-            padded = (F.pad(v[: self.pairs], place, value=fill) for v, fill in zip(own, ABSENT, strict=True))
-            return Part(*padded) if own.teacher_lse.shape[0] else Part.without_teacher(next(padded))
+            filled = zip(own, (EXCLUDED, 0.0, EXCLUDED), strict=True)
+            return Part(*(F.pad(v[: self.pairs], place, value=fill) if v.shape[0] else v for v, fill in filled))
         return _by_partner(own, self.partner, m)
 
     def _factors(self, features: Features, dtype: torch.dtype) -> Factors:
@@ -127,7 +121,7 @@ def _anchors(positives: Tensor, number: Tensor | int, *, are_images: bool) -> An
 def pair_statistics(
     batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
 ) -> tuple[Direction, Direction | None]:
-    """Of ``S = scale / temperature · x yᵀ``, for this rank's rows and maybe its columns."""
+    """The statistics of this rank's rows and, if asked for, columns."""
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
     if distils and batch.teacher is not None:
@@ -148,9 +142,8 @@ def pair_statistics(
         rows = _direction(own, found.rows.to(precise), scale * found.row_sums, m, batch.of_rows, n)
         if not columns:
             return rows, None
-        parts = [batch.own_of_columns(own), found.columns.to(precise)]
         sums = batch.columns.scatter_sum((scale * found.column_sums).T).T
-        own, other = _over_ranks(parts, batch.columns)
+        own, other = _over_ranks([batch.own_of_columns(own), found.columns.to(precise)], batch.columns)
         return rows, _direction(own, other, sums, n, batch.of_columns, m)
 
 
@@ -171,7 +164,7 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
 
 def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
     """``[m]``: of the rows that have each column as partner."""
-    slot = partner.remainder(m + 1)  # the last one is for rows without a partner
+    slot = partner.remainder(m + 1)  # the last for rows without a partner
 
     def sums(values: Tensor) -> Tensor:
         return values.new_zeros(m + 1).index_add(0, slot, values)
@@ -210,14 +203,14 @@ def _total(parts: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _tracked(tensor: Tensor) -> Tensor:
-    """Copies what was made in inference mode, since autograd may not keep it."""
+    """Copies a tensor of inference mode, which autograd cannot keep."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # is_inference() cannot be traced
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _occurrences(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The class of each wanted label, how often it is in ``labels``, and their order by class.
+    """The class of each wanted label, its number in ``labels``, and the order of ``labels``.
 
     A class is the place of its first label in that order, or else ``len(labels)``.
     """

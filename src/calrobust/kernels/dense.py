@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calrobust._checks import WITHOUT_FLOAT64
 
-EXCLUDED = -1e38  # the logit of what does not count; finite, so that two differ by 0
+EXCLUDED = -1e38  # a logit that does not count; finite, so that two differ by 0
 
 
 class Part(NamedTuple):
@@ -34,7 +34,7 @@ class Pairing(NamedTuple):
     """Which rows and columns belong together."""
 
     partner: Tensor  # [N]: a column, or -1
-    start: int = -1  # of the columns that are the partners of all rows in their order; -1 if they are not
+    start: int = -1  # the first of columns that are the rows' partners in order, or -1
     classes: Sequence[Tensor] = ()  # of rows [N] and of columns [M], from 0 to M; or none
 
     def of_rows(self, features: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Pairing(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What a pair matrix ``S = scale · x yᵀ`` is made of."""
+    """Of a pair matrix ``S = scale · x yᵀ``."""
 
     x: Tensor  # [N, D]
     y: Tensor  # [M, D]
@@ -57,7 +57,7 @@ class Factors(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of some rows and, over these, of the columns; then `linear_parts`, where the scale is left out."""
+    """Of some rows and, over these, of the columns; then `linear_parts`, without the scale."""
 
     rows: Part  # without own entries, like the next
     columns: Part  # [0] if not asked for
@@ -81,10 +81,7 @@ def softmax_statistics(
 
 
 def linear_parts(x: Tensor, y: Tensor, pairing: Pairing, *, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Own entries, and the sums of rows ``[1 or 2, N]`` and of columns ``[1 or 2, M]``, or ``[0, M]``.
-
-    A sum is over all candidates, the next with classes over those of the anchor's class.
-    """
+    """Own entries, and the sums of rows ``[1 or 2, N]`` and of columns ``[0 to 2, M]``, as `totals` has them."""
     classes, m = pairing.classes, y.shape[0]
     of_rows = torch.stack([_dot(x, total) for total in totals(y, classes, m)])
     of_columns = x.new_empty(0, m)
@@ -105,7 +102,7 @@ def totals(
     if classes:
         of_anchors, of_features = classes
         terms = weights[1][:, None] * features if len(weights) else features
-        # Selecting is cheaper in backward than indexing.
+        # Cheaper in backward than indexing.
         yield features.new_zeros(m + 1, features.shape[1]).index_add_(0, of_features, terms).index_select(0, of_anchors)
 
 

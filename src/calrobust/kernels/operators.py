@@ -1,4 +1,4 @@
-"""Torch operators around the forms that hold no pair matrix, and their autograd function; read `tiled` first."""
+"""Torch operators around the forms that hold no pair matrix, and their autograd function."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from calrobust.kernels.tiled import CAPABILITY, Softmaxes, add_gradients
 
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
-ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the problem that they are compared on
+ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the comparison
 TOLERANCE = 1e-2  # relative, in the Frobenius norm
 
 
@@ -31,10 +31,9 @@ def softmax_statistics(
     memory_budget: int = 0,
     operands: torch.dtype | None = None,
 ) -> Statistics:
-    """What `dense.softmax_statistics` gives. Features may be multiplied as ``operands``.
+    """Does what `dense.softmax_statistics` does. Features may be multiplied as ``operands``.
 
-    ``"auto"`` is Triton where `kernels` has it, except for float64, and else tiled, which keeps logits that fit into
-    ``memory_budget`` bytes.
+    With ``"auto"`` the tiled form keeps logits that fit into ``memory_budget`` bytes.
     """
     x, y, scale = student
     models = [student, *([] if teacher is None else [teacher])]
@@ -45,8 +44,7 @@ def softmax_statistics(
     tensors = [*features(models, options[1]), pairing.partner, *pairing.classes]
     found = differentiable(_forward, _gradients, 7, options, student, tensors)
     rows, over_rows = (Part(found[k], found[k + 1], found[7 + k // 2]) for k in (0, 2))
-    own, row_sums, column_sums = found[4:7]
-    return Statistics(rows, over_rows, own, row_sums, column_sums, found[9])
+    return Statistics(rows, over_rows, *found[4:7], found[9])
 
 
 def obstacle_to_triton(device: torch.device) -> str:
@@ -64,7 +62,7 @@ def obstacle_to_triton(device: torch.device) -> str:
 
 
 def may_take_triton(impl: str, x: Tensor) -> bool:
-    """Whether the form is Triton's, if its kernels prove themselves."""
+    """Whether the form is Triton's, if its kernels are right."""
     if impl != "auto":
         return impl == "triton"
     return x.device.type == "cuda" and x.dtype != torch.float64 and not obstacle_to_triton(x.device)
@@ -98,13 +96,12 @@ def _warn(message: str) -> None:
 def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
     """How the kernels of a form differ from the tiled form; empty if they agree."""
     FAULTS[device, operands, form, teacher] = ""  # so that they are taken here
-    dtype = torch.promote_types(operands, torch.float32)
     generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn(rows: int) -> Tensor:
         return normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1).to(device, operands)
 
-    scale_and_bias = torch.tensor([20.0, -5.0], dtype=dtype, device=device)
+    scale_and_bias = torch.tensor([20.0, -5.0], dtype=torch.promote_types(operands, torch.float32), device=device)
     factors = [t for _ in range(1 + teacher) for t in (drawn(ROWS), drawn(COLUMNS), *scale_and_bias)]
     results = _softmax if form == "softmax" else _sigmoid
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -117,8 +114,7 @@ def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool)
 
 
 def _softmax(factors: list[Tensor], impl: str, operands: torch.dtype) -> list[Tensor]:
-    partner = torch.arange(ROWS, device=factors[0].device)
-    tensors = [*factors[:3], *factors[4:7], partner]
+    tensors = [*factors[:3], *factors[4:7], torch.arange(ROWS, device=factors[0].device)]
     found = _forward(tensors, impl, operands, True, False, 0)
     upstream = [torch.full_like(result, 1 / ROWS) for result in found[:7]]
     return [*found, *_backward([*upstream, *found, *tensors], [True] * 3, impl, operands, 0)]
@@ -139,7 +135,7 @@ def _forward(
 ) -> list[Tensor]:
     """Lse and divergence of rows and of columns; linear parts; both lse and own entries of a teacher; kept logits.
 
-    What is absent is empty. ``tensors`` are factors and those of a `Pairing`.
+    Absent results are empty. ``tensors`` are factors and those of a `Pairing`.
     """
     models, pairing = _inputs(tensors, start)
     form = kernels("softmax", impl, tensors[0], operands, teacher=len(models) == 2)
@@ -174,7 +170,7 @@ def _results(
 def _backward(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype, start: int) -> list[Tensor]:
     """The gradients of the student's factors from upstream ones, results and tensors of `_forward`.
 
-    The upstream ones are a, c, b, d of the derivations, and those of linear parts, which may be empty.
+    Upstream are a, c, b, d of the derivations, and those of linear parts, which may be empty.
     """
     a, c, b, d, *linear = tensors[:7]
     row_lse, _, column_lse, *_, row_teacher_lse, column_teacher_lse, _, logits, teacher_logits = tensors[7:19]
@@ -199,11 +195,10 @@ def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype
 
 
 def features(models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> list[Tensor]:
-    """The factors of models without a graph, features as they are multiplied: what autograd keeps."""
+    """The factors for autograd to keep: detached, and features in the dtype of their products."""
     x, _, scale, *_ = models[0]
     dtype = operands if tiled.are_narrow(x, operands) else scale.dtype
-    every = (factor.detach() for factors in models for factor in factors)
-    return [factor.to(dtype) if factor.ndim else factor for factor in every]
+    return [f.detach().to(dtype if f.ndim else f.dtype) for factors in models for f in factors]
 
 
 def like(factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
@@ -218,14 +213,13 @@ def _inputs(tensors: list[Tensor], start: int) -> tuple[list[Factors], Pairing]:
     return [Factors(*factors[k : k + 3]) for k in range(0, len(factors), 3)], Pairing(partner, start, classes)
 
 
-def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
+def _gradients(options: Any, needs: list[bool], *tensors: Any) -> list[Tensor]:
     impl, operands, *_, start = options
-    saved: Any = tensors[7:]
     upstream = [
         gradient.contiguous() if gradient is not None else torch.zeros_like(result if k < 4 else result[:0])
-        for k, (gradient, result) in enumerate(zip(tensors[:7], saved[:7], strict=True))
+        for k, (gradient, result) in enumerate(zip(tensors[:7], tensors[7:14], strict=True))
     ]
-    found: list[Tensor] = _backward([*upstream, *saved], needs, impl, operands, start)
+    found: list[Tensor] = _backward([*upstream, *tensors[7:]], needs, impl, operands, start)
     return found
 
 
@@ -239,12 +233,12 @@ def differentiable(
 ) -> Any:
     """The results of an operator on ``tensors``, the first ``number`` of them with a gradient in ``factors``.
 
-    ``backward`` takes options, needs, upstream gradients, results and tensors. Only these two are kept.
+    ``backward`` takes options, needs, upstream gradients, results and tensors.
     """
     inputs = forward, backward, number, options, len(factors), *factors, *tensors
     if not torch.compiler.is_compiling():
         return _Eager.apply(*inputs)
-    # The compiler fails on an autograd function none of whose inputs has a gradient.
+    # The compiler fails on an autograd function if no input has a gradient.
     return _Compiled.apply(*inputs) if is_differentiated(factors) else _Compiled.forward(*inputs)
 
 
@@ -286,7 +280,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _Eager(_Compiled):
-    """It refuses other derivatives, which the compiler does not accept."""
+    """It refuses other derivatives; the compiler does not accept that."""
 
     jvp = vmap = staticmethod(refuse)
 

@@ -1,7 +1,7 @@
-"""Sums over rows of ``Z = scale · x yᵀ + bias``; ``docs/derivations.md`` has the formulas.
+"""Sums over rows of ``Z = scale · x yᵀ + bias``: see ``docs/derivations.md``.
 
-The gradient in Z depends on the entry alone. So one sweep, of 3 units or 4 with a teacher, gives sums and gradients if
-the weights of the sums are known. Otherwise backward makes a second.
+The gradient of an entry depends on no other. So one sweep gives sums and gradients if the weights of the sums are
+known. Otherwise backward sweeps again.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from calrobust.kernels.dense import divergence_terms, wide
 from calrobust.kernels.operators import differentiable, features, kernels, like
 from calrobust.kernels.tiled import FeatureGradients
 
-BAND_BYTES = 2**17  # as in `tiled`, for more buffers
+BAND_BYTES = 2**17  # less than in `tiled`: more buffers
 
 
 class Model(NamedTuple):
@@ -53,7 +53,7 @@ def sigmoid_sums(
 ) -> tuple[Sums, Tensor]:
     """The sums and their weighted total over all rows, with gradients.
 
-    If ``totalled``, forward makes the gradient of the total: cheaper if only that is differentiated.
+    If ``totalled``, forward makes the gradients of the total: cheaper if no others are needed.
     """
     x, *_ = models[0]
     if impl == "dense":
@@ -83,19 +83,18 @@ def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
 def sweep(
     models: Sequence[Model], classes: Classes, weights: Tensor, __: torch.dtype, needs: list[bool]
 ) -> tuple[Sums, list[Tensor]]:
-    """The sums, and the gradients of the student's x, y, scale and bias; those that ``needs`` excludes are empty.
+    """The sums, and the gradients of the student's x, y, scale and bias, empty if not needed.
 
     ``weights`` are ``[1, N]``, or with a teacher ``[2, N]``.
     """
     x, y, scale, _ = models[0]
     rows, columns = (each.to(scale.dtype) for each in classes)  # faster to compare than integers
-    nobody = torch.full_like(classes.rows, -1)
-    matrices = [tiled.Matrix(model, nobody) for model in models]
+    matrices = [tiled.Matrix(model, torch.full_like(classes.rows, -1)) for model in models]
     biases = torch.stack([model.bias for model in models])[:, None, None]
     tiles = tiled.tiles_of(x, y)
     buffer = scale.new_empty(len(models), tiles[0].stop, len(y))
-    band_bytes = BAND_BYTES if tiled.is_looked_at(x) else tiled.TILE_BYTES
-    height = min(tiles[0].stop, max(1, band_bytes // (len(y) * scale.element_size())))
+    limit = BAND_BYTES if tiled.is_looked_at(x) else tiled.TILE_BYTES
+    height = min(tiles[0].stop, max(1, limit // (len(y) * scale.element_size())))
     scratch = scale.new_empty(3 + 2 * len(models), len(models), height, len(y))
     gradients = FeatureGradients(models[0], weights, needs)
     found, of_bias = [], []
@@ -116,21 +115,21 @@ def sweep(
 
 
 def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: Tensor) -> Sums:
-    """The sums of some rows; given weights, Z becomes the gradient in it."""
+    """The sums of some rows; with weights, Z becomes its gradient."""
     softplus, one, two, *_ = scratch
     chances = scratch[3:5]  # of yes and of no
     z, *teacher = logits
     precise = wide(z.device)
     torch.sigmoid(logits, out=chances[0])
     torch.neg(logits, out=chances[1]).sigmoid_()
-    # log(1 + exp(−|z|)) is −log(1 − q) for the smaller chance q, and the larger one, r, is 1 − q rounded. So
-    # q + (r − 1) − log(r) has all its digits. log1p takes ten times as long.
+    # log(1 + exp(−|z|)) is −log(1 − q) for the smaller chance q. The larger one, r, is 1 − q rounded, so
+    # q + (r − 1) − log(r) has all digits. log1p takes ten times as long.
     r = torch.maximum(*chances, out=one)
     torch.log(r, out=two)
     torch.minimum(*chances, out=softplus).add_(r.sub_(1)).sub_(two)
     divergence = z.new_empty(0, dtype=precise)
     if teacher:
-        ratio, excess = scratch[5:]  # log of student's over teacher's chances; difference
+        ratio, excess = scratch[5:]  # of chances: log of the quotient, and difference
         torch.clamp(logits, max=0, out=one)
         torch.clamp(logits, min=0, out=two)
         torch.sub(one[0], one[1], out=ratio[0])
@@ -167,15 +166,13 @@ def _(tensors: list[Tensor], impl: str, operands: torch.dtype, needs: list[bool]
     return [*(weights.new_empty(shape, dtype=wide(weights.device)) for shape in shapes), *like(tensors[:4], needs)]
 
 
-def _gradients(options: Any, needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
+def _gradients(options: Any, needs: list[bool], *tensors: Any) -> list[Tensor]:
     impl, operands, made = options
-    (total, *of_sums), results = tensors[:3], tensors[3:10]
-    gradients: Any = results[3:]
-    saved: Any = tensors[10:]
-    *factors, weights, rows, columns = saved
+    total, *of_sums = tensors[:3]
+    *factors, weights, rows, columns = tensors[10:]
     are_made = all(there or not needed for there, needed in zip(made, needs, strict=True))
     if total is not None and are_made and all(upstream is None for upstream in of_sums):
-        return [total.to(gradient.dtype) * gradient for gradient in gradients]
+        return [total.to(gradient.dtype) * gradient for gradient in tensors[6:10]]
     weights = weights * (0 if total is None else total.to(weights.dtype))
     for row, upstream in zip(weights, of_sums[: len(weights)], strict=True):
         if upstream is not None:

@@ -1,7 +1,6 @@
-"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory, with exact gradients.
+"""The softmax statistics of ``S = scale · x yᵀ`` and of a teacher's ``T`` in O(N·D) memory.
 
-A step takes 4 units: S in forward and again in backward, and the gradients of x and of y. A teacher adds 2. Kept logits
-save S and T in backward. See ``docs/derivations.md``.
+Backward forms S and T again unless they were kept. See ``docs/derivations.md``.
 """
 
 import math
@@ -16,11 +15,11 @@ from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, merge, tot
 
 CAPABILITY = (8, 0)  # the least that multiplies bfloat16 and TF32
 TILE_BYTES = 8 * 2**20  # fits into the last cache
-DEVICE_TILE_BYTES = 64 * 2**20  # off the CPU: kernels outlast their launches
+DEVICE_TILE_BYTES = 64 * 2**20  # kernels outlast their launches
 TILE_ROWS = 256  # at least, for fast products
 BAND_BYTES = 2**18  # of rows, fits into the second cache
 SCALE_ROWS = 8192  # at once, for the gradient of the scale
-FAR = 6.0  # nats of shift at which sums over columns cancel too much
+FAR = 6.0  # nats of shift at which sums over columns cancel
 
 
 class Softmaxes(NamedTuple):
@@ -41,7 +40,7 @@ class Matrix:
         self.partner = partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
-        """Over all tiles, one unit."""
+        """Some rows, written to ``out``."""
         x = self.x[tile]
         if x.dtype == out.dtype:
             torch.mm(self.scale * x, self.y.T, out=out)
@@ -84,14 +83,14 @@ def forward(
         rows, over_rows = _statistics(columns, *logits)
         of_rows.append(rows)
         of_columns = [merge([*of_columns, over_rows]) if columns else over_rows]
-    joined = Part(*map(torch.cat, zip(*of_rows, strict=True)))
-    return joined.to(scale.dtype), of_columns[0].to(scale.dtype)
+    rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
+    return rows.to(scale.dtype), of_columns[0].to(scale.dtype)
 
 
 def backward(
     models: list[Factors], softmaxes: list[Softmaxes], partner: Tensor, _: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the student's x, y and scale; those that ``needs`` excludes are empty."""
+    """The gradients of the student's x, y and scale, empty if not needed."""
     x, y, scale = models[0]
     matrices = [Matrix(factors, partner) for factors in models]
     tiles = tiles_of(x, y)
@@ -116,7 +115,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part
     by_band = columns and on_cpu
     height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
     lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
-    # Of columns: Σ w_i p_ij; then Σ w̃_i p̃_ij and, up to that factor, the first sum of the divergence, and the b_j.
+    # Of columns: Σ w_i p_ij; then Σ w̃_i p̃_ij and, times that, the first sum of the divergence, and b_j.
     sums, *_ = all_sums = s.new_zeros(4, s.shape[1] if by_band else 0)
     pivot = teacher_pivot = lse.new_zeros(())  # then the mean lse of the first band
     buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
@@ -141,9 +140,8 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part
             growth = torch.expm1(distance)
             grown = weights * growth
             of_p = torch.stack([weights, weights * (growth - distance), grown]).to(s.dtype)
-            of_excess = torch.stack([grown, weights + grown]).to(s.dtype)
             all_sums[1:].addmm_(of_p, teacher_p)
-            all_sums[2:].addmm_(of_excess, excess)
+            all_sums[2:].addmm_(torch.stack([grown, weights + grown]).to(s.dtype), excess)
             all_sums[2].addmv_(terms.T, of_p[0])
     rows = Part.without_teacher(lse) if t is None else Part(lse, divergence.clamp_(min=0), teacher_lse)
     if not by_band:
@@ -162,7 +160,7 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part
     if len(where):
         exact = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)
         for vector, values in zip(found, exact, strict=True):
-            vector[where[: len(values)]] = values  # of a teacher only if there is one
+            vector[where[: len(values)]] = values  # none without a teacher
     return rows, found
 
 
@@ -178,8 +176,8 @@ def divergence_terms_in_place(
 ) -> Tensor:
     """`dense.divergence_terms` from both probabilities and ``ratio``, the logarithm of their quotient.
 
-    Leaves ``probability − target`` in ``excess``; ``ratio`` and ``probability`` are scratch. Of the difference and its
-    series the larger is right: see ``docs/derivations.md``.
+    Leaves ``probability − target`` in ``excess``, and overwrites ``ratio`` and ``probability``. Of the difference and
+    its series the larger is right: see ``docs/derivations.md``.
     """
     margin = 8 * torch.finfo(ratio.dtype).eps
     torch.sub(probability, target, out=excess)
@@ -208,12 +206,12 @@ def tiles_of(x: Tensor, y: Tensor) -> list[slice]:
 
 
 def _tile_rows(x: Tensor, y: Tensor) -> int:
-    tile_bytes = TILE_BYTES if is_looked_at(x) else DEVICE_TILE_BYTES
-    return min(len(x), max(TILE_ROWS, tile_bytes // (len(y) * y.element_size())))
+    limit = TILE_BYTES if is_looked_at(x) else DEVICE_TILE_BYTES
+    return min(len(x), max(TILE_ROWS, limit // (len(y) * y.element_size())))
 
 
 def is_looked_at(tensor: Tensor) -> bool:
-    """Whether code may depend on values; off the CPU it would wait for the device."""
+    """Whether code may read values; elsewhere it would wait for the device."""
     return tensor.device.type == "cpu"
 
 
@@ -241,10 +239,7 @@ class FeatureGradients:
         dtype: torch.dtype | None = None,
         parts: int = 1,
     ) -> None:
-        """Tiles are multiplied in ``parts`` of ``dtype``: by default float16 for features of low precision.
-
-        The ``weights`` bound the gradient in S.
-        """
+        """Tiles are multiplied in ``parts`` of ``dtype``. The ``weights`` bound the gradient in S."""
         self.x, self.y, self.scale, *_ = factors
         self.needs = needs
         self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
@@ -292,7 +287,7 @@ class FeatureGradients:
 def add_gradients(
     of_x: Tensor, of_y: Tensor, x: Tensor, y: Tensor, pairing: Pairing, own: Tensor, of_rows: Tensor, of_columns: Tensor
 ) -> None:
-    """Adds those of `linear_parts`, from their upstream ones, where neither is empty."""
+    """Adds those of `linear_parts` from upstream ones, unless these are empty."""
     _, start, classes = pairing
     m = y.shape[0]
     if len(of_x):
@@ -319,7 +314,7 @@ def _add_sums(to: Tensor, features: Tensor, classes: Sequence[Tensor], m: int, h
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
-    """Writes or adds the product of two sums of parts, without what is beneath the last."""
+    """Writes or adds the product of two sums of parts, without its negligible terms."""
     for a, b in ((a, b) for i, a in enumerate(left) for b in right[: len(right) - i]):
         if a.dtype == out.dtype or a.device.type != "cuda":
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
@@ -329,7 +324,7 @@ def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, a
 
 
 def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
-    """Numbers as sums of numbers of lower precision."""
+    """Numbers as sums of parts of lower precision."""
     split = [numbers.to(dtype)]
     for _ in range(1, parts):
         numbers = numbers - split[-1]

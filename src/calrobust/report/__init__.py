@@ -44,7 +44,7 @@ class ShiftReport:
     :doc:`/derivations` has the other intervals.
 
     Figures are fractions, in printed tables per cent. Tables raise ``ValueError`` if a method lacks
-    ``id_domain`` or a domain that others have. A report keeps about 44 bytes for each sample, and logits on the CPU.
+    ``id_domain`` or a domain that others have. Logits and about 44 bytes for each sample are kept on the CPU.
 
     Args:
         id_domain: the domain that is in distribution.
@@ -94,7 +94,7 @@ class ShiftReport:
             target: likewise.
 
         Raises:
-            TypeError, ValueError: a name is no string or is blank, data are invalid, the number of classes changes, or
+            TypeError, ValueError: a name is no string or blank, data are invalid, the number of classes changes, or
                 over 1 % of the samples that T was fitted on are in this domain. The report is unchanged.
         """
         _check_names(method=method, domain=domain)
@@ -180,7 +180,7 @@ class ShiftReport:
     def compare(self, a: str, b: str) -> dict[str, Any]:
         """The figures of one method minus those of another, from the same samples.
 
-        Intervals are paired, so narrow for methods that mostly agree; ECEs have none (:doc:`/derivations`).
+        Intervals are paired; ECEs have none (:doc:`/derivations`).
 
         Args:
             a: a method.
@@ -276,9 +276,9 @@ class ShiftReport:
         domains: dict[str, Any] = {}
         for row in map(_finite, self.per_domain()):
             domains.setdefault(row.pop("method"), {})[row.pop("domain")] = row
-        head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(HEADINGS, True)}
         summary = {row.pop("method"): row for row in map(_finite, self.summary())}
-        return {**head, "summary": summary, "per_domain": domains}
+        head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(HEADINGS, True)}
+        return head | {"summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> "pd.DataFrame":
         """:meth:`summary`, or :meth:`per_domain`, as a ``DataFrame``; ``ImportError`` without pandas."""

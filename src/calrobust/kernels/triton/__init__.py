@@ -23,10 +23,10 @@ class Blocks(NamedTuple):
     DEPTH: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # registers of a thread at most
+    maxnreg: int | None = None  # registers of a thread
 
 
-# By kernel, bytes of an operand and models; for 99 KiB of shared memory, which every card has.
+# By kernel, bytes of an operand and models; each fits into 99 KiB, the least shared memory of a card.
 BLOCKS = {
     ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
     ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
@@ -47,7 +47,7 @@ INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)
 
 @triton.jit
 def logits(matrix, row, column, n, m, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """A block of ``scale · x yᵀ``; outside, the last row or column again."""
+    """A block of ``scale · x yᵀ``; beyond its end, the last row or column."""
     x, y, scale, width = matrix
     total = tl.zeros((row.shape[0], column.shape[0]), scale.dtype.element_ty)
     x_row = x + tl.minimum(row, n - 1).to(tl.int64)[:, None] * width
@@ -70,7 +70,7 @@ def logits(matrix, row, column, n, m, DEPTH: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def comparison(p, target, r, TEACHER: tl.constexpr):
-    """Target p̃, excess p − p̃ and divergence p̃ (exp(r) − 1 − r), for r = log p − log p̃; without a teacher only p."""
+    """Target p̃, excess p − p̃ and divergence p̃ (exp(r) − 1 − r), r = log p − log p̃; without a teacher only p."""
     if not TEACHER:
         return p, p, p
     TERMS: tl.constexpr = 13 if r.dtype == tl.float64 else 6
@@ -114,7 +114,7 @@ class Launcher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
     ) -> None:
-        """Runs a kernel on a tile of both matrices, or of the student's twice."""
+        """Runs a kernel on a tile of both matrices, or twice the student's."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
         with torch.cuda.device_of(self.matrices[0][0]):

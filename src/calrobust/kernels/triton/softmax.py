@@ -1,8 +1,8 @@
 """The statistics of `tiled` as Triton kernels: logits stay on the chip.
 
 Rows and columns are sums of `comparison` at *references*, the largest logits of the row so far: see
-``docs/derivations.md``. A second kernel merges a block's columns, and forms sums that lost terms or digits again, at
-the columns' own references. No product is fused into ``s − t``, so equal models diverge by exactly zero.
+``docs/derivations.md``. A second kernel merges columns, and forms sums that lost terms or digits again, at the columns'
+own references. No product is fused into ``s − t``, so equal models diverge by exactly 0.
 """
 
 import torch
@@ -21,7 +21,7 @@ SPANS = 16  # of columns, at least; they share rows in the cache
 COLUMN_SPAN = 32  # blocks of rows whose columns a program merges
 
 EXCLUDED = tl.constexpr(dense.EXCLUDED)
-FLOOR = tl.constexpr(-(2.0**123))  # the least reference; excluded entries vanish beside it
+FLOOR = tl.constexpr(-(2.0**123))  # the least reference, far above excluded logits
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # change of log2(p / p̃) at which sums over columns cancel
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in a column
@@ -36,7 +36,7 @@ def _partners(partner, row, n, m):
 
 @triton.jit
 def _others(matrix, partners, row, start, n, m, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """A block of logits without own entries and what is outside; most blocks have neither."""
+    """A block of logits without own entries and what is outside."""
     column = start + tl.arange(0, COLUMNS)
     block = logits(matrix, row, column, n, m, DEPTH, EVEN)
     own, first, last, end = partners
@@ -193,7 +193,7 @@ def _columns_kernel(
             f = tl.load(at + 2 * height * m, mask=column < m, other=0.0)
             b = e / tl.maximum(z, LOST)
             cancels = b - tl.log(tl.maximum(1.0 + b, LOST))
-            cancels = tl.where(tl.abs(b) < 0.125, b * b * 0.55, cancels)  # where it is inexact, a little more
+            cancels = tl.where(tl.abs(b) < 0.125, b * b * 0.55, cancels)  # a bound where it is inexact
             found &= (z + e > LOST) & (cancels * z <= f * LOSS)
         if tl.min(found.to(tl.int32), 0) == 0:
             row = k * ROWS + tl.arange(0, ROWS)
@@ -301,7 +301,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
 
 
 def _statistics(sums: Tensor) -> Part:
-    """From ``[parts, 2 or 5, length]``: references and Z, then a teacher's references, E and F."""
+    """From what `_store_sums` stored: references and Z, then a teacher's references, E and F."""
     reference, target, *teacher = sums.to(wide(sums.device)).unbind(1)
     if not teacher:
         return Part.without_teacher(_log_sum_exp(reference, target))

@@ -30,7 +30,7 @@ def collect_logits(
 ) -> tuple[Tensor, Tensor]:
     """Collects the logits ``[N, C]`` of a model and the labels ``[N]``, int64, on the CPU.
 
-    The model runs in eval mode without gradient, and gets its modes back.
+    The model runs in eval mode without gradient, and its modes are restored.
 
     Args:
         model: returns logits ``[B, C, ...]``, or an output with ``logits`` or ``logits_per_image``.
@@ -192,8 +192,8 @@ def zero_shot_classifier(
             else:
                 features.append(tower.encode_text(tokens.to(device)))
     found = torch.cat(features)
-    unit = nn.functional.normalize(found.to(torch.promote_types(found.dtype, torch.float32)))
-    return nn.functional.normalize(unit.unflatten(0, (len(names), -1)).mean(1))
+    found = nn.functional.normalize(found.to(torch.promote_types(found.dtype, torch.float32)))
+    return nn.functional.normalize(found.unflatten(0, (len(names), -1)).mean(1))
 
 
 def _captions(names: Any, templates: Any) -> list[str]:

@@ -373,7 +373,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return means.sum(-1), spread.clamp(min=0).sqrt()
 
     quantile = torch.special.ndtri(total.new_tensor((1 + level) / 2))
-    quantiles = quantile * total.new_tensor([1, 0, -1]).view(3, *[1] * total.ndim)
+    quantiles = torch.stack((quantile, torch.zeros_like(quantile), -quantile)).view(3, *[1] * total.ndim)
     positive = deviations.clamp(min=1e-12)
     most = ((observed / positive).amax(-1) + 1).expand(3, *total.shape)  # there all gaps are 0
     fewest = -(largest_gaps / positive).amax(-1).expand(3, *total.shape)  # and here the largest

@@ -95,8 +95,7 @@ def fit_temperature(
         raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
     check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
-    temperature = determined_temperature(logits, target, weight)
-    return torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+    return logits.new_tensor(determined_temperature(logits, target, weight), dtype=torch.float64)
 
 
 def determined_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = None, of: str = "") -> float:
@@ -201,7 +200,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """Both derivatives in β = 1/T, times β and β²."""
+    """Both derivatives in 1/T, times its first and second power."""
     dtype, n_classes = data.top.dtype, data.logits.shape[1]
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
     sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
@@ -233,8 +232,7 @@ def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(similarities.device.type, enabled=False):
         line, cause = _solve_line(similarities.detach().flatten(), matched.flatten())
     if cause:
-        a, b = line.tolist()
-        warn(f"the data do not determine a and b: {cause}; a = {a:.6g}, b = {b:.6g}")
+        warn(f"the data do not determine a and b: {cause}; a = {line[0]:.6g}, b = {line[1]:.6g}")
     return line
 
 

@@ -1,7 +1,5 @@
 """Losses on pairs as weighted sums of terms, which share one pass over the pair matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
@@ -47,7 +45,7 @@ class PairOptions(TypedDict, total=False):
     """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
     in number or labels, it is over those of a direction, ``"none"`` of only one."""
     gather: bool
-    """Contrast against all ranks (default False, as for a bank that all hold); see :ref:`many-processes`."""
+    """Contrast against all ranks (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
@@ -128,7 +126,7 @@ class Request(NamedTuple):
     student: Outputs
     teacher: Outputs | None = None
     labels: Labels | None = None
-    apart: bool = False  # whether each value is wanted; the sum alone is cheaper
+    apart: bool = False  # whether more than the sum is wanted
 
     def models(self) -> list[dict[str, Any]]:
         """Their outputs by name."""
@@ -180,7 +178,7 @@ def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
     statistics: dict[str, Any] = dict(zip(DIRECTIONS[2:0:-1] if swapped else DIRECTIONS[1:], found, strict=True))
     values = []
     for weight, term in sharing:
-        wanted = DIRECTIONS[1:] if term.direction == "both" else (term.direction,)
+        wanted = DIRECTIONS[1:] if term.direction == "both" else [term.direction]
         values.append((weight * shared.reduce([_of_anchors(term, statistics[way]) for way in wanted])).to(batch.dtype))
     return values
 

@@ -142,7 +142,7 @@ def log_losses(block: Block) -> Tensor:
 
 
 def certainties(block: Block) -> Tensor:
-    # In the order of the confidences, even of those that round to 1.
+    # In the order of confidences, even if these round to 1.
     found = block.confidences.clone()
     if block.from_logits:
         sure = found > SURE
@@ -232,8 +232,7 @@ def brier_decomposition(bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
 
     with the accuracy :math:`\bar a`; other symbols, ``bins``, results and errors are those of
     :func:`~calrobust.functional.binned_error`. Reliability - resolution + uncertainty is the mean of
-    :math:`(1 - c_b)^2` for right and :math:`c_b^2` for wrong predictions. Low reliability and high resolution
-    are good.
+    :math:`(1 - c_b)^2` for right and :math:`c_b^2` for wrong predictions. Low reliability and high resolution are good.
 
     Example:
         >>> import torch

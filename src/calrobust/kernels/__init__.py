@@ -37,7 +37,7 @@ class Direction(NamedTuple):
 
 
 class PairBatch:
-    """A batch of images and texts. Rows are images, or texts if ``swapped``; columns are gathered from all ranks.
+    """Rows are images, or texts if ``swapped``; columns are gathered from all ranks.
 
     The partner of an image is the text of its place, or with labels for both sides the first of its label.
     """
@@ -47,11 +47,10 @@ class PairBatch:
         student: Features,
         teacher: Features | None,
         labels: Labels | None,
-        ranks: tuple[Ranks, Ranks],
+        ranks: tuple[Ranks, Ranks],  # of images and of texts
         *,
         swapped: bool = False,
     ) -> None:
-        """The ``ranks`` are of images and of texts."""
         images, texts, _ = student
         self.operands = torch.promote_types(images.dtype, (teacher or student)[0].dtype)
         self.dtype = torch.promote_types(self.operands, torch.float32)
@@ -148,7 +147,7 @@ def pair_statistics(
 
 
 def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:
-    """``sums`` are of logits: over all candidates, and maybe over the positives."""
+    """``sums`` are over all candidates, and maybe over the positives."""
     has_own = own.lse != EXCLUDED
     base = torch.where(has_own, own.lse, other.lse)
     mean, *positive = sums.to(base.dtype)
@@ -183,7 +182,7 @@ def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
 
 
 def _over_ranks(several: list[Part], ranks: Ranks) -> list[Part]:
-    """Of this rank's columns over all rows, from all columns over the strip of each rank."""
+    """Of this rank's columns over all rows, from all columns over each rank's rows."""
     if len(ranks.sizes) == 1:
         return several
     lse, divergence, teacher_lse = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))

@@ -1,7 +1,5 @@
 """The softmax statistics by definition, and how they merge: see ``docs/derivations.md``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,11 +19,11 @@ class Part(NamedTuple):
     teacher_lse: Tensor  # [0] without a teacher, like the divergence
 
     @classmethod
-    def without_teacher(cls, lse: Tensor) -> Part:
+    def without_teacher(cls, lse: Tensor) -> "Part":
         """Statistics of a student alone."""
         return cls(lse, lse.new_empty(0), lse.new_empty(0))
 
-    def to(self, dtype: torch.dtype) -> Part:
+    def to(self, dtype: torch.dtype) -> "Part":
         """The same in another dtype."""
         return Part(*(vector.to(dtype) for vector in self))
 

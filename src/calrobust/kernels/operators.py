@@ -18,7 +18,7 @@ from calrobust.kernels.tiled import CAPABILITY, Softmaxes, add_gradients
 _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
 ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the comparison
-TOLERANCE = 1e-2  # relative, in the Frobenius norm
+TOLERANCE = 1e-2  # relative
 
 
 def softmax_statistics(
@@ -33,7 +33,7 @@ def softmax_statistics(
 ) -> Statistics:
     """Does what `dense.softmax_statistics` does. Features may be multiplied as ``operands``.
 
-    With ``"auto"`` the tiled form keeps logits that fit into ``memory_budget`` bytes.
+    For ``"auto"`` the tiled form keeps logits up to ``memory_budget`` bytes.
     """
     x, y, scale = student
     models = [student, *([] if teacher is None else [teacher])]
@@ -44,7 +44,8 @@ def softmax_statistics(
     tensors = [*features(models, options[1]), pairing.partner, *pairing.classes]
     found = differentiable(_forward, _gradients, 7, options, student, tensors)
     rows, over_rows = (Part(found[k], found[k + 1], found[7 + k // 2]) for k in (0, 2))
-    return Statistics(rows, over_rows, *found[4:7], found[9])
+    own, row_sums, column_sums = found[4:7]
+    return Statistics(rows, over_rows, own, row_sums, column_sums, found[9])
 
 
 def obstacle_to_triton(device: torch.device) -> str:
@@ -94,12 +95,12 @@ def _warn(message: str) -> None:
 
 
 def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:
-    """How the kernels of a form differ from the tiled form; empty if they agree."""
+    """How kernels differ from the tiled form; empty if they agree."""
     FAULTS[device, operands, form, teacher] = ""  # so that they are taken here
     generator = torch.Generator("cpu").manual_seed(0)
 
     def drawn(rows: int) -> Tensor:
-        return normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu"), dim=1).to(device, operands)
+        return normalize(torch.randn(rows, WIDTH, generator=generator, device="cpu")).to(device, operands)
 
     scale_and_bias = torch.tensor([20.0, -5.0], dtype=torch.promote_types(operands, torch.float32), device=device)
     factors = [t for _ in range(1 + teacher) for t in (drawn(ROWS), drawn(COLUMNS), *scale_and_bias)]
@@ -195,14 +196,14 @@ def _(tensors: list[Tensor], needs: list[bool], impl: str, operands: torch.dtype
 
 
 def features(models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> list[Tensor]:
-    """The factors for autograd to keep: detached, and features in the dtype of their products."""
+    """Detached factors, with features in the dtype of their products."""
     x, _, scale, *_ = models[0]
     dtype = operands if tiled.are_narrow(x, operands) else scale.dtype
     return [f.detach().to(dtype if f.ndim else f.dtype) for factors in models for f in factors]
 
 
 def like(factors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Memory for the gradients of factors that are needed."""
+    """Memory for the gradients that are needed."""
     scale = factors[2]
     return [scale.new_empty(factor.shape if needed else 0) for factor, needed in zip(factors, needs, strict=True)]
 
@@ -280,7 +281,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _Eager(_Compiled):
-    """It refuses other derivatives; the compiler does not accept that."""
+    """It refuses other derivatives, which the compiler does not accept."""
 
     jvp = vmap = staticmethod(refuse)
 

@@ -16,7 +16,7 @@ from calrobust.kernels.dense import divergence_terms, wide
 from calrobust.kernels.operators import differentiable, features, kernels, like
 from calrobust.kernels.tiled import FeatureGradients
 
-BAND_BYTES = 2**17  # less than in `tiled`: more buffers
+BAND_BYTES = 2**17  # as in `tiled`, for more buffers
 
 
 class Model(NamedTuple):
@@ -149,7 +149,7 @@ def _of_band(logits: Tensor, classes: Classes, weights: Tensor | None, scratch: 
 
 @torch.library.custom_op("calrobust::sigmoid_sums", mutates_args=())
 def _sums(tensors: list[Tensor], impl: str, operands: torch.dtype, needs: list[bool]) -> list[Tensor]:
-    """The total, both sums and the gradients of the total, from models, weights and classes."""
+    """The total, both sums and the gradients of the total."""
     *factors, weights, rows, columns = tensors
     models = [Model(*factors[k : k + 4]) for k in range(0, len(factors), 4)]
     with torch.autocast(weights.device.type, enabled=False):  # it may be on in backward

@@ -23,7 +23,7 @@ FAR = 6.0  # nats of shift at which sums over columns cancel
 
 
 class Softmaxes(NamedTuple):
-    """The row and column softmaxes of one matrix, with their weights in the gradient in S."""
+    """The softmaxes of one matrix, with their weights in the gradient in S."""
 
     row_lse: Tensor  # [N]
     column_lse: Tensor  # [M], or [0] without columns
@@ -40,7 +40,7 @@ class Matrix:
         self.partner = partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
-        """Some rows, written to ``out``."""
+        """Of some rows, in ``out``."""
         x = self.x[tile]
         if x.dtype == out.dtype:
             torch.mm(self.scale * x, self.y.T, out=out)
@@ -109,7 +109,7 @@ def backward(
 
 
 def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part, Part]:
-    """Of the rows of a tile, and maybe of its columns over these rows."""
+    """Of the rows of a tile, and maybe of its columns."""
     precise = wide(s.device)
     on_cpu = is_looked_at(s)
     by_band = columns and on_cpu
@@ -247,17 +247,15 @@ class FeatureGradients:
         dtype = dtype or (wide if self.x.dtype == wide else torch.float16)
         self.is_rounded = dtype != wide
         self.gain = torch.ones_like(self.scale)
-        if not self.is_rounded:
-            self.operands = [[t] for t in features]
-        else:
+        self.operands = [[t] for t in features]
+        if self.is_rounded:
             bound, *tops = (_largest(tensors, wide) for tensors in (weights, *([t] for t in features)))
             self.gain, *self.gains = _gain(torch.stack([bound, *tops])).unbind()
             self.operands = [
                 _split(gain * t.to(wide), dtype, parts) for gain, t in zip(self.gains, features, strict=True)
             ]
-        wanted = self.takes_rows, needs[1]
-        shapes = [t.shape if w else (0,) for t, w in zip(features, wanted, strict=True)]
-        self.totals = [self.scale.new_zeros(shape) for shape in shapes]
+        wanted = zip(features, (self.takes_rows, needs[1]), strict=True)
+        self.totals = [self.scale.new_zeros(t.shape if needed else 0) for t, needed in wanted]
 
     def add(self, tile: slice, *gradient: Tensor) -> None:
         """Adds rows of the gradient in S, plain or times ``gain`` in parts."""
@@ -287,7 +285,7 @@ class FeatureGradients:
 def add_gradients(
     of_x: Tensor, of_y: Tensor, x: Tensor, y: Tensor, pairing: Pairing, own: Tensor, of_rows: Tensor, of_columns: Tensor
 ) -> None:
-    """Adds those of `linear_parts` from upstream ones, unless these are empty."""
+    """Adds those of `linear_parts`, from their upstream ones."""
     _, start, classes = pairing
     m = y.shape[0]
     if len(of_x):
@@ -314,7 +312,7 @@ def _add_sums(to: Tensor, features: Tensor, classes: Sequence[Tensor], m: int, h
 
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
-    """Writes or adds the product of two sums of parts, without its negligible terms."""
+    """Writes or adds the product of two sums of parts, but for negligible terms."""
     for a, b in ((a, b) for i, a in enumerate(left) for b in right[: len(right) - i]):
         if a.dtype == out.dtype or a.device.type != "cuda":
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
@@ -324,7 +322,6 @@ def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, a
 
 
 def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
-    """Numbers as sums of parts of lower precision."""
     split = [numbers.to(dtype)]
     for _ in range(1, parts):
         numbers = numbers - split[-1]
@@ -333,7 +330,6 @@ def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
 
 
 def _largest(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum of their largest sizes."""
     return torch.stack([torch.linalg.vector_norm(t, math.inf).to(dtype) for t in tensors if len(t)]).sum()
 
 

@@ -85,7 +85,7 @@ class Samples:
         return batches[0]
 
     def add(self, logits: Tensor, columns: dict[str, Tensor]) -> None:
-        # The caller may reuse the buffers.
+        # Callers may reuse buffers.
         self._append(columns)
         self.columns.pop("nll_own_t", None)
         self.unscaled.append((logits.clone(), columns["target"]))
@@ -308,8 +308,8 @@ def markdown(table: list[list[str]], caption: str) -> str:
 
 def latex(table: list[list[str]], caption: str) -> str:
     head, *body = (" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table)
-    begin, end = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}", r"\end{tabular}"
-    return "\n".join(["% " + caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end])
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
+    return "\n".join(["% " + caption, begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"])
 
 
 def _cell(row: dict[str, Any], column: str, intervals: bool) -> str:

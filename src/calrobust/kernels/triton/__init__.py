@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     maxnreg: int | None = None  # registers of a thread
 
 
-# By kernel, bytes of an operand and models; each fits into 99 KiB, the least shared memory of a card.
+# By kernel, bytes of an operand and models; each takes at most 99 KiB of shared memory.
 BLOCKS = {
     ("forward", 2, 1): Blocks(128, 128, 64, 4, 3),
     ("forward", 2, 2): Blocks(128, 128, 64, 8, 3),
@@ -101,7 +101,7 @@ class Launcher:
     """The matrices for kernels, and the blocks that fit."""
 
     def __init__(self, kernel: str, models: Sequence[Sequence[Tensor]], operands: torch.dtype) -> None:
-        # Dtype and number of the parts of the gradient in S.
+        # Dtype and number of parts of the gradient in S.
         self.split = (torch.float16, operands.itemsize // 2) if operands.itemsize < 8 else (operands, 1)
         if INTERPRETED and operands == torch.bfloat16:
             operands = torch.float32  # the interpreter would multiply its bits
@@ -114,14 +114,14 @@ class Launcher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
     ) -> None:
-        """Runs a kernel on a tile of both matrices, or twice the student's."""
+        """Runs a kernel on a tile; without a teacher the student stands in."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
         with torch.cuda.device_of(self.matrices[0][0]):
             kernel[grid](matrices[0], matrices[-1], *arguments, **options, **(blocks or self.blocks)._asdict())
 
     def tiles(self, row_bytes: int, limit: int) -> list[slice]:
-        """Tiles of blocks of rows that fit into ``limit`` bytes, at least one block."""
+        """Tiles of at least one block of rows that fit into ``limit`` bytes."""
         rows = self.blocks.ROWS * max(1, limit // (row_bytes * self.blocks.ROWS))
         return slices(len(self.matrices[0][0]), rows)
 

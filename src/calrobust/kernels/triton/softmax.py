@@ -290,11 +290,9 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         of_rows.append(merge_rows(_statistics(by_row)))
         merged = scale.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
         if columns:
-            spans = launch.blocks.COLUMNS, COLUMN_SPAN
+            rest = merged, by_column, pivots, length, m, launch.blocks.COLUMNS, COLUMN_SPAN
             grid = triton.cdiv(m, narrow.COLUMNS), len(merged)
-            launch(
-                _columns_kernel, grid, tile, partner[tile], merged, by_column, pivots, length, m, *spans, blocks=narrow
-            )
+            launch(_columns_kernel, grid, tile, partner[tile], *rest, blocks=narrow)
         of_columns.append(merge_rows(_statistics(merged)))
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return rows.to(scale.dtype), merge(of_columns).to(scale.dtype)

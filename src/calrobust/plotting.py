@@ -71,7 +71,7 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 
 
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
-    """Reliability diagrams of methods, ID and of all OOD samples.
+    """Reliability diagrams of methods, of ID and of all OOD samples.
 
     The pooled ECE is usually below the report's: gaps cancel.
 

@@ -358,7 +358,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return tried.minimum(largest_gaps)
 
     def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
-        # The mean of the sum of |d|, and the deviation of its distance from the observed one.
+        # The mean of the sum of |d|, and the deviation of its difference from the observed sum.
         accuracies = (confidences - gaps / filled).clamp(min=least)
         variances = effective * accuracies * (1 - accuracies)
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()

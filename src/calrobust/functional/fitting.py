@@ -112,7 +112,7 @@ def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = Non
         if weight is not None:
             data = data._replace(weight=(weight / weight.max())[target].to(data.top.dtype))
         limit = _mask_distance(data, means)
-        # Masks affect only the first step, and degenerate data.
+        # Masks affect only the first guess, and degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)
         if causes and limit / temperature < NEGLIGIBLE:  # these were no masks
             temperature, causes = _solve(data, _visible_means(data, math.inf))
@@ -154,7 +154,7 @@ def _mask_distance(data: _Data, means: Tensor) -> float:
     """How far below the top masks begin, or inf."""
     step = max(1, data.logits.numel() // GAP_LOGITS)
     some = torch.arange(0, len(means), step, device=means.device)
-    some = torch.cat((some, means.argmin()[None]))  # has masks if any
+    some = torch.cat((some, means.argmin()[None]))  # has masks if any has
     distances = data.top[some, None] - data.logits[some].to(data.top.dtype)
     below = (distances > 0) & distances.isfinite()
     usual = distances.where(below, math.inf).amin(1).median()

@@ -165,7 +165,7 @@ def top_label(
 ) -> tuple[Tensor, Tensor]:
     """The highest probability of each sample, and whether its class is the label.
 
-    Both are ``[N]``, the first float32 or better. Of equal scores the first counts.
+    Both are ``[N]`` without ignored samples, the first float32 or better. Of equal scores the first counts.
     Arguments, NaN and errors are those of :func:`~calrobust.functional.calibration_error`.
 
     Example:

@@ -94,7 +94,7 @@ class PairBatch:
         """A number, or equal entries, as a tensor ``[]``."""
         if isinstance(value, Tensor):
             return _tracked(value).mean().to(device, self.dtype)
-        # torch.full would raise for what the dtype cannot hold.
+        # torch.full would raise on overflow.
         return torch.ones((), dtype=self.dtype, device=device) * float(value)
 
     def _label(self, of_rows: Tensor, of_columns: Tensor) -> None:

@@ -266,13 +266,13 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.derivative, ctx.number, ctx.options, ctx.count, *tensors = inputs
-        ctx.set_materialize_grads(False)  # the gradient of kept logits would be a matrix of zeros
+        ctx.set_materialize_grads(False)  # kept logits would get a matrix of zeros
         ctx.mark_non_differentiable(*output[ctx.number :])
         ctx.save_for_backward(*output, *tensors[ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: each reading runs the hooks of checkpointing
+        saved = ctx.saved_tensors  # read once: reading runs the hooks of checkpointing
         needs = list(ctx.needs_input_grad[5 : 5 + ctx.count])
         inputs = ctx.derivative, ctx.options, needs, *upstream[: ctx.number], *saved
         found = _call(*inputs) if torch.compiler.is_compiling() else _Once.apply(*inputs)

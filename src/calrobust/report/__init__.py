@@ -94,7 +94,7 @@ class ShiftReport:
             target: likewise.
 
         Raises:
-            TypeError, ValueError: a name is no string or blank, data are invalid, the number of classes changes, or
+            TypeError, ValueError: a name is no string or is blank, data are invalid, the number of classes changes, or
                 over 1 % of the samples that T was fitted on are in this domain. The report is unchanged.
         """
         _check_names(method=method, domain=domain)
@@ -276,9 +276,9 @@ class ShiftReport:
         domains: dict[str, Any] = {}
         for row in map(_finite, self.per_domain()):
             domains.setdefault(row.pop("method"), {})[row.pop("domain")] = row
-        summary = {row.pop("method"): row for row in map(_finite, self.summary())}
         head = {"id_domain": self.id_domain, "n_bins": self.n_bins, "caption": self._caption(HEADINGS, True)}
-        return head | {"summary": summary, "per_domain": domains}
+        summary = {row.pop("method"): row for row in map(_finite, self.summary())}
+        return {**head, "summary": summary, "per_domain": domains}
 
     def to_pandas(self, *, per_domain: bool = False) -> "pd.DataFrame":
         """:meth:`summary`, or :meth:`per_domain`, as a ``DataFrame``; ``ImportError`` without pandas."""

@@ -102,7 +102,7 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         logits, target = logits.detach().cpu(), target.detach().cpu()
         target = target.long() if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else target
     check_predictions(target, logits=logits)
-    # Loaders may reuse memory.
+    # Loaders and models may reuse memory.
     return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()
 
 

@@ -201,8 +201,8 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
     """Both derivatives in 1/T, times its first and second power."""
-    dtype, n_classes = data.top.dtype, data.logits.shape[1]
-    buffer = data.logits.new_empty(block_rows(data.logits, dtype), n_classes, dtype=dtype)
+    dtype = data.top.dtype
+    buffer = data.logits.new_empty(block_rows(data.logits, dtype), data.logits.shape[1], dtype=dtype)
     sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
     for differences in data.differences(dtype):
         scaled = differences.mul_(beta)
@@ -246,8 +246,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
         cause = "matching pairs are not more similar than others"
     if cause:
         slope = torch.where(spread > 0, 1 / (EXTREME * spread), 1)
-        odds = (len(hits) + 1) / (len(others) + 1)
-        return torch.stack((slope, torch.log(slope.new_tensor(odds)) - slope * mean)), cause
+        return torch.stack((slope, math.log((len(hits) + 1) / (len(others) + 1)) - slope * mean)), cause
     targets = 0.0, 1.0
     if hits.amin() >= others.amax():
         cause, targets = "a threshold separates them", (1 / (len(others) + 2), (len(hits) + 1) / (len(hits) + 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from calrobust import (
     functional,
     kernels,
 )
+from calrobust.integrations.open_clip import OpenClipLoss
 
 STUDENT = (unit_rows(7, 4, 0), unit_rows(7, 4, 1), 20.0)
 TEACHER = (unit_rows(7, 5, 2), unit_rows(7, 5, 3), 15.0)
@@ -238,7 +240,7 @@ def test_losses_listen_to_their_attributes() -> None:
 
 
 def test_a_forward_of_ones_own_runs_or_is_refused() -> None:
-    """It runs alone, also as a sum's only summand; sums, multiples and terms would drop it."""
+    """It runs alone, also as a sum's only summand; sums, multiples, terms and OpenClipLoss would drop it."""
 
     class Normalised(MultimodalContrastiveLoss):
         def forward(self, image_features: Tensor, text_features: Tensor, *others: Any, **named: Any) -> Tensor:
@@ -261,8 +263,10 @@ def test_a_forward_of_ones_own_runs_or_is_refused() -> None:
         twice: [lambda: 2 * twice, lambda: twice + plain, lambda: twice.terms(*STUDENT, *TEACHER)],
     }
     for loss, refused in calls.items():
-        for call in refused:
-            with pytest.raises(TypeError, match=rf"must not override forward, got {type(loss).__name__}; add values"):
+        for call in (*refused, partial(OpenClipLoss, loss)):
+            with pytest.raises(
+                TypeError, match=rf"must not override forward, got {type(loss).__name__}; call it alone"
+            ):
                 call()
     with pytest.raises(TypeError, match="must not override forward"):
         changed(*STUDENT)

@@ -787,7 +787,7 @@ class TestTables:
         )
         more = report.to_markdown(columns=["ood_ece_ts", "id_aurc"])
         assert "\n\nECE (15 bins) in per cent; ID: photo; OOD: plain mean over sketch, clipart; + TS: logits" in more
-        assert "noise floor, the ECE of" in more
+        assert "noise floor, the ECE that a perfectly calibrated model shows on as many samples. " in more
         assert more.endswith("in per cent. Other figures have their 95 % interval in brackets.")
         assert report.to_markdown(columns=["id_accuracy"]).endswith("clipart. In brackets: the 95 % interval.")
         assert report.to_markdown(columns=["temperature"]).endswith("which was fitted on held-out data.")

@@ -235,6 +235,30 @@ def test_a_mask_that_came_with_a_checkpoint_does_not_turn_into_nan(dtype: torch.
     assert (teacher.module.get_parameter("0.bias") == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("way", ["load", "assign", "cast", "swap"])
+def test_a_mask_that_is_written_into_the_copy_does_not_turn_into_nan(dtype: torch.dtype, late: bool, way: str) -> None:
+    """Before the first update or later, and also if the teacher is cast or read before it moves."""
+    student, saved = (nn.Linear(1, 2).to(dtype) for _ in range(2))
+    nn.init.zeros_(student.bias)
+    saved.bias.data = torch.tensor([-torch.inf, 0.0]).to(dtype)
+    teacher = EMATeacher(student, 0.5)
+    if late:
+        teacher.update(student)
+    if way == "swap":
+        with teacher.swapped_into(nn.Linear(1, 2).to(dtype)):
+            teacher.module.get_parameter("bias")[0] = -torch.inf
+    else:
+        teacher.module.load_state_dict(saved.state_dict(), assign=way == "assign")
+    if way == "cast":
+        teacher.to(dtype).state_dict()
+    student.load_state_dict(saved.state_dict())
+    for _ in range(2):
+        teacher.update(student)
+    assert teacher.module.get_parameter("bias").tolist() == [-torch.inf, 0.0]
+
+
 class Buffers(nn.Module):
     """Has one buffer of each kind that is not a statistic of a normalisation layer."""
 

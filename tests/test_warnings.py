@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -71,3 +72,14 @@ def test_a_warning_points_to_the_callers_line_and_names_what_was_called(called: 
     assert str(warning.message).endswith(f" ({called})")
     code = inspect.unwrap(Inside.forward if isinstance(call, Inside) else call).__code__
     assert (warning.filename, warning.lineno) in {(code.co_filename, line) for *_, line in code.co_lines()}
+
+
+@pytest.mark.parametrize(("module", "warned"), [({}, 1), ({"__name__": None}, 0)])
+def test_a_warning_may_arise_in_code_without_a_module(module: dict[str, Any], warned: int) -> None:
+    """Some runners execute code in such globals. Python itself drops what warns where ``__name__`` is None."""
+    space = {**module, "fit": fit_temperature, "data": SEPARABLE}
+    exec(compile("def call(): return fit(*data)", "cell", "exec"), space)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert space["call"]() > 0
+    assert [one.filename for one in caught] == ["cell"] * warned

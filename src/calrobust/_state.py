@@ -48,7 +48,7 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 def parts(module: nn.Module) -> list[Any]:
     modules: list[Any] = [module]
     found: list[Any] = []
-    for one in modules:  # which grows
+    for one in modules:
         if isinstance(one, nn.Module):
             modules += one._modules.values()
             found += one._parameters.values() if one._parameters else ()
@@ -107,8 +107,8 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
             found += f"; {what} {second}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
     if found:
         fix = "are they one architecture, with the same adapters?"
-        if "updates" in ours.keys() ^ theirs.keys():
-            fix = "is one of an EMATeacher? pass its .module"
+        if {"step", "updates"} <= ours.keys() ^ theirs.keys():
+            fix = "is one the state of an EMATeacher? pass teacher.module"
         raise ValueError(f"{first} and {second} must have the same names and shapes{found}; {fix}")
 
 

@@ -144,7 +144,7 @@ def zero_shot_classifier(
 
     .. math:: w_c = \frac{m_c}{\|m_c\|}, \quad m_c = \frac{1}{T} \sum_t x_{c,t}
 
-    of the unit-norm features :math:`x_{c,t}` of class c in template t, in float32 or better. Logits are
+    Features :math:`x_{c,t}` of class c in template t have unit norm. All is in float32 or better. Logits are
     ``logit_scale * image_features @ weight.T``.
 
     Args:
@@ -176,7 +176,7 @@ def zero_shot_classifier(
         raise TypeError(f"model must have encode_text or get_text_features, got {type(model).__name__}; {fix}")
     tower: Any = model
     if of_transformers:
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         tokenizer = partial(tokenizer, padding="max_length", truncation=True, return_tensors="pt")
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0, device="cpu")).device
     features = []
@@ -225,7 +225,7 @@ class _Scaler(Keeping):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64, device="cpu"))
 
     def _set(self, *values: Tensor) -> Self:
-        with torch.inference_mode(False):  # for use outside
+        with torch.inference_mode(False):
             for name, new in zip(list(self._buffers), values, strict=True):
                 setattr(self, name, new.to(getattr(self, name), copy=True))
         self.is_fitted = True

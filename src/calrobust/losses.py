@@ -73,7 +73,7 @@ class PairLoss(nn.Module, ABC):
         Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive``, ``sigmoid_distillation`` and ``feature``;
         a second one is ``feature_2``.
         """
-        _check_forward(self)
+        check_forward(self)
         options = self.options()
         values = weighted_terms(lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), options)
         terms: dict[str, Tensor] = {}
@@ -124,9 +124,10 @@ class PairLoss(nn.Module, ABC):
     __rmul__ = __mul__
 
 
-def _check_forward(loss: PairLoss) -> None:
+def check_forward(loss: PairLoss) -> None:
     if type(loss).forward is not PairLoss.forward:
-        raise TypeError(f"a loss in sums or terms() must not override forward, got {type(loss).__name__}; add values")
+        rule = "a loss in sums, terms() or OpenClipLoss must not override forward"
+        raise TypeError(f"{rule}, got {type(loss).__name__}; call it alone, and add the values: a(...) + 1.5 * b(...)")
 
 
 class _TermLoss(PairLoss):
@@ -287,7 +288,7 @@ class LossSum(PairLoss):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], PairLoss)):
                 raise TypeError(f"a sum must be of pairs of a weight and a loss, got {pair!r}; write it as a + 1.5 * b")
             check_number(weight=pair[0])
-            _check_forward(pair[1])
+            check_forward(pair[1])
         self.losses = [term for _, loss in weighted for _, term in loss.weighted()]
         self.weights = [float(weight) * own for weight, loss in weighted for own, _ in loss.weighted()]
         self.weighted()  # checks the options
@@ -302,7 +303,7 @@ class LossSum(PairLoss):
             raise ValueError(f"weights must be one for each loss of the sum, got {self.weights}")
         for weight, loss in (pairs := list(zip(self.weights, self.losses, strict=True))):
             check_number(weight=weight)
-            _check_forward(loss)
+            check_forward(loss)
             if loss.options() != self.losses[0].options():
                 came = f"got {self.losses[0]!r} and {loss!r}; pass the same to both"
                 raise ValueError(f"losses that add must agree in their shared options, {came}")

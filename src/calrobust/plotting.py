@@ -73,11 +73,11 @@ def reliability_diagram(bins: Bins, ax: Axes | None = None) -> Axes:
 def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) -> Figure:
     """Reliability diagrams of methods, of ID and of all OOD samples.
 
-    The pooled ECE is usually below the report's: gaps cancel.
+    The pooled ECE is usually below the report's, since gaps of opposite sign cancel.
 
     Args:
         report: with data of ``id_domain`` for every method.
-        methods: the rows; None takes the first and last two.
+        methods: the rows; None takes the first one and the last two.
 
     Raises:
         TypeError, ValueError: ``report`` is incomplete, or ``methods`` are not its own.

@@ -130,8 +130,8 @@ class beta(_Schedule):
         \alpha_n = \frac{w_0 + \dots + w_n}{w_0 + \dots + w_{n + 1}}
 
     Model 0 is the pre-trained one, and model n + 1 the student at update ``n``. :math:`T` is ``updates``, at
-    most ten million; then the decay is 1. Both ``a`` and ``b`` are > 0: ``a`` < 1 favours the pre-trained model,
-    ``b`` < 1 the last students.
+    most ten million; after T updates the decay is 1. Both ``a`` and ``b`` are > 0: ``a`` < 1 favours the pre-trained
+    model, ``b`` < 1 the last students.
 
     Example:
         >>> from calrobust import schedules
@@ -162,7 +162,7 @@ class beta(_Schedule):
 
 @dataclass(frozen=True)
 class every(_Schedule):
-    """Moves the teacher only at every ``steps``-th step, from the first on.
+    """Moves the teacher only at the steps 0, ``steps``, 2 * ``steps`` and so on.
 
     ``decay`` is in [0, 1], or a schedule of the step. The teacher needs ``update_every=1``.
 

@@ -112,8 +112,7 @@ class EMATeacher(Keeping):
             module.requires_grad_(False).eval()
             self.register_module("module", module)
             self.register_module("masters", _float32_masters(module, shared))
-            state = tensors(module if self.masters is None else self.masters)[0]
-            self._not_finite = _names_not_finite({name: state[name] for name in state.keys() - self._shared})
+            self._not_finite = _names_not_finite(tensors(module if self.masters is None else self.masters)[0])
             if device is not None:
                 self.to(device)
         self.eval()
@@ -150,8 +149,10 @@ class EMATeacher(Keeping):
                         f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student, "
                         "or with share_frozen=False"
                     )
-                if self._versions() != self._written or not self._written:
+                if (versions := self._versions()) != self._written or not versions:
                     self._renew_masters()
+                    if versions:  # not compiling
+                        self._not_finite |= _names_not_finite({pair.name: pair.ours for pair in pairs})
                 if self.step == 0:
                     _broadcast(pairs, student)
                 if acts:
@@ -185,7 +186,8 @@ class EMATeacher(Keeping):
         """Each write to the copy changes them."""
         if torch.compiler.is_compiling():
             return []
-        return [(id(own), 0 if own.is_inference() else own._version) for own, _ in self._with_masters()]
+        own = (one for one in parts(self.module) if isinstance(one, Tensor))
+        return [(id(one), 0 if one.is_inference() else one._version) for one in own]
 
     def _renew_masters(self) -> None:
         for own, master in self._with_masters():
@@ -197,7 +199,8 @@ class EMATeacher(Keeping):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block.
 
-        Its own come back bit for bit, also after an exception. Raises as :meth:`update`.
+        The student's own weights are copied, and come back bit for bit, also after an exception. Raises as
+        :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")
@@ -251,7 +254,6 @@ class EMATeacher(Keeping):
         else:
             self.masters._apply(keeping_dtype(move))
             write(self._with_masters())
-            self._written = self._versions()
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -289,7 +291,7 @@ class EMATeacher(Keeping):
                 f"the state must not have what share_frozen=True shares with the student, got {extra[0]} and "
                 f"{len(extra) - 1} more; load one that was saved with share_frozen=True"
             )
-        state_dict.update(shared)  # none is missing
+        state_dict.update(shared)
         source, start = (masters, module) if self.masters is None else (module, masters)
         if bool(given) == (self.masters is None):  # of another precision; masters have the digits
             for key in [key for key in state_dict if key.startswith(source)]:
@@ -345,9 +347,9 @@ def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module 
     if not low:
         return None
     masters = deepcopy(module, {id(one): one for one in shared})
-    for name, tensor in tensors(masters)[0].items():
-        if name in low:
-            tensor.data = tensor.data.float()
+    copies = tensors(masters)[0]
+    for name in low:
+        copies[name].data = copies[name].data.float()
     return masters
 
 
@@ -384,7 +386,7 @@ def whole_state(teacher: EMATeacher) -> dict[str, Any]:
 
 
 def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
-    """Loads what ``whole_state`` gave."""
+    """Loads a whole state."""
     state = dict(state)
     for name, own in teacher.state_dict().items():
         if hasattr(own, "full_tensor") and name in state:

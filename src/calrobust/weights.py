@@ -24,8 +24,8 @@ def interpolate(
     .. math:: \theta = (1 - \alpha)\, \theta_0 + \alpha\, \theta_1
 
     ``alpha`` is in [0, 1], any finite number with ``extrapolate=True``, or a function of each floating tensor's name,
-    as in LiNeS (:doc:`/guides/recipes`). The ends are exact. Models, result and errors are as for :func:`average` of
-    ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
+    as in LiNeS (:doc:`/guides/recipes`). At the ends, floating entries are exact. Models, result and
+    errors are as for :func:`average` of ``[zero_shot, fine_tuned]``. Give both heads the same scale first.
 
     Example:
         >>> import torch

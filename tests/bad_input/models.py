@@ -216,12 +216,18 @@ TABLE: Table = [
                     {one: {"w": A["w"]}, other: EMATeacher(nn.ParameterDict({"w": A["w"]})).state_dict()},
                     ValueError,
                     "zero_shot and fine_tuned must have the same names and shapes; "
-                    f"{wrong} fine_tuned: step, updates; is one of an EMATeacher? pass its .module",
+                    f"{wrong} fine_tuned: step, updates; is one the state of an EMATeacher? pass teacher.module",
                 )
                 for one, other, wrong in (
                     ("zero_shot", "fine_tuned", "unexpected in"),
                     ("fine_tuned", "zero_shot", "missing from"),
                 )
+            ),
+            Wrong(
+                {"fine_tuned": weights(updates=A["w"])},
+                ValueError,
+                "zero_shot and fine_tuned must have the same names and shapes; unexpected in fine_tuned: updates; are "
+                "they one architecture, with the same adapters?",
             ),
             Wrong(
                 {"fine_tuned": weights(extra=A["w"])},

@@ -88,7 +88,7 @@ TABLE: Table = [
     (
         [Target("ShiftReport", ShiftReport, lambda: {"id_domain": "photo"})],
         [
-            Wrong({"id_domain": 3}, TypeError, "id_domain must be of type str, got int; pass its name"),
+            Wrong({"id_domain": 3}, TypeError, "id_domain must be of type str, got int; pass its name, not 3"),
             Wrong(
                 {"id_domain": "  "},
                 ValueError,

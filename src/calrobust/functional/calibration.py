@@ -179,7 +179,7 @@ def adaptive_calibration_error(
 ) -> Tensor:
     """Calibration error of the top label over bins that hold equally many samples.
 
-    Equal confidences share the bin of the middle one.
+    Equal confidences share the bin of the middle sample among them.
     Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
@@ -234,8 +234,8 @@ def classwise_calibration_error(
 
     .. math:: \frac{1}{C} \sum_c \sum_b \tfrac{n_{bc}}{N} |a_{bc} - p_{bc}|
 
-    of :math:`n_{bc}` samples with a probability of class c in bin b, :math:`p_{bc}` on average, and a share
-    :math:`a_{bc}` of that class.
+    :math:`n_{bc}` samples have a probability of class c in bin b, :math:`p_{bc}` on average. A share :math:`a_{bc}` of
+    them is of that class.
     Arguments, result and errors are those of :func:`~calrobust.functional.calibration_error` without ``debiased``.
 
     Example:
@@ -284,8 +284,8 @@ def calibration_interval(
     r"""Interval and noise floor of the ECE, and a test against perfect calibration.
 
     Interval and debiased value are about infinitely many samples, so the interval may lie below the value. There is
-    none if the sum of c * (1 - c) is below 50, as for up to about 300 samples. :doc:`/derivations` has formulas and
-    coverage.
+    none if the sum of c * (1 - c) is below 50, as for up to about 300 samples, or 5,000 with c = 0.99.
+    :doc:`/derivations` has formulas and coverage.
 
     Args:
         confidences: as for :func:`~calrobust.functional.bin_confidences`.

@@ -171,7 +171,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
         return min(1.0, spread / EXTREME), ["they are separable, every label has the highest logit"]
     # The slope at 1/T = 0
     if float((data.weight * (means - data.own)).sum(dtype=torch.float64)) >= 0:
-        return max(1.0, EXTREME * spread), ["logits and labels are not or negatively correlated"]
+        return max(1.0, EXTREME * spread), ["logits and labels are uncorrelated or negatively correlated"]
     beta = 1 / spread
     step = len(means) // SUBSET_ROWS
     if step >= 4:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calrobust._checks import check_instance, check_number, warn
-from calrobust.losses import PairLoss
+from calrobust.losses import PairLoss, check_forward
 
 __all__ = ["OpenClipLoss"]
 
@@ -24,7 +24,7 @@ class OpenClipLoss(nn.Module):
         caption_weight: of the caption loss, which CoCa models need.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or ``criterion`` overrides ``forward``.
 
     Example:
         >>> import torch
@@ -39,6 +39,7 @@ class OpenClipLoss(nn.Module):
         super().__init__()
         fix = "pass a loss on pairs, such as MultimodalContrastiveLoss() or a sum of them"
         check_instance(PairLoss, fix, criterion=criterion)
+        check_forward(criterion)
         if caption_weight is not None:
             check_number(caption_weight=caption_weight)
         self.criterion = criterion

@@ -77,8 +77,8 @@ def clip_features(output: Any, model: nn.Module) -> tuple[Tensor, ...]:
     """The arguments of a loss on pairs, from a model's output.
 
     They are image and text features ``[N, D]``, the logit scale, and the logit bias of a model that has one. Features
-    have unit norm, except PE-video's. The ``model`` may be in a
-    ``DistributedDataParallel`` or EMA teacher. Others raise ``TypeError``.
+    have unit norm, except PE-video's. The ``model`` may be in a ``DistributedDataParallel`` or EMA teacher. Outputs and
+    models that lack these raise ``TypeError``.
 
     Example:
         >>> import torch

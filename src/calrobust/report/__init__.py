@@ -188,7 +188,7 @@ class ShiftReport:
 
         Returns:
             ``a``, ``b``, and the differences of the figures of :meth:`summary` but ``temperature``, with ``…_low`` and
-            ``…_high``. NaN as there, and ends also where fewer than about ten samples differ.
+            ``…_high``. NaN as there, and ends also where fewer than about ten samples make the difference.
 
         Raises:
             ValueError: a name is no method's, targets differ, or the report is incomplete.
@@ -344,8 +344,8 @@ class ShiftReport:
 
 
 def _check_names(**names: Any) -> None:
-    check_instance(str, "pass its name", **names)
     for name, value in names.items():
+        check_instance(str, f"pass its name, not {value!r}", **{name: value})
         if not value.strip():
             raise ValueError(f"{name} must not be blank, got {value!r}; it is a heading of tables")
 

@@ -18,7 +18,7 @@ from calrobust.functional.scoring import (
 )
 
 FEWEST = 10  # right and wrong predictions for an interval
-LEVEL = 0.95  # also in captions
+LEVEL = 0.95
 Z = 1.959963984540054  # normal quantile
 ENDS = ("", "_low", "_high")
 ECE_PARTS = ("", "_debiased", "_low", "_high", "_floor", "_p")
@@ -45,8 +45,8 @@ DEFAULT = "id_accuracy", "ood_accuracy", "id_ece", "ood_ece", "temperature", "id
 MISSING = "\N{EN DASH}"
 BRACKETS = (
     "In brackets: the 95 % interval of the accuracy, or of the ECE without noise, which can lie below the value; then "
-    "the noise floor, the ECE of a perfectly calibrated model. An ECE without an interval, such as a mean of domains, "
-    "has its debiased value, noise floor and p-value against perfect calibration."
+    "the noise floor, the ECE that a perfectly calibrated model shows on as many samples. An ECE without an interval, "
+    "such as a mean of domains, has its debiased value, noise floor and p-value against perfect calibration."
 )
 NOTES = {  # of columns whose name holds the word
     "nll": "NLL: negative log-likelihood in nats.",

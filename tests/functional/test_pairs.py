@@ -236,6 +236,23 @@ def test_compiles_into_one_graph_and_exports_with_any_sizes(direction: Any, impl
     assert_close(*(oracles.gradients(loss(*each), *each[:2]) for loss in (compiled, Loss())))
 
 
+def test_a_bank_of_classes_exports_with_batches_of_any_size() -> None:
+    """Fewer images than classes or more."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, images: Tensor, target: Tensor) -> Tensor:
+            labels = target, torch.arange(6)
+            return multimodal_contrastive_loss(images, torch.eye(6), 5.0, labels=labels, direction="image_to_text")
+
+    def inputs(n: int) -> tuple[Tensor, Tensor]:
+        return unit_rows(n, 6, 0, torch.float32), torch.arange(n) % 6
+
+    size = {0: torch.export.Dim("n", min=2, max=4096)}
+    program = torch.export.export(Loss(), inputs(8), dynamic_shapes=(size, size)).module()
+    for n in (3, 8, 20):
+        assert_close(program(*inputs(n)), Loss()(*inputs(n)))
+
+
 def test_an_image_without_a_positive_is_no_number_where_values_are_not_looked_at() -> None:
     """NaN in a graph, and an error where values are seen (trap 48)."""
     image, text = unit_rows(3, 4, 0), unit_rows(5, 4, 1)

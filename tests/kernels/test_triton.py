@@ -221,6 +221,41 @@ def test_strips_of_rows_make_up_the_whole_matrix(operands: torch.dtype) -> None:
 
 
 @kernels
+@pytest.mark.parametrize("scales", [(100.0, 14.3), (100.0, 1.0)])
+@pytest.mark.parametrize(("n", "m"), [(3, 14), (16, 27)])  # some columns have no own entry
+def test_a_teacher_unlike_the_student_costs_no_digits(n: int, m: int, scales: tuple[float, float]) -> None:
+    """Where the teacher's softmax is flat, sums of the student's are not differences of large numbers (trap 43)."""
+    scale, t_scale = scales
+    for seed in range(6):
+        pictures = [unit_rows(m, 64, 4 * seed + k, torch.float32) for k in range(4)]
+        texts = [F.normalize(a + 1.5 * b, dim=1).to(DEVICE) for a, b in zip(pictures[:2], pictures[2:], strict=True)]
+        images = [rows[:n].to(DEVICE) for rows in pictures[:2]]
+        found = []
+        forms: Any = (torch.float64, "dense"), (torch.float32, "triton")
+        for dtype, impl in forms:
+            x, tx, y, ty = (rows.to(dtype) for rows in (*images, *texts))
+            loss = multimodal_distillation_loss(x.requires_grad_(), y, scale, tx, ty, t_scale, impl=impl)
+            found.append((loss.double(), torch.autograd.grad(loss, x)[0].double()))
+        (expected, expected_gradient), (value, gradient) = found
+        assert_close(value, expected, rtol=1e-5, atol=0)
+        assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
+
+
+@kernels
+def test_a_flat_teacher_of_many_texts_costs_no_digits() -> None:
+    """The student's lse of a row is not that of a difference of sums (trap 43); the logits are exact."""
+    n, m = 4, 2**14
+    image, text, taught = torch.ones(n, 1), torch.full((m, 1), -20.0), -(torch.arange(m) % 7)[:, None] / 8
+    text[10] = 0
+    student, teacher = (Factors(image, each, torch.tensor(1.0)) for each in (text, taught))
+    rows, *_ = statistics(student, teacher, pairs(n, m), columns=False)
+    student, teacher = moved([student, teacher])
+    expected, *_ = dense.softmax_statistics(student, teacher, pairs(n, m), columns=False)
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert_close(ours.double(), theirs, rtol=3e-6, atol=5e-7)
+
+
+@kernels
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [100.0, 740.0, 1e4])

@@ -63,8 +63,8 @@ class PairBatch:
                 with torch.no_grad():
                     self.teacher = Factors(*(factor.detach() for factor in self._factors(teacher, self.operands)))
         n, m = images.shape[0], texts.shape[0]
-        self.pairs = n if n <= m else 0  # in order; a bank of few texts has none
         self.in_order = not isinstance(labels, tuple)
+        self.pairs = n if self.in_order and n <= m else 0
         self.classes: tuple[Tensor, ...] = ()  # of rows and of columns
         rows, columns = (torch.arange(k, device=images.device) for k in ((m, n) if swapped else (n, m)))
         self.partner = torch.where(rows < self.pairs, rows + self.columns.here.start, -1)

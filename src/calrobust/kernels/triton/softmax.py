@@ -25,6 +25,7 @@ FLOOR = tl.constexpr(-(2.0**123))  # the least reference, far above excluded log
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # change of log2(p / p̃) at which sums over columns cancel
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in a column
+NEARLY_NONE = tl.constexpr(1 / 16 - 1)  # excess over target below which the student's sum loses digits
 
 
 @triton.jit
@@ -48,14 +49,14 @@ def _others(matrix, partners, row, start, n, m, COLUMNS: tl.constexpr, DEPTH: tl
 
 @triton.jit
 def _entries(s, t, reference, t_reference, TEACHER: tl.constexpr):
-    """The comparisons of logits at references."""
+    """The comparisons of logits at references, and the student's exponentials."""
     r = (s - t) - (reference - t_reference) * LN2
     log2e = tl.full(s.shape, LOG2E, s.dtype)
     p = tl.exp2(tl.fma(s, log2e, -reference))
     target = p
     if TEACHER:
         target = tl.exp2(tl.fma(t, log2e, -t_reference))
-    return comparison(p, target, r, TEACHER)
+    return comparison(p, target, r, TEACHER), p
 
 
 @triton.jit
@@ -76,8 +77,8 @@ def _factors(shift, t_shift, TEACHER: tl.constexpr):
 
 @triton.jit
 def _store_sums(to, sums, part, index, length, TEACHER: tl.constexpr):
-    """Into ``to [parts, 2 or 5, length]``."""
-    COUNT: tl.constexpr = 5 if TEACHER else 2
+    """Into ``to [parts, 2 or 6, length]``."""
+    COUNT: tl.constexpr = 6 if TEACHER else 2
     to += part.to(tl.int64) * COUNT * length + index
     tl.store(to, sums[0], mask=index < length)
     tl.store(to + length, sums[2], mask=index < length)
@@ -85,6 +86,7 @@ def _store_sums(to, sums, part, index, length, TEACHER: tl.constexpr):
         tl.store(to + 2 * length, sums[1], mask=index < length)
         tl.store(to + 3 * length, sums[3], mask=index < length)
         tl.store(to + 4 * length, sums[4], mask=index < length)
+        tl.store(to + 5 * length, sums[5], mask=index < length)
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def _forward_kernel(
     reference = tl.full((ROWS,), FLOOR, row_sums.dtype.element_ty)
     t_reference = reference
     target = tl.zeros_like(reference)
-    excess, divergence = target, target
+    excess, divergence, total = target, target, target
     pivot, t_pivot = tl.max(reference, 0), tl.max(reference, 0)
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -126,11 +128,12 @@ def _forward_kernel(
             t_top = tl.maximum(t_reference, tl.max(t, 1) * LOG2E)
         sums = target, excess, divergence
         before = _times(sums, _factors(reference - top, t_reference - t_top, TEACHER), TEACHER)
-        here = _entries(s, t, top[:, None], t_top[:, None], TEACHER)
+        here, p = _entries(s, t, top[:, None], t_top[:, None], TEACHER)
         target = before[0] + tl.sum(here[0], 1)
         if TEACHER:
             excess = before[1] + tl.sum(here[1], 1)
             divergence = before[2] + tl.sum(here[2], 1)
+            total = tl.fma(total, tl.exp2(reference - top), tl.sum(p, 1))
         reference, t_reference = top, t_top
         if WITH_COLUMNS:
             if start == part * span:
@@ -149,7 +152,7 @@ def _forward_kernel(
                 tl.store(at + height * width, t_pivot)
             tl.store(at, pivot)
 
-    _store_sums(row_sums, (reference, t_reference, target, excess, divergence), part, row, n, TEACHER)
+    _store_sums(row_sums, (reference, t_reference, target, excess, divergence, total), part, row, n, TEACHER)
 
 
 @triton.jit
@@ -178,14 +181,14 @@ def _columns_kernel(
     reference = tl.full((COLUMNS,), FLOOR, merged.dtype.element_ty)
     t_reference = reference
     target = tl.zeros_like(reference)
-    excess, divergence = target, target
+    excess, divergence, total = target, target, target
     at = column_sums + part * SPAN * m + column
     for k in range(part * SPAN, tl.minimum((part + 1) * SPAN, height)):
         at_pivot = pivots + k * width + start // WIDTH
         pivot = tl.load(at_pivot) + tl.zeros_like(reference)
         t_pivot = pivot
         z = tl.load(at, mask=column < m, other=1.0)
-        e, f = z, z
+        e, f, student_z = z, z, z
         found = (z > LOST) & (z < float("inf"))
         if TEACHER:
             t_pivot = tl.load(at_pivot + height * width) + tl.zeros_like(reference)
@@ -194,7 +197,8 @@ def _columns_kernel(
             b = e / tl.maximum(z, LOST)
             cancels = b - tl.log(tl.maximum(1.0 + b, LOST))
             cancels = tl.where(tl.abs(b) < 0.125, b * b * 0.55, cancels)  # a bound where it is inexact
-            found &= (z + e > LOST) & (cancels * z <= f * LOSS)
+            found &= (b > NEARLY_NONE) & (cancels * z <= f * LOSS)
+            student_z = z + e
         if tl.min(found.to(tl.int32), 0) == 0:
             row = k * ROWS + tl.arange(0, ROWS)
             partners = _partners(partner, row, n, m)
@@ -205,19 +209,20 @@ def _columns_kernel(
             if TEACHER:
                 t = _others(teacher, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
                 t_pivot = tl.maximum(tl.max(t, 0) * LOG2E, FLOOR)
-            here = _entries(s, t, pivot[None, :], t_pivot[None, :], TEACHER)
+            here, p = _entries(s, t, pivot[None, :], t_pivot[None, :], TEACHER)
             z = tl.sum(here[0], 0)
             if TEACHER:
-                e, f = tl.sum(here[1], 0), tl.sum(here[2], 0)
+                e, f, student_z = tl.sum(here[1], 0), tl.sum(here[2], 0), tl.sum(p, 0)
         top, t_top = tl.maximum(reference, pivot), tl.maximum(t_reference, t_pivot)
         sums = target, excess, divergence
         before = _times(sums, _factors(reference - top, t_reference - t_top, TEACHER), TEACHER)
         here = _times((z, e, f), _factors(pivot - top, t_pivot - t_top, TEACHER), TEACHER)
         target, excess, divergence = before[0] + here[0], before[1] + here[1], before[2] + here[2]
+        total = total * tl.exp2(reference - top) + student_z * tl.exp2(pivot - top)
         reference, t_reference = top, t_top
         at += m
 
-    _store_sums(merged, (reference, t_reference, target, excess, divergence), part, column, m, TEACHER)
+    _store_sums(merged, (reference, t_reference, target, excess, divergence, total), part, column, m, TEACHER)
 
 
 @triton.jit
@@ -274,7 +279,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
     launch = Launcher("forward", models, operands)
     # Forming sums again needs many registers.
     narrow = launch.blocks._replace(COLUMNS=min(64, launch.blocks.COLUMNS), num_warps=4)
-    sums, references = (1, 1) if len(models) == 1 else (3, 2)
+    sums, stored = (1, 2) if len(models) == 1 else (3, 6)
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
     of_a_row = triton.cdiv(sums * m * scale.element_size(), launch.blocks.ROWS) if columns else 1  # bytes
@@ -282,13 +287,13 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         length = tile.stop - tile.start
         height = triton.cdiv(length, launch.blocks.ROWS)
         span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks
-        by_row = scale.new_empty(triton.cdiv(width, span), references + sums, length)
+        by_row = scale.new_empty(triton.cdiv(width, span), stored, length)
         by_column = scale.new_empty(sums, height, m if columns else 0)
-        pivots = scale.new_empty(references, height, width)
+        pivots = scale.new_empty(len(models), height, width)
         arguments = by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS, columns
         launch(_forward_kernel, (len(by_row), height), tile, partner[tile], *arguments)
         of_rows.append(merge_rows(_statistics(by_row)))
-        merged = scale.new_empty(triton.cdiv(height, COLUMN_SPAN), references + sums, m if columns else 0)
+        merged = scale.new_empty(triton.cdiv(height, COLUMN_SPAN), stored, m if columns else 0)
         if columns:
             rest = merged, by_column, pivots, length, m, launch.blocks.COLUMNS, COLUMN_SPAN
             grid = triton.cdiv(m, narrow.COLUMNS), len(merged)
@@ -299,14 +304,15 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
 
 
 def _statistics(sums: Tensor) -> Part:
-    """From what `_store_sums` stored: references and Z, then a teacher's references, E and F."""
+    """From what `_store_sums` stored: references and Z, then a teacher's references, E, F and Z + E."""
     reference, target, *teacher = sums.to(wide(sums.device)).unbind(1)
     if not teacher:
         return Part.without_teacher(_log_sum_exp(reference, target))
-    t_reference, excess, divergence = teacher
+    t_reference, excess, divergence, total = teacher
     b = excess / target
-    kl = torch.where(target == 0, 0, divergence / target + (b.log1p() - b)).clamp(min=0)
-    return Part(_log_sum_exp(reference, target + excess), kl, _log_sum_exp(t_reference, target))
+    growth = torch.where(b < -0.5, (total / target).log(), b.log1p())
+    kl = torch.where(target == 0, 0, divergence / target + (growth - b)).clamp(min=0)
+    return Part(_log_sum_exp(reference, total), kl, _log_sum_exp(t_reference, target))
 
 
 def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
                 )
 
 
-def _leave_the_unit_interval(low: Tensor, high: Tensor) -> Tensor:
+def _outside(low: Tensor, high: Tensor) -> Tensor:
     return (low < 0) | (high > 1 + ROUNDING)
 
 
@@ -181,7 +181,7 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
     # True for NaN.
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
-    wrong = _leave_the_unit_interval(low, high) | (off > 1 / 64)  # a softmax in bfloat16
+    wrong = _outside(low, high) | (off > 1 / 64)  # a softmax in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
     for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # written to text
         steps = rows[doubtful].double() / step
@@ -194,7 +194,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     # C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C.
     n_classes = rows.shape[1]
     # Most logits are out of [0, 1].
-    if _leave_the_unit_interval(*rows[0].aminmax()) or not _may_be_probabilities(rows).all():
+    if _outside(*rows[0].aminmax()) or not _may_be_probabilities(rows).all():
         return False
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)

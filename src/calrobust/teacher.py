@@ -48,8 +48,8 @@ class EMATeacher(Keeping):
 
     Attributes:
         module: the copy.
-        masters: a float32 copy, averaged for a student of low precision. It follows what is written into ``module``,
-            but at an update not what is written through ``.data``.
+        masters: a float32 copy, averaged for a student of low precision. An update takes over what was written into
+            ``module``, but not through ``.data``.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
@@ -149,9 +149,9 @@ class EMATeacher(Keeping):
                         f"{'requires_grad=True' if unfrozen else 'another'}; make the teacher anew from this student, "
                         "or with share_frozen=False"
                     )
-                if (versions := self._versions()) != self._written or not versions:
+                if compiling or self._versions() != self._written:
                     self._renew_masters()
-                    if versions:  # not compiling
+                    if not compiling:
                         self._not_finite |= _names_not_finite({pair.name: pair.ours for pair in pairs})
                 if self.step == 0:
                     _broadcast(pairs, student)
@@ -159,7 +159,7 @@ class EMATeacher(Keeping):
                     _average_(pairs, 1 - float(decay), self._not_finite)
                     self.updates += 1
                 write(self._with_masters())
-                self._written = self._versions()
+                self._written = [] if compiling else self._versions()
             self.step += 1
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
@@ -184,10 +184,8 @@ class EMATeacher(Keeping):
 
     def _versions(self) -> list[tuple[int, int]]:
         """Each write to the copy changes them."""
-        if torch.compiler.is_compiling():
-            return []
-        own = (one for one in parts(self.module) if isinstance(one, Tensor))
-        return [(id(one), 0 if one.is_inference() else one._version) for one in own]
+        own = [one for one in parts(self.module) if isinstance(one, Tensor)]
+        return [(id(one), one.is_inference() or one._version) for one in own]
 
     def _renew_masters(self) -> None:
         for own, master in self._with_masters():
@@ -199,8 +197,7 @@ class EMATeacher(Keeping):
     def swapped_into(self, student: nn.Module) -> Iterator[None]:
         """Lends the averaged weights to the student in a ``with`` block.
 
-        The student's own weights are copied, and come back bit for bit, also after an exception. Raises as
-        :meth:`update`.
+        A copy of the student's own brings them back bit for bit, also after an exception. Raises as :meth:`update`.
         """
         if self._swapped:
             raise RuntimeError("swapped_into is already active; leave the first block before entering another")

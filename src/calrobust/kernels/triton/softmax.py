@@ -25,7 +25,6 @@ FLOOR = tl.constexpr(-(2.0**123))  # the least reference, far above excluded log
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # change of log2(p / p̃) at which sums over columns cancel
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in a column
-NEARLY_NONE = tl.constexpr(1 / 16 - 1)  # excess over target below which the student's sum loses digits
 
 
 @triton.jit
@@ -197,7 +196,7 @@ def _columns_kernel(
             b = e / tl.maximum(z, LOST)
             cancels = b - tl.log(tl.maximum(1.0 + b, LOST))
             cancels = tl.where(tl.abs(b) < 0.125, b * b * 0.55, cancels)  # a bound where it is inexact
-            found &= (b > NEARLY_NONE) & (cancels * z <= f * LOSS)
+            found &= (b > -0.9) & (cancels * z <= f * LOSS)  # digits of Z + E, of F
             student_z = z + e
         if tl.min(found.to(tl.int32), 0) == 0:
             row = k * ROWS + tl.arange(0, ROWS)
@@ -304,7 +303,7 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
 
 
 def _statistics(sums: Tensor) -> Part:
-    """From what `_store_sums` stored: references and Z, then a teacher's references, E, F and Z + E."""
+    """From `_store_sums`: references and Z; of a teacher also its references, E, F and Z + E."""
     reference, target, *teacher = sums.to(wide(sums.device)).unbind(1)
     if not teacher:
         return Part.without_teacher(_log_sum_exp(reference, target))

@@ -224,7 +224,7 @@ def test_strips_of_rows_make_up_the_whole_matrix(operands: torch.dtype) -> None:
 @pytest.mark.parametrize("scales", [(100.0, 14.3), (100.0, 1.0)])
 @pytest.mark.parametrize(("n", "m"), [(3, 14), (16, 27)])  # some columns have no own entry
 def test_a_teacher_unlike_the_student_costs_no_digits(n: int, m: int, scales: tuple[float, float]) -> None:
-    """Where the teacher's softmax is flat, sums of the student's are not differences of large numbers (trap 43)."""
+    """Where the teacher's softmax is flat, sums of the student's are not differences of large numbers."""
     scale, t_scale = scales
     for seed in range(6):
         pictures = [unit_rows(m, 64, 4 * seed + k, torch.float32) for k in range(4)]
@@ -243,7 +243,7 @@ def test_a_teacher_unlike_the_student_costs_no_digits(n: int, m: int, scales: tu
 
 @kernels
 def test_a_flat_teacher_of_many_texts_costs_no_digits() -> None:
-    """The student's lse of a row is not that of a difference of sums (trap 43); the logits are exact."""
+    """The student's lse of a row is not that of a difference of sums; the logits are exact."""
     n, m = 4, 2**14
     image, text, taught = torch.ones(n, 1), torch.full((m, 1), -20.0), -(torch.arange(m) % 7)[:, None] / 8
     text[10] = 0

@@ -59,9 +59,8 @@ class PairLoss(nn.Module, ABC):
     ) -> Tensor:
         """The sum of the terms, with arguments, result and errors as in their functions.
 
-        By place or name follow ``logit_bias`` and, only if a term distils, ``teacher_image_features``,
-        ``teacher_text_features``, ``teacher_logit_scale`` and ``teacher_logit_bias``. Biases may be left out.
-        ``labels`` are for contrastive terms.
+        By place or name follow ``logit_bias`` and, only if a term distils, the same four values of the teacher, whose
+        names begin with ``teacher_``. Biases may be left out. ``labels`` are for contrastive terms.
         """
         given = image_features, text_features, logit_scale, *others
         first, *rest = weighted_terms(lambda: self._request(*given, labels=labels, **named), self.options())

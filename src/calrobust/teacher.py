@@ -48,8 +48,7 @@ class EMATeacher(Keeping):
 
     Attributes:
         module: the copy.
-        masters: a float32 copy, averaged for a student of low precision. An update takes over what was written into
-            ``module``, but not through ``.data``.
+        masters: a float32 copy, averaged for low precision. It follows writes to ``module``, but not by ``.data``.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:
@@ -184,8 +183,7 @@ class EMATeacher(Keeping):
 
     def _versions(self) -> list[tuple[int, int]]:
         """Each write to the copy changes them."""
-        own = [one for one in parts(self.module) if isinstance(one, Tensor)]
-        return [(id(one), one.is_inference() or one._version) for one in own]
+        return [(id(t), t.is_inference() or t._version) for t in parts(self.module) if isinstance(t, Tensor)]
 
     def _renew_masters(self) -> None:
         for own, master in self._with_masters():

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from calrobust import kernels
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.kernels import dense, operators, tiled
-from calrobust.kernels.dense import Factors, linear_parts
+from calrobust.kernels.dense import Factors, Pairing, linear_parts
 
 KEEP, RECOMPUTE = 2**40, 0
 
@@ -89,6 +89,35 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     outputs, gradients = value_and_gradients(tiled_with(budget), inputs)
     assert all(v.isfinite().all() for v in (*outputs, *gradients))
     assert_like_dense(tiled_with(budget), inputs, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 30, 150, 299])
+@pytest.mark.parametrize("gap", [5.0, -5.0, 30.0, -30.0])
+def test_rows_far_from_the_teachers_leave_the_digits_of_columns(
+    number: int, gap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits of some rows are larger or smaller than a teacher's. A few such rows are all that is formed again."""
+    student, teacher = factors(300, 64, 8, 0, scale=10.0, teacher=True)
+    shift = torch.zeros(300, 1, dtype=torch.float64)
+    shift[:number] = gap / 10
+    student = Factors(torch.cat([student.x, shift], 1), torch.cat([student.y, torch.ones(64, 1)], 1), student.scale)
+    single, double = (
+        [Factors(*(factor.float().to(dtype) for factor in model)) for model in (student, teacher)]
+        for dtype in (torch.float32, torch.float64)
+    )
+    expected = dense.softmax_statistics(*double, Pairing(torch.full([300], -1)))
+    formed, along = [0], dense.along
+
+    def counted(dim: int, s: Tensor, t: Tensor | None) -> dense.Part:
+        formed[0] += len(s) if s.shape[1] == 64 else 0
+        return along(dim, s, t)
+
+    monkeypatch.setattr(dense, "along", counted)
+    found = operators.softmax_statistics(*single, Pairing(torch.full([300], -1)), impl="tiled")
+    for part, exact in zip((found.rows, found.columns), (expected.rows, expected.columns), strict=True):
+        for vector, of_exact in zip(part, exact, strict=True):
+            assert_close(vector.double(), of_exact, rtol=1e-5, atol=1e-7)
+    assert formed[0] <= 100 or number == 150  # the mean of the first rows lies between the two kinds
 
 
 @pytest.mark.parametrize("start", [1, 2])  # all rows have a partner, or the last has none

@@ -491,7 +491,7 @@ def test_float32_losses_keep_their_digits_near_zero(noise: float) -> None:
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of the kernels."""
     monkeypatch.setattr(operators, "FAULTS", {})
-    operators._warn.cache_clear()
+    operators._warn_once.cache_clear()
 
 
 def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
@@ -504,7 +504,7 @@ def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
     x = features_on("cuda:0", torch.float32)
     assert operators.kernels("softmax", "auto", x, x.dtype, teacher=False)
     operators.FAULTS[x.device, x.dtype, "softmax", False] = "broken"
-    with pytest.warns(RuntimeWarning, match="broken"):
+    with pytest.warns(UserWarning, match="broken"):
         assert not operators.kernels("softmax", "auto", x, x.dtype, teacher=False)
 
 
@@ -542,10 +542,12 @@ def test_wrong_kernels_are_found_out(broken: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("unproven")
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there the kernels run")
 def test_kernels_that_cannot_be_launched_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a Triton that finds no compiler or no driver: the reason is what it says itself."""
+    """As with a Triton that finds no compiler or no driver: the reason is what it says itself, at the caller's line."""
     monkeypatch.setattr(operators, "may_take_triton", lambda impl, x: True)
-    with torch.device("cpu"), pytest.warns(RuntimeWarning, match=r"not used for .* on cpu, .* RuntimeError: "):
-        assert not operators.kernels("softmax", "auto", torch.zeros(1), torch.float32, teacher=False)
+    expected = r"not used for .* on cpu, .* RuntimeError: .*\(multimodal_contrastive_loss\)"
+    with torch.device("cpu"), pytest.warns(UserWarning, match=expected) as caught:
+        multimodal_contrastive_loss(torch.eye(2), torch.eye(2), 1.0, memory_budget=0)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

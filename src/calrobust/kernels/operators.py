@@ -1,6 +1,5 @@
 """Torch operators around the forms that hold no pair matrix, and their autograd function."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from calrobust._checks import warn
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import Factors, Pairing, Part, Statistics, linear_parts
 from calrobust.kernels.tiled import CAPABILITY, Softmaxes, add_gradients
@@ -19,6 +19,7 @@ _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
 ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the comparison
 TOLERANCE = 1e-2  # relative
+_warn_once = cache(warn)
 
 
 def softmax_statistics(
@@ -85,13 +86,8 @@ def kernels(form: str, impl: str, x: Tensor, operands: torch.dtype, *, teacher: 
         return import_module(f"calrobust.kernels.triton.{form}")
     if impl == "triton":
         raise RuntimeError(f"impl='triton' cannot be used for {operands} on {x.device}: {reason}; pass impl='auto'")
-    _warn(f"the Triton kernels are not used for {operands} on {x.device}, which takes more time: {reason}")
+    _warn_once(f"the Triton kernels are not used for {operands} on {x.device}, which takes more time: {reason}")
     return None
-
-
-@cache
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def fault(device: torch.device, operands: torch.dtype, form: str, teacher: bool) -> str:

@@ -113,49 +113,52 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part
     precise = wide(s.device)
     on_cpu = is_looked_at(s)
     by_band = columns and on_cpu
-    height = max(1, BAND_BYTES // (s.shape[1] * s.element_size())) if on_cpu else s.shape[0]
-    lse, teacher_lse, divergence = s.new_empty(3, s.shape[0], dtype=precise)
+    height = max(1, BAND_BYTES // s[0].nbytes) if on_cpu else len(s)
+    lse, teacher_lse, divergence = vectors = s.new_empty(3, len(s), dtype=precise)
+    lses = vectors[: 1 if t is None else 2]
+    is_far = s.new_empty(len(s), dtype=torch.bool)  # rows that the sums leave out
     # Of columns: Σ w_i p_ij; then Σ w̃_i p̃_ij and, times that, the first sum of the divergence, and b_j.
-    sums, *_ = all_sums = s.new_zeros(4, s.shape[1] if by_band else 0)
-    pivot = teacher_pivot = lse.new_zeros(())  # then the mean lse of the first band
-    buffers = s.new_empty(2 if t is None else 5, min(height, s.shape[0]), s.shape[1])
+    all_sums = s.new_zeros(4, s.shape[1] if by_band else 0)
+    pivots = lses[:, :0]  # then the mean lse of the first band
+    buffers = s.new_empty(2 if t is None else 5, min(height, len(s)), s.shape[1])
     for band in slices(len(s), height):
         p, scratch, *spare = buffers[:, : band.stop - band.start]
         lse[band] = _softmax(s[band], p)
-        pivot = pivot if band.start else lse[band].mean()
+        if t is not None:
+            teacher_p, ratio, excess = spare
+            teacher_lse[band] = _softmax(t[band], teacher_p)
         if by_band:
-            sums.addmv_(p.T, (lse[band] - pivot).exp().to(s.dtype))
+            pivots = pivots if band.start else lses[:, band].mean(1, keepdim=True)
+            shifts = lses[:, band] - pivots
+            distance = shifts[0] - shifts[-1]
+            is_far[band] = ~(distance.abs() < FAR)
+            weights = shifts.exp().masked_fill_(is_far[band], 0)
+            all_sums[0].addmv_(p.T, weights[0].to(s.dtype))
         if t is None:
             continue
-        teacher_p, ratio, excess = spare
-        teacher_lse[band] = _softmax(t[band], teacher_p)
-        teacher_pivot = teacher_pivot if band.start else teacher_lse[band].mean()
-        shift = teacher_lse[band] - lse[band]
-        torch.sub(s[band], t[band], out=ratio).add_(shift.to(s.dtype)[:, None])
+        torch.sub(s[band], t[band], out=ratio).add_((teacher_lse[band] - lse[band])[:, None].to(s.dtype))
         terms = divergence_terms_in_place(ratio, p, teacher_p, excess, scratch)
         torch.sum(terms, 1, dtype=precise, out=divergence[band])
         if by_band:
-            weights = (teacher_lse[band] - teacher_pivot).exp()
-            distance = (teacher_pivot - pivot) - shift
-            growth = torch.expm1(distance)
-            grown = weights * growth
-            of_p = torch.stack([weights, weights * (growth - distance), grown]).to(s.dtype)
+            growth = torch.expm1(distance.masked_fill_(is_far[band], 0))
+            grown = weights[1] * growth
+            of_p = torch.stack([weights[1], weights[1] * (growth - distance), grown]).to(s.dtype)
             all_sums[1:].addmm_(of_p, teacher_p)
-            all_sums[2:].addmm_(torch.stack([grown, weights + grown]).to(s.dtype), excess)
+            all_sums[2:].addmm_(torch.stack([grown, weights[1] + grown]).to(s.dtype), excess)
             all_sums[2].addmv_(terms.T, of_p[0])
     rows = Part.without_teacher(lse) if t is None else Part(lse, divergence.clamp_(min=0), teacher_lse)
     if not by_band:
-        return rows, dense.along(0, s, t).to(precise) if columns else Part.without_teacher(lse.new_empty(0))
-    found = Part.without_teacher(pivot + sums.to(precise).log())
-    lost = ~_representable(sums)
+        return rows, dense.along(0, s, t).to(precise) if columns else Part.without_teacher(lse[:0])
+    sums = all_sums[: len(lses)]
+    column_lse, *of_teacher = pivots + sums.to(precise).log()
+    found = Part.without_teacher(column_lse)
+    lost = ~_representable(sums).all(0)
     if t is not None:
-        teacher_sums = all_sums[1]
-        first, second = all_sums[2:].to(precise) / teacher_sums
-        found = Part(
-            found.lse, (first + second.log1p() - second).clamp(min=0), teacher_pivot + teacher_sums.to(precise).log()
-        )
-        lost |= ~_representable(teacher_sums) | ~(second.log1p().abs() < FAR)
-        lost |= ~((lse - teacher_lse - pivot + teacher_pivot).abs().max() < FAR)
+        first, second = all_sums[2:].to(precise) / sums[1]
+        found = Part(column_lse, (first + second.log1p() - second).clamp(min=0), *of_teacher)
+        lost |= ~(second.log1p().abs() < FAR)
+        if is_far.any():
+            found = merge([found, dense.along(0, s[is_far], t[is_far]).to(precise)])
     where = lost.nonzero()[:, 0]
     if len(where):
         exact = dense.along(0, s[:, where], None if t is None else t[:, where]).to(precise)

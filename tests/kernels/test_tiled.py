@@ -217,12 +217,12 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
         (100_000, 1000, "cpu", torch.float32, 2**23 // 4000),
         (100_000, 1000, "cpu", torch.float64, 2**23 // 8000),
         (100_000, 1000, "meta", torch.float32, 2**26 // 4000),
-        (100_000, 100_000, "cpu", torch.float32, 256),
+        (100_000, 100_000, "cpu", torch.float32, 512),
         (5, 1000, "cpu", torch.float32, 5),
     ],
 )
 def test_a_tile_fits_the_cache_and_is_never_thin(n: int, m: int, device: str, dtype: torch.dtype, rows: int) -> None:
-    """8 MiB of logits on the CPU and 64 MiB elsewhere, but 256 rows at least, as far as there are so many."""
+    """8 MiB of logits on the CPU and 64 MiB elsewhere, but 512 rows at least, as far as there are so many."""
     x, y = (torch.empty(length, 1, device=device, dtype=dtype) for length in (n, m))
     assert tiled._tile_rows(x, y) == rows
 

@@ -16,7 +16,7 @@ from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, merge, tot
 CAPABILITY = (8, 0)  # the least that multiplies bfloat16 and TF32
 TILE_BYTES = 8 * 2**20  # fits into the last cache
 DEVICE_TILE_BYTES = 64 * 2**20  # kernels outlast their launches
-TILE_ROWS = 256  # at least, for fast products
+TILE_ROWS = 512  # at least, for fast products
 BAND_BYTES = 2**18  # of rows, fits into the second cache
 SCALE_ROWS = 8192  # at once, for the gradient of the scale
 FAR = 4.0  # nats of shift at which sums over columns cancel

@@ -7,11 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calrobust._checks import check_instance, check_number, warn
+from calrobust.functional.pairs import Outputs
 from calrobust.losses import PairLoss, check_forward
 
 __all__ = ["OpenClipLoss"]
-
-OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 class OpenClipLoss(nn.Module):
@@ -61,14 +60,14 @@ class OpenClipLoss(nn.Module):
         Raises:
             TypeError: a teacher or caption weight is missing, or a teacher is too many.
         """
-        alone = "gather=True" not in repr(self.criterion)
+        alone = not self.criterion.options()["gather"]
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ours = "the criterion contrasts the pairs of each rank alone, open_clip those of all ranks"
             warn(f"{ours}; pass gather=True to its losses")
         found = {
             name.replace("dist_", "teacher_"): value
             for name, value in named.items()
-            if name.removeprefix("dist_") in OUTPUTS
+            if name.removeprefix("dist_") in Outputs._fields
         }
         try:
             terms = self.criterion.terms(*outputs, **found)

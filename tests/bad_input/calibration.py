@@ -393,10 +393,8 @@ TABLE: Table = [
     (
         [NEW[2]],
         [
-            Wrong({"num_classes": 0}, ValueError),
-            Wrong(
-                {"num_classes": 1}, ValueError, "num_classes must be >= 2, got 1; a binary classifier has two classes"
-            ),
+            Wrong({"num_classes": 0}, ValueError, "num_classes must be >= 2, got 0"),
+            Wrong({"num_classes": 1}, ValueError, "num_classes must be >= 2, got 1"),
             Wrong({"num_classes": 2**31}, ValueError),
             Wrong({"num_classes": 2.5}, TypeError),
         ],

@@ -146,9 +146,7 @@ class ClasswiseCalibrationError(BinnedMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(from_logits=from_logits, ignore_index=ignore_index, validate_args=validate_args, **kwargs)
-        check_integer(1, 10**7, num_classes=num_classes)
-        if num_classes == 1:
-            raise ValueError("num_classes must be >= 2, got 1; a binary classifier has two classes")
+        check_integer(2, 10**7, num_classes=num_classes)
         check_norm(norm)
         self.num_classes, self.norm = num_classes, norm
         self._add_bins(n_bins, num_classes)

@@ -180,23 +180,23 @@ def risk_coverage(
         >>> ax.lines[0].get_ydata()
         array([ 0., 50.])
     """
-    of_report = isinstance(report, ShiftReport)
-    name, value = ("correct", correct) if of_report else ("domain", domain)
-    if value is not None:
-        raise TypeError(f"{name} must be None {'with' if of_report else 'without'} a report, got {value!r}")
     if isinstance(report, ShiftReport):
+        if correct is not None:
+            raise TypeError(f"correct must be None with a report, got {correct!r}")
         report._check_has_data()
         domain = report.id_domain if domain is None else domain
         samples = {method: report._samples_of(method, domain) for method in report.methods}
         data: dict[str, Any] = {method: (each["certainties"], each["correct"]) for method, each in samples.items()}
+    elif domain is not None:
+        raise TypeError(f"domain must be None without a report, got {domain!r}")
     else:
         data = {"": (report, correct)}
-    curves = {method: 100 * risk_coverage_curve(*each) for method, each in data.items()}
+    curves = {method: 100 * risk_coverage_curve(*each).cpu() for method, each in data.items()}
     ax = _axes(ax, 0.8 * COLUMN)
     for i, (method, curve) in enumerate(curves.items()):
-        coverages = [100 * k / len(curve) for k in range(1, len(curve) + 1)]
+        coverages = 100 * curve.new_ones(len(curve)).cumsum(0) / len(curve)
         label = f"{_text(method)} ({curve.mean():.2f})".strip()
-        ax.plot(coverages, curve.cpu().numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1, label=label)
+        ax.plot(coverages.numpy(), curve.numpy(), color=COLOURS[i % len(COLOURS)], linewidth=1, label=label)
     ax.set(xlim=(0, 100), ylim=(0, None))
     _label(ax, "Coverage (%)", "Error rate (%)")
     ax.legend(title="AURC in brackets", title_fontsize=FONT - 1, bbox_to_anchor=(-0.15, 1), ncols=2, **ABOVE)

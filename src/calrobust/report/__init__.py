@@ -22,6 +22,7 @@ from calrobust.report._figures import (
     Samples,
     caption,
     cells,
+    check_columns,
     check_held_out,
     columns_of,
     differences,
@@ -243,11 +244,11 @@ class ShiftReport:
         Raises:
             TypeError, ValueError: ``columns`` is not a list or names no column, or the report is incomplete.
         """
-        return markdown(cells(self.summary, columns, intervals), self._caption(columns, intervals))
+        return markdown(*self._table(columns, intervals))
 
     def to_latex(self, *, columns: Sequence[str] = DEFAULT, intervals: bool = True) -> str:
         """The same in LaTeX, for booktabs."""
-        return latex(cells(self.summary, columns, intervals), self._caption(columns, intervals))
+        return latex(*self._table(columns, intervals))
 
     def to_csv(self, path: str | os.PathLike[str], *, per_domain: bool = False) -> None:
         """Writes :meth:`summary`, or :meth:`per_domain`, at once or not at all (``OSError``); NaN is an empty field."""
@@ -318,6 +319,10 @@ class ShiftReport:
         if method in self._fits:
             samples.scale(self._fits[method].temperature)
         return samples
+
+    def _table(self, columns: Sequence[str], intervals: bool) -> tuple[list[list[str]], str]:
+        check_columns(columns)
+        return cells(self.summary(), columns, intervals), self._caption(columns, intervals)
 
     def _caption(self, columns: Iterable[str], intervals: bool) -> str:
         return caption(columns, intervals, self.id_domain, self.domains[1:], self.n_bins)

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from calrobust.functional.scoring import (
     squared_errors,
 )
 
-FEWEST = 10  # right and wrong predictions for an interval
+FEWEST = 10  # right predictions, and wrong ones, for an interval
 LEVEL = 0.95
 Z = 1.959963984540054  # normal quantile
 ENDS = ("", "_low", "_high")
@@ -85,10 +85,9 @@ class Samples:
         return batches[0]
 
     def add(self, logits: Tensor, columns: dict[str, Tensor]) -> None:
-        # Callers may reuse buffers.
         self._append(columns)
         self.columns.pop("nll_own_t", None)
-        self.unscaled.append((logits.clone(), columns["target"]))
+        self.unscaled.append((logits.clone(), columns["target"]))  # callers may reuse buffers
         if self.keep_logits:
             self.logits.append(self.unscaled[-1][0])
 
@@ -155,7 +154,7 @@ def _bits(logits: Tensor) -> Tensor:
 
 
 def check_held_out(method: str, domain: str, fitted: Tensor, scored: Tensor) -> None:
-    # Coincident rows have twins in both sets, repeated ones in one.
+    # Rows alike by chance have twins in both sets, repeated ones only in one.
     smaller, larger = sorted((fitted, scored), key=len)
     shared = int(torch.isin(smaller, larger).sum())
     rows, counts = larger.unique(return_counts=True)
@@ -180,7 +179,7 @@ def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
         return found
     rates = [(int(samples["correct"].sum()), len(samples["correct"])) for samples in data]
     hits, counts = torch.tensor(rates, dtype=torch.float64, device="cpu").T
-    found |= zip(FIGURES, map(float, mean_accuracy(hits, counts)), strict=False)
+    found |= zip((f"accuracy{end}" for end in ENDS), mean_accuracy(hits, counts).tolist(), strict=True)
     for ts in ("", "_ts"):
         if all(f"nll{ts}" in samples.columns for samples in data):
             moments = [bin_moments(samples[f"confidences{ts}"], samples["correct"], n_bins) for samples in data]
@@ -198,7 +197,7 @@ def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
 
 
 def mean_accuracy(correct: Tensor, counts: Tensor) -> Tensor:
-    """The mean of data sets ``[..., D]`` and its ends, ``[3, ...]``."""
+    """The mean accuracy of data sets ``[..., D]`` and the ends of its interval, ``[3, ...]``."""
     shares = correct / counts
     centres = (correct + Z**2 / 2) / (counts + Z**2)
     halves = Z / (counts + Z**2) * (correct * (1 - shares) + Z**2 / 4).sqrt()
@@ -206,7 +205,7 @@ def mean_accuracy(correct: Tensor, counts: Tensor) -> Tensor:
 
 
 def mean_of_intervals(parts: Tensor) -> Tensor:
-    """The same of independent values, from ``[3, ..., D]``."""
+    """The same of D independent values, from each one and its ends ``[3, ..., D]``."""
     values, lows, highs = parts
     mean = values.mean(-1)
     distances = torch.stack((values - lows, highs - values)).square().sum(-1).sqrt() / values.shape[-1]
@@ -275,9 +274,8 @@ def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains
     return " ".join([*first.split(), *notes])
 
 
-def cells(summary: Callable[[], list[dict[str, Any]]], columns: Sequence[str], intervals: bool) -> list[list[str]]:
-    check_columns(columns)
-    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)] for row in summary()]
+def cells(summary: list[dict[str, Any]], columns: Sequence[str], intervals: bool) -> list[list[str]]:
+    body = [[" ".join(row["method"].split()), *(_cell(row, name, intervals) for name in columns)] for row in summary]
     return [["Method", *map(HEADINGS.__getitem__, columns)], *body]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,7 @@ if TYPE_CHECKING or dist.is_available():
 else:
     ProcessGroup = Any
 
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-REFUSED = -1  # for a number of rows
+REFUSED = -1  # in place of a number of rows
 
 
 class Ranks:
@@ -27,7 +25,7 @@ class Ranks:
         self.here = slice(start, start + sizes[rank])
 
     def gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, also of the gradient's sum."""
+        """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, in which gradients are summed."""
         if len(self.sizes) == 1:
             return rows.to(dtype)
         gathered: Tensor = _Gather.apply(rows, self, dtype)
@@ -41,7 +39,7 @@ class Ranks:
         return own
 
     def sum(self, value: Tensor) -> Tensor:
-        """For training that averages gradients over ranks."""
+        """The sum over ranks, for training that averages gradients over them."""
         if len(self.sizes) == 1:
             return value
         total: Tensor = _Sum.apply(value, self)
@@ -61,7 +59,7 @@ def agree(
 ) -> tuple[Ranks, ...]:
     """The ranks of each batch; ``here`` are the numbers of this rank's rows.
 
-    All raise if ``facts`` differ or one is `REFUSED`, so that none waits.
+    All ranks raise if their ``facts`` differ or one has `REFUSED` its batch, so that none waits.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return tuple(Ranks([n]) for n in here)

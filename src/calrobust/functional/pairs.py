@@ -19,13 +19,14 @@ from calrobust._checks import (
     check_one_device,
     check_positive,
 )
-from calrobust.distributed import REDUCTIONS, REFUSED, ProcessGroup, Ranks, Reduction, agree
+from calrobust.distributed import REFUSED, ProcessGroup, Ranks, agree
 from calrobust.kernels import IMPLS, MEMORY_BUDGET, Direction, Impl, Labels, PairBatch, pair_statistics
 from calrobust.kernels.operators import obstacle_to_triton
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 
 Directions = Literal["both", "image_to_text", "text_to_image"]
 Modality = Literal["both", "image", "text"]
+Reduction = Literal["mean", "sum", "none"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
 MODALITIES: tuple[str, ...] = get_args(Modality)
 
@@ -71,7 +72,7 @@ def filled(options: PairOptions) -> PairOptions:
         if name not in DEFAULTS:
             raise TypeError(f"options must be among {', '.join(DEFAULTS)}, got {name!r}")
     every: PairOptions = {**DEFAULTS, **options}
-    check_choice(REDUCTIONS, reduction=every["reduction"])
+    check_choice(get_args(Reduction), reduction=every["reduction"])
     check_flag(gather=every["gather"])
     check_choice(IMPLS, impl=every["impl"])
     check_integer(0, memory_budget=every["memory_budget"])
@@ -126,7 +127,7 @@ class Request(NamedTuple):
     student: Outputs
     teacher: Outputs | None = None
     labels: Labels | None = None
-    apart: bool = False  # whether more than the sum is wanted
+    apart: bool = False  # whether each term is wanted, not only the sum
 
     def models(self) -> list[dict[str, Any]]:
         """Their outputs by name."""
@@ -280,7 +281,7 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
     for (evaluate, t), places in passes.items():
         # t² keeps gradients as large as without a temperature.
         values = evaluate([(t * t * float(weighted[place][0]), weighted[place][1]) for place in places], shared)
-        terms.update(zip(places, values, strict=False))
+        terms.update(zip(places, values, strict=False))  # a pass may give one sum
     for number in student[2:]:
         if isinstance(number, Tensor) and number.requires_grad:  # DDP waits for its gradient, used or not
             terms = {place: value + (0 * number.sum()).to(value) for place, value in terms.items()}

@@ -44,10 +44,11 @@ def interpolate(
             raise ValueError(f"{what} must be in [0, 1], got {value!r}; pass extrapolate=True to leave the line")
         return float(value)
 
-    always = 0.0 if callable(alpha) else checked("alpha", alpha)
+    if not callable(alpha):
+        alpha = checked("alpha", alpha)
 
     def between(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
-        share = checked(f"alpha({name!r})", alpha(name)) if callable(alpha) else always
+        share = checked(f"alpha({name!r})", alpha(name)) if callable(alpha) else alpha
         if share in (0, 1):
             return tensors[int(share)]
         moved = tensors[0].lerp(tensors[1], share).where(usable, tensors[1])

@@ -25,11 +25,11 @@ SMALL_STEP = 2e-5  # relative
 MAX_STEPS = 100
 LARGEST_RATIO = 10.0
 EXTREME = 100.0  # T of degenerate data over the logits' spread
-HUGE = 1e20  # products of logits this far below the top overflow
-FLOOR = -200.0  # for these once they are scaled
+HUGE = 1e20  # logits this far below the top overflow in products
+FLOOR = -200.0  # replaces them once they are divided by T
 GAP = 32.0  # masks are this many times as far below the top as others
-GAP_LOGITS = 4096
-NEGLIGIBLE = 5.0  # nats
+GAP_LOGITS = 4096  # looked at for masks
+NEGLIGIBLE = 5.0  # nats below the top
 BLOCK = 2**20  # pairs
 SMALL_LINE_STEP = 1e-9  # of standardised similarities
 
@@ -81,6 +81,7 @@ def fit_temperature(
     Reference: Guo et al., 2017, :arxiv:`1706.04599`, section 4.2.
     """
     logits, target = as_rows(target, ignore_index, logits=logits)
+    check_label_values(target, logits.shape[1])
     if weight is not None:
         check_floating(weight=weight)
         check_one_device(weight=weight, logits=logits)
@@ -89,11 +90,9 @@ def fit_temperature(
                 f"weight must be a finite number >= 0 for each of the {logits.shape[1]} classes, got shape "
                 f"{list(weight.shape)} and values from {weight.min():g} to {weight.max():g}"
             )
-        check_label_values(target, logits.shape[1])
         logits, target = (each[weight[target] > 0] for each in (logits, target))
     if len(logits) == 0:
         raise ValueError("logits must hold at least one sample, got none; pass the validation set's logits and labels")
-    check_label_values(target, logits.shape[1])
     check_kind(from_logits=True, logits=logits)
     return logits.new_tensor(determined_temperature(logits, target, weight), dtype=torch.float64)
 
@@ -200,18 +199,18 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """Both derivatives in 1/T, times its first and second power."""
+    """The first derivative in 1/T times 1/T, and the second times 1/T²."""
     dtype = data.top.dtype
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), data.logits.shape[1], dtype=dtype)
-    sums, weights = data.logits.new_zeros(2, dtype=torch.float64), iter(data.weight.split(len(buffer)))
-    for differences in data.differences(dtype):
+    sums = data.logits.new_zeros(2, dtype=torch.float64)
+    for differences, weight in zip(data.differences(dtype), data.weight.split(len(buffer)), strict=True):
         scaled = differences.mul_(beta)
         if data.huge:
             scaled.clamp_(min=FLOOR)
         weighted = torch.softmax(scaled, 1, out=buffer[: len(scaled)])
         mean = weighted.mul_(scaled).sum(1)
         square = weighted.mul_(scaled).sum(1)
-        sums += (torch.stack((mean, square - mean.square())) * next(weights)).sum(1, dtype=torch.float64)
+        sums += (torch.stack((mean, square - mean.square())) * weight).sum(1, dtype=torch.float64)
     sums[0] -= beta * (data.weight * data.own).sum(dtype=torch.float64)
     gradient, curvature = sums.tolist()
     return gradient, curvature
@@ -258,7 +257,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
 def _newton_line(
     z: Tensor, matched: Tensor, mean: Tensor, spread: Tensor, low: float, high: float
 ) -> tuple[Tensor, bool]:
-    """Of ``(z - mean) / spread``."""
+    """The line of ``(z - mean) / spread``, and whether it converged."""
     line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), math.inf
     for _ in range(MAX_STEPS):
         loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), mean.new_full((2,), 1e-9).diag()

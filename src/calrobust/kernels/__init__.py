@@ -77,7 +77,7 @@ class PairBatch:
         self.pairing = Pairing(self.partner, start, self.classes)
 
     def own_of_columns(self, own: Part) -> Part:
-        """``[M]`` each: of the own entries of each column."""
+        """Statistics ``[M]`` of the own entries of each column."""
         m, start = self.columns.total, self.columns.here.start
         if self.in_order:
             place = start, m - start - self.pairs
@@ -147,7 +147,7 @@ def pair_statistics(
 
 
 def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:
-    """``sums`` are over all candidates, and maybe over the positives."""
+    """``sums`` are over all candidates and, with labels, over the positives."""
     has_own = own.lse != EXCLUDED
     base = torch.where(has_own, own.lse, other.lse)
     mean, *positive = sums.to(base.dtype)
@@ -162,7 +162,7 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
 
 
 def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
-    """``[m]``: of the rows that have each column as partner."""
+    """Statistics ``[m]`` of the own entries of the rows whose partner is a column."""
     slot = partner.remainder(m + 1)  # the last for rows without a partner
 
     def sums(values: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _by_partner(own: Part, partner: Tensor, m: int) -> Part:
 
 
 def _over_ranks(several: list[Part], ranks: Ranks) -> list[Part]:
-    """Of this rank's columns over all rows, from all columns over each rank's rows."""
+    """Statistics of this rank's columns over all rows, from those of all columns over each rank's rows."""
     if len(ranks.sizes) == 1:
         return several
     lse, divergence, teacher_lse = (torch.stack(vectors, 1) for vectors in zip(*several, strict=True))

@@ -47,7 +47,7 @@ class Pairing(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Of a pair matrix ``S = scale · x yᵀ``."""
+    """The factors of a pair matrix ``S = scale · x yᵀ``."""
 
     x: Tensor  # [N, D]
     y: Tensor  # [M, D]
@@ -55,7 +55,7 @@ class Factors(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of some rows and, over these, of the columns; then `linear_parts`, without the scale."""
+    """Statistics of some rows and, over these, of the columns; then `linear_parts`, without the scale."""
 
     rows: Part  # without own entries, like the next
     columns: Part  # [0] if not asked for
@@ -68,7 +68,7 @@ class Statistics(NamedTuple):
 def softmax_statistics(
     student: Factors, teacher: Factors | None, pairing: Pairing, *, columns: bool = True
 ) -> Statistics:
-    """By definition."""
+    """The statistics by definition."""
     x, y, scale = student
     s, t, teacher_own = _logits(student, pairing.partner), None, scale.new_empty(0)
     if teacher is not None:
@@ -136,7 +136,7 @@ def merge(several: Sequence[Part]) -> Part:
 
 
 def merge_rows(parts: Part) -> Part:
-    """The same of parts ``[number, length]``."""
+    """`merge` of parts ``[number, length]``."""
     lse, divergence, teacher_lse = parts
     if lse.shape[0] == 1:
         return Part(*(vector.flatten() for vector in parts))

@@ -277,7 +277,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _Eager(_Compiled):
-    """It refuses other derivatives, which the compiler does not accept."""
+    """It refuses other derivatives. The compiler does not accept functions that do."""
 
     jvp = vmap = staticmethod(refuse)
 

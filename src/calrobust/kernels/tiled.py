@@ -40,7 +40,7 @@ class Matrix:
         self.partner = partner
 
     def logits(self, tile: slice, out: Tensor) -> Tensor:
-        """Of some rows, in ``out``."""
+        """The logits of some rows, in ``out``."""
         x = self.x[tile]
         if x.dtype == out.dtype:
             torch.mm(self.scale * x, self.y.T, out=out)
@@ -109,7 +109,7 @@ def backward(
 
 
 def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part, Part]:
-    """Of the rows of a tile, and maybe of its columns."""
+    """The statistics of the rows of a tile and, if asked for, of its columns."""
     precise = wide(s.device)
     on_cpu = is_looked_at(s)
     by_band = columns and on_cpu
@@ -288,7 +288,7 @@ class FeatureGradients:
 def add_gradients(
     of_x: Tensor, of_y: Tensor, x: Tensor, y: Tensor, pairing: Pairing, own: Tensor, of_rows: Tensor, of_columns: Tensor
 ) -> None:
-    """Adds those of `linear_parts`, from their upstream ones."""
+    """Adds the gradients of `linear_parts`, from upstream ones."""
     _, start, classes = pairing
     m = y.shape[0]
     if len(of_x):

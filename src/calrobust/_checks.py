@@ -181,9 +181,9 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
     # True for NaN.
     low, high = rows.aminmax(dim=1)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs()
-    wrong = _outside(low, high) | (off > 1 / 64)  # a softmax in bfloat16
+    wrong = _outside(low, high) | (off > 1 / 64)  # more than in bfloat16
     doubtful = (wrong & (low >= 0) & (high <= 1) & (off <= 0.5)).nonzero()[:, 0]
-    for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # written to text
+    for step in (1e-2, 1e-3, 1e-4) if len(doubtful) else ():  # read from text
         steps = rows[doubtful].double() / step
         printed = ((steps - steps.round()).abs() < 2e-3).all(1) & (off[doubtful] <= 0.501 * step * rows.shape[1])
         wrong[doubtful[printed]] = False
@@ -193,7 +193,7 @@ def _may_be_probabilities(rows: Tensor) -> Tensor:
 def _cannot_be_logits(rows: Tensor) -> bool:
     # C logits in [0, 1] sum to 1 within d with a chance of at most 100 * d / C.
     n_classes = rows.shape[1]
-    # Most logits are out of [0, 1].
+    # The first row settles most cases.
     if _outside(*rows[0].aminmax()) or not _may_be_probabilities(rows).all():
         return False
     narrow = (torch.bfloat16, torch.float16, torch.float32)

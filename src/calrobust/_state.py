@@ -162,7 +162,7 @@ class Keeping(nn.Module):
 def check_model(**models: Any) -> None:
     check_instance(nn.Module, "pass the model itself", **models)
     for name, model in models.items():
-        if isinstance(model, Keeping) and "module" in model._modules:
+        if isinstance(model, Keeping) and "module" in model._modules:  # an EMATeacher
             raise TypeError(f"{name} must be the model itself, got an {type(model).__name__}; pass its .module")
 
 

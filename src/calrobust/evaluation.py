@@ -124,7 +124,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:
-    if callable(getattr(batch, "to", None)):  # also of tokenizers
+    if callable(getattr(batch, "to", None)):  # also what tokenizers return
         return batch.to(device)
     if isinstance(batch, dict):
         return {key: _to(value, device) for key, value in batch.items()}
@@ -150,7 +150,7 @@ def zero_shot_classifier(
     Args:
         model: a CLIP of open_clip or of Transformers.
         tokenizer: the model's own, or a processor of Transformers.
-        names: of classes, in the order of the logits.
+        names: the classes, in the order of the logits.
         templates: a text with ``{}`` for the name, a function of the name, or a list.
 
     Raises:

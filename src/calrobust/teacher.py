@@ -282,7 +282,7 @@ class EMATeacher(Keeping):
         shared, module, masters = self._shared_by_key(prefix), f"{prefix}module.", f"{prefix}masters."
         given = [key for key in state_dict if key.startswith(masters)]
         if extra := [key for key in shared if key in state_dict]:
-            args[4].append(
+            args[-1].append(
                 f"the state must not have what share_frozen=True shares with the student, got {extra[0]} and "
                 f"{len(extra) - 1} more; load one that was saved with share_frozen=True"
             )

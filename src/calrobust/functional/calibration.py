@@ -197,7 +197,7 @@ def adaptive_calibration_error(
 
 
 def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
-    """``[C, n_bins]``."""
+    """Sums ``[C, n_bins]`` of the probabilities of each class."""
     sums = torch.empty(0)
     for block in blocks:
         probs, own, n_classes = block.probs, block.own.double(), block.probs.shape[1]
@@ -339,7 +339,7 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
 
 
 def _errors(moments: Tensor, level: float) -> Tensor:
-    # Lower end, debiased value and upper end.
+    """Lower end, debiased value and upper end, ``[3, ...]``."""
     counts, confidence_sums, correct_sums, variances = moments
     total, filled = counts.sum(-1), counts.clamp(min=1)
     observed = (confidence_sums - correct_sums).abs()
@@ -358,7 +358,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return tried.minimum(largest_gaps)
 
     def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
-        # The mean of the sum of |d|, and the deviation of its difference from the observed sum.
+        """The mean of the sum of absolute gaps, and the deviation of its difference from the observed sum."""
         accuracies = (confidences - gaps / filled).clamp(min=least)
         variances = effective * accuracies * (1 - accuracies)
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()

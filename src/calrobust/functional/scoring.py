@@ -142,7 +142,7 @@ def log_losses(block: Block) -> Tensor:
 
 
 def certainties(block: Block) -> Tensor:
-    # In the order of confidences, even if these round to 1.
+    """``[n]``, in the order of confidences, even if these round to 1."""
     found = block.confidences.clone()
     if block.from_logits:
         sure = found > SURE

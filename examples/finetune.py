@@ -56,9 +56,10 @@ def run(options: argparse.Namespace, device: torch.device, rank: int, world_size
         score = partial(score_domain, options, clip, classifier, unreadable, rank, world_size)
         if training.row.interpolates:
             alpha = interpolate(
-                classifier, training.zero_shot, partial(score, data.domains[VALIDATION]), training.by.alpha
+                classifier, training.zero_shot, partial(score, data.domains[VALIDATION]), training.recipe.alpha
             )
-            print(f"{training.row.name}: alpha is {alpha}") if rank == 0 else None
+            if rank == 0:
+                print(f"{training.row.name}: alpha is {alpha}")
         scored = {name: score(domain) for name, domain in data.domains.items()}
         if rank == 0:  # the former as open_clip's --pretrained takes it; for Transformers, load_state_dict
             saved = {"state_dict": clip.network.state_dict(), "head": classifier.head.data, "classes": data.names}
@@ -111,7 +112,7 @@ def score_domain(
 def interpolate(
     classifier: Classifier, zero_shot: dict[str, Tensor], score: Callable[[], Scored], alpha: float | None
 ) -> float:
-    """WiSE-FT: gives the classifier this alpha, or that of highest accuracy, of equal ones the nearest to zero-shot."""
+    """WiSE-FT with this alpha, or with the one of highest accuracy; of equal ones, the nearest to zero-shot."""
     fine_tuned = {name: value.clone() for name, value in classifier.state_dict().items()}
 
     def accuracy(alpha: float) -> float:
@@ -158,7 +159,7 @@ def report_on(out: Path, origin: str, scored: dict[str, Scored]) -> calrobust.Sh
 
 
 def number(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """What argparse reads a number with that must keep a rule."""
+    """Makes a type for argparse: numbers for which the rule holds."""
 
     def read(text: str) -> Any:
         value = kind(text)
@@ -171,7 +172,7 @@ def number(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) 
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; what it leaves open, the method's row says."""
+    """Reads the command line; options that it leaves out are taken from the method's row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     count = number(int, "at least 1", lambda value: value >= 1)

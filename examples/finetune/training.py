@@ -104,16 +104,16 @@ class Training:
     ) -> None:
         self.options, self.clip, self.data, self.rank, self.world_size = options, clip, data, rank, world_size
         chosen = {name: getattr(options, name) for name in ("learning_rate", "label_smoothing", "distillation_weight")}
-        self.by, row = RECIPES[options.recipe], METHODS[method]
-        if self.by.smoothing is not None and row.distillation_weight:
-            row = row._replace(label_smoothing=self.by.smoothing)
+        self.recipe, row = RECIPES[options.recipe], METHODS[method]
+        if self.recipe.smoothing is not None and row.distillation_weight:
+            row = row._replace(label_smoothing=self.recipe.smoothing)
         self.row = row._replace(**{name: value for name, value in chosen.items() if value is not None})
         self.templates = list(getattr(open_clip, f"{options.template}_IMAGENET_TEMPLATES", [options.template]))
         self.steps = options.epochs * (len(data.train) // options.batch_size) if METHODS[method].learning_rate else 0
         self.folder = options.out / method
-        self.recipe = {name: str(value) for name, value in vars(options).items() if name not in SILENT}
+        self.settings = {name: str(value) for name, value in vars(options).items() if name not in SILENT}
         pictures = hashlib.sha256(repr((data.names, data.train)).encode()).hexdigest()
-        self.recipe |= {"pictures": pictures, "processes": str(world_size), "version": "1"}
+        self.settings |= {"pictures": pictures, "processes": str(world_size), "version": "1"}
 
         self.device = next(clip.network.parameters()).device
         blank = clip.preprocess(Image.new("RGB", (64, 64)))[None].to(self.device)
@@ -127,26 +127,26 @@ class Training:
             _freeze_unused(clip.network, *features)
             self._set_loss()
         else:
-            self.network = Classifier(clip, data.names, self.templates, bias=self.by.head_bias)
+            self.network = Classifier(clip, data.names, self.templates, bias=self.recipe.head_bias)
             _freeze_unused(self.network, self.network(blank))
         self.zero_shot = {name: value.clone() for name, value in self.network.state_dict().items()}
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        few = 0 if self.by.decays_all else 2
+        few = 0 if self.recipe.decays_all else 2
         decays = {"params": [p for p in trained if p.ndim >= few], "weight_decay": 0.1}
         stays = {"params": [p for p in trained if p.ndim < few], "weight_decay": 0.0}  # logit scale, biases, norms
         self.optimizer = torch.optim.AdamW([decays, stays], lr=self.row.learning_rate, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
 
     def _set_loss(self) -> None:
-        """Of both towers. As in the paper, the decay of the teacher grows in the first fifth."""
+        """Sets the loss of both towers and the teacher, whose decay grows in the first fifth, as in the paper."""
         row, gather = self.row, self.world_size > 1
         smoothing = row.label_smoothing
         self.criterion: Any = calrobust.MultimodalContrastiveLoss(label_smoothing=smoothing, gather=gather)
         if row.distillation_weight:
             self.criterion += row.distillation_weight * calrobust.MultimodalDistillationLoss(gather=gather)
-            if self.by.teacher_every:  # by the number of the step, the first of which is one that acts
+            if self.recipe.teacher_every:  # counted in steps; the first one acts
                 warm_up = calrobust.schedules.linear_warmup(0.05, 0.9, updates=max(1, round(self.steps / 5)))
-                decay: Any = calrobust.schedules.every(self.by.teacher_every, warm_up)
+                decay: Any = calrobust.schedules.every(self.recipe.teacher_every, warm_up)
                 self.teacher = calrobust.EMATeacher(self.network, decay)
             else:
                 every = max(1, self.steps // 50)
@@ -156,7 +156,7 @@ class Training:
             self.clip.projection()  # says now if there is none
 
     def classifier(self) -> Classifier:
-        """What the network is by now, in the form in which it is judged."""
+        """The network so far, in the form in which it is judged."""
         if isinstance(self.network, Classifier):
             return self.network
         return Classifier(self.clip, self.data.names, self.templates)
@@ -171,15 +171,15 @@ class Training:
         if self.teacher is not None:
             with torch.no_grad():
                 features += self.clip.features(self.teacher, images, tokens)
-        labels = target if self.by.positives else None  # else a class is a negative of itself
+        labels = target if self.recipe.positives else None  # else a class is a negative of itself
         terms: dict[str, Tensor] = self.criterion.terms(*features, labels=labels)
         if row.orthogonality:
             with torch.autocast(images.device.type, enabled=False):
                 visual = self.clip.projection()
-                terms["orthogonality"] = row.orthogonality * orthogonality_loss(visual, squared=self.by.squared)
-                if self.by.cross_norm:
+                terms["orthogonality"] = row.orthogonality * orthogonality_loss(visual, squared=self.recipe.squared)
+                if self.recipe.cross_norm:
                     product = visual @ self.clip.projection("text").T
-                    terms["cross_norm"] = self.by.cross_norm * torch.linalg.norm(product)
+                    terms["cross_norm"] = self.recipe.cross_norm * torch.linalg.norm(product)
         return terms
 
     def run(self, unreadable: set[str]) -> None:
@@ -204,7 +204,7 @@ class Training:
     def step(self, network: nn.Module, batch: Batch, step: int) -> dict[str, float]:
         """One step of the optimiser and what it logs; a function of the step's number, the weights and the batch."""
         torch.manual_seed(hash((self.options.seed, step, self.rank)) % 2**63)  # dropout's, if there is any
-        warm_up = self.by.warm_up or max(1, self.steps // 50)
+        warm_up = self.recipe.warm_up or max(1, self.steps // 50)
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 1 - warm_up) / max(1, self.steps - warm_up)))
         rate = self.row.learning_rate * (step / warm_up if step <= warm_up else cosine)
         for group in self.optimizer.param_groups:
@@ -219,15 +219,15 @@ class Training:
             terms = self.terms(network, images, target, template)
         loss = torch.stack(list(terms.values())).sum()
         self.scaler.scale(loss).backward()
-        if self.by.clip_norm and not self.row.contrast:  # the scripts do not unscale, so they clip what is scaled
-            nn.utils.clip_grad_norm_(network.parameters(), self.by.clip_norm)
+        if self.recipe.clip_norm and not self.row.contrast:  # the scripts clip gradients that are still scaled
+            nn.utils.clip_grad_norm_(network.parameters(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         scale: Tensor = self.clip.network.logit_scale
-        if self.by.max_log_scale < math.inf:
+        if self.recipe.max_log_scale < math.inf:
             with torch.no_grad():
-                scale.clamp_(0.0, self.by.max_log_scale)
+                scale.clamp_(0.0, self.recipe.max_log_scale)
         if self.teacher is not None:
             self.teacher.update(self.network)
         values = {name: value.item() for name, value in {**terms, "loss": loss, "logit_scale": scale.exp()}.items()}
@@ -240,7 +240,7 @@ class Training:
         teacher = None if self.teacher is None else self.teacher.state_dict()
         states = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "teacher": teacher}
         states["scaler"] = self.scaler.state_dict()
-        content = {"recipe": self.recipe, "step": step, "log": log, **states}
+        content = {"recipe": self.settings, "step": step, "log": log, **states}
         write_atomically(self.folder / "checkpoint.pt", partial(torch.save, content))
 
     def load(self) -> tuple[int, Log]:
@@ -253,7 +253,7 @@ class Training:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
             was: dict[str, str] = content["recipe"]
-            changed = [name for name, value in self.recipe.items() if was.get(name) != value]
+            changed = [name for name, value in self.settings.items() if was.get(name) != value]
             if not changed:
                 self.network.load_state_dict(content["network"])
                 self.optimizer.load_state_dict(content["optimizer"])
@@ -263,7 +263,7 @@ class Training:
                 return content["step"], content["log"]
         except DAMAGE as error:
             raise RunError(f"{path} is damaged, or of another model or program: {error}; name another --out") from None
-        before, now = was.get(changed[0]), self.recipe[changed[0]]
+        before, now = was.get(changed[0]), self.settings[changed[0]]
         raise RunError(f"{path} was made with {changed[0]}={before}, not {now}; repeat that, or name another --out")
 
 

@@ -1,7 +1,7 @@
 """An Accelerate loop with calrobust's loss and teacher: ``python examples/accelerate_loop.py``.
 
-Random tensors in place of data; CPU, seconds; ``pip install accelerate``. No code of ours is needed beside the loop:
-the teacher follows whatever ``prepare`` returns, steps that accumulate are told by ``accelerator.sync_gradients``, and
+Random tensors in place of data; CPU, seconds; ``pip install accelerate``. The loop needs no integration: the teacher
+follows whatever ``prepare`` returns, ``accelerator.sync_gradients`` is False while gradients only accumulate, and
 ``register_for_checkpointing`` puts the teacher into ``save_state``. A second run resumes where the first ended.
 """
 

@@ -1,6 +1,6 @@
 """A loss over several processes: ``torchrun --nproc-per-node 2 examples/ddp.py``, on CPUs or on GPUs.
 
-Each process holds some of a batch's pairs and contrasts them against all. Printed is how far the gradients that
+Each process holds some of a batch's pairs and contrasts them against all. It prints how far the gradients that
 DistributedDataParallel averages lie from those of one process on the whole batch, with ``gather=True`` and without.
 """
 
@@ -32,7 +32,7 @@ class TwoTowers(nn.Module):
 
 
 def gradients(model: nn.Module, criterion: nn.Module, teacher: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Of all parameters, in one vector, after one backward pass."""
+    """The gradients of all parameters in one vector, after one backward pass."""
     model.zero_grad()
     criterion(*model(*batch), *teacher(*batch)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

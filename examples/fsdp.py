@@ -1,7 +1,7 @@
 """Sharded weights and a sharded teacher: ``torchrun --nproc-per-node 2 examples/fsdp.py``, on CPUs or on GPUs.
 
 FSDP2 keeps a part of every parameter on each process. The teacher is made first and sharded like its student, so that
-each process averages its own parts. Printed are the loss and the share of the weights that a process holds.
+each process averages its own parts. It prints the loss and the share of the weights that a process holds.
 """
 
 from __future__ import annotations

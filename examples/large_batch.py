@@ -20,7 +20,7 @@ PAIRS, CHUNK = 4096, 256
 
 
 class TwoTowers(nn.Module):
-    """Stands in for CLIP; deep enough that what it keeps for backward is what memory goes to."""
+    """Stands in for CLIP; deep enough that most memory goes to what it keeps for backward."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         """Two perceptrons."""
@@ -41,7 +41,7 @@ class TwoTowers(nn.Module):
 
 
 def encode(model: nn.Module, pairs: tuple[Tensor, Tensor], seed: int) -> tuple[Any, ...]:
-    """What the model returns for one chunk; the seed makes dropout fall alike in both passes."""
+    """What the model returns for one chunk; with the same seed, dropout is the same in both passes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return tuple(model(*pairs))
@@ -71,7 +71,7 @@ def backward_in_chunks(
     gradients = zip(image_gradients.split(chunk), text_gradients.split(chunk), strict=True)
     for i, (pairs, seed, gradient) in enumerate(zip(chunks, seeds, gradients, strict=True), start=1):
         last = i == len(chunks)
-        # DistributedDataParallel averages over ranks in the last chunk alone, what all chunks have added up.
+        # The gradients of all chunks add up; DistributedDataParallel averages them over ranks in the last one alone.
         with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             outputs = zip(encode(model, pairs, seed), (*gradient, *(shared if last else ())), strict=False)
             trained = [(output, given) for output, given in outputs if given is not None and output.requires_grad]
@@ -80,7 +80,7 @@ def backward_in_chunks(
 
 
 def gradients(model: nn.Module) -> Tensor:
-    """All in one vector."""
+    """All gradients in one vector."""
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 

@@ -2,7 +2,7 @@
 
 Random tensors in place of data; CPU, seconds; ``pip install 'calrobust[lightning]'``. The module calls the criterion on
 student and teacher; a callback moves the teacher after each optimiser step, saves it in Lightning's checkpoints and
-lends its weights to validation. Lightning remarks on one module in eval mode: that is the teacher, which stays there.
+lends its weights to validation. Lightning reports one module in eval mode: that is the teacher, which stays so.
 """
 
 import sys
@@ -54,7 +54,7 @@ class CaRot(LightningModule):
         self.log("accuracy", correct.float().mean(), batch_size=len(found))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The teacher offers it nothing."""
+        """An optimiser of the student alone, since ``parameters()`` leaves out those of the teacher."""
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 

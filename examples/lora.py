@@ -34,13 +34,13 @@ def make_batch(pairs: int) -> dict[str, Tensor]:
 
 
 def own_tensors(teacher: cr.EMATeacher, student: nn.Module) -> list[Tensor]:
-    """Those that the teacher does not share."""
+    """The parameters of the copy that it does not share with the student."""
     shared = {id(parameter) for parameter in student.parameters()}
     return [parameter for parameter in teacher.module.parameters() if id(parameter) not in shared]
 
 
 def cost(student: nn.Module, *, share_frozen: bool) -> str:
-    """Memory, time and file of a teacher."""
+    """What a teacher costs: memory, time of an update, and size of a file."""
     teacher = cr.EMATeacher(student, 0.99, share_frozen=share_frozen)
     memory = sum(one.nbytes for one in own_tensors(teacher, student)) / 2**20
     times = []

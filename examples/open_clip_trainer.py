@@ -1,12 +1,12 @@
 """open_clip's own trainer, not a line of it changed, with calrobust's loss and teacher.
 
 ``python examples/open_clip_trainer.py`` trains a tiny CLIP with random weights for two epochs on pictures it makes
-(``pip install '.[open-clip]'`` in a clone; CPU, seconds). Options of ``open_clip_train`` may follow and win over the
+(``pip install '.[open-clip]'`` in a clone; CPU, seconds). Options of ``open_clip_train`` may follow and replace the
 ones below: ``python examples/open_clip_trainer.py --epochs 4``, then ``--epochs 6 --resume latest``. On several GPUs:
 ``torchrun --nproc-per-node 2 examples/open_clip_trainer.py --device cuda``.
 
-open_clip offers no place for a teacher that learns, but its ``main`` looks up ``train_one_epoch`` at each epoch: that
-name is what we replace, by a function that calls it. The development version 4 also makes a task of model and loss in
+open_clip offers no place for a teacher that learns, but its ``main`` looks up ``train_one_epoch`` at each epoch, so
+we replace that name by a function that calls it. The development version 4 also makes a task of model and loss in
 ``create_task``, which we replace likewise.
 """
 
@@ -46,7 +46,7 @@ class CaRotEpochs:
         self.follows = False
 
     def make_teacher(self, model: Any, args: Any) -> cr.EMATeacher:
-        """Teacher and loss; from now on open_clip runs a "dist_model" and gives the loss what it returns."""
+        """Makes teacher and loss; open_clip runs the teacher as its "dist_model" and gives the loss its outputs."""
         if getattr(args, "horovod", False):
             raise ValueError("--horovod has no process group to gather pairs over; start with torchrun instead")
         if args.distill:
@@ -59,21 +59,21 @@ class CaRotEpochs:
         return self.teacher
 
     def follow(self, model: Any, optimizer: Any, epoch: int, args: Any) -> None:
-        """Before the first epoch: the teacher that was kept, if there is one, and its updates."""
+        """Before the first epoch: loads the teacher if one was kept, and updates it after each optimiser step."""
         teacher = self.teacher or self.make_teacher(model, args)
         if epoch > 0:
             path = Path(args.checkpoint_path) / f"teacher_{epoch}.pth"
             teacher.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
 
         def update(optimizer: Any, *_: Any) -> None:
-            if not getattr(optimizer, "found_inf", False):  # a GradScaler's word to a fused optimiser: skip the step
+            if not getattr(optimizer, "found_inf", False):  # a GradScaler tells a fused optimiser to skip
                 teacher.update(model)
 
         optimizer.register_step_post_hook(update)  # others are not called for steps that the scaler skips
         self.follows = True
 
     def keep(self, epoch: int, args: Any) -> None:
-        """Beside open_clip's checkpoint of this epoch; not as *.pt, among which --resume latest looks for the model."""
+        """Saves the teacher beside open_clip's checkpoint, not as *.pt: --resume latest takes those for the model's."""
         if is_master(args) and self.teacher is not None:
             torch.save(self.teacher.state_dict(), Path(args.checkpoint_path) / f"teacher_{epoch + 1}.pth")
 
@@ -89,7 +89,7 @@ class CaRotEpochs:
         self.keep(epoch, args)
 
     def task(self, args: Any, model: Any, dist_model: Any = None, **options: Any) -> Any:
-        """The task of open_clip 4 that distils. It trains no captions, and then the loss of a CoCa says so."""
+        """The task of open_clip 4 that distils. It trains no captions, so our loss raises an error for a CoCa."""
         task = self.create_task(args, model=model, dist_model=self.make_teacher(model, args), **options)
         task.loss = self.loss
         return task
@@ -102,7 +102,7 @@ class CaRotEpochs:
         self.keep(state.epoch, args)
 
     def take_place(self) -> None:
-        """Of open_clip's own functions."""
+        """Replaces open_clip's own functions."""
         trainer.train_one_epoch = self
         if self.create_task:
             trainer.create_task, trainer.train_one_epoch = self.task, self.epoch_of_task

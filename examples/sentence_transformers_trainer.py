@@ -59,7 +59,7 @@ class PairLoss(nn.Module):
 
 
 def make_model(folder: Path) -> SentenceTransformer:
-    """A tiny CLIP by way of a folder, as from the hub."""
+    """A tiny CLIP, saved to a folder and loaded from it, as one from the hub."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])

@@ -39,7 +39,7 @@ class Domain(NamedTuple):
     columns: list[list[int]]
 
     def logits(self, scores: Tensor) -> Tensor:
-        """Those of its own classes alone; where several of the model's are one class here, the highest counts."""
+        """The logits of its own classes. Where several of the model's classes are one here, the highest counts."""
         return torch.stack([scores[:, columns].amax(1) for columns in self.columns], 1)
 
 

@@ -128,7 +128,7 @@ class FineTuning:
 
     @property
     def steps(self) -> int:
-        """Of one row; the last, incomplete batch of an epoch is left out."""
+        """The number of steps of a row; the last, incomplete batch of an epoch is left out."""
         return self.epochs * (len(self.train.target) // BATCH)
 
     def _scale(self) -> float:

@@ -102,7 +102,7 @@ def check_flag(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
 
 
-def check_choice(choices: tuple[str, ...], **options: Any) -> None:
+def check_choice(choices: Sequence[str], **options: Any) -> None:
     for name, value in options.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

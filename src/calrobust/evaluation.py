@@ -284,7 +284,7 @@ class PlattScaler(_Scaler):
 
     .. math:: z \mapsto a z + b, \quad a, b = \arg\min_{a > 0, b} \sum_i \log(1 + e^{\mp (a z_i + b)})
 
-    with - for pairs that match. Fit on pairs that match as often as in use. Data without a minimum give a warning
+    with a minus for pairs that match. Fit on pairs that match as often as in use. Data without a minimum give a warning
     (:doc:`/guides/temperature`).
 
     Example:

@@ -100,7 +100,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
     if not methods:
         raise ValueError(f"methods must hold at least one name, got {methods!r}; None takes up to three")
     for i, method in enumerate(methods):
-        check_choice(tuple(report.methods), **{f"methods[{i}]": method})
+        check_choice(report.methods, **{f"methods[{i}]": method})
     groups = {"ID": [report.id_domain], "OOD, pooled": report.domains[1:]}
     columns = {title: domains for title, domains in groups.items() if domains}
     figure = _figure(COLUMN * (0.1 + 0.45 * len(columns)), 0.7 + 1.3 * len(methods))
@@ -232,7 +232,7 @@ def differences(
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
     check_columns(columns, but="temperature")
-    check_choice(tuple(report.methods), method=method)
+    check_choice(report.methods, method=method)
     others = [other for other in report.methods if other != method]
     if not others:
         raise ValueError(f"report must hold methods to compare with {method!r}, got none; add another")

@@ -48,7 +48,7 @@ class EMATeacher(Keeping):
 
     Attributes:
         module: the copy.
-        masters: a float32 copy, averaged for low precision. It follows writes to ``module``, but not by ``.data``.
+        masters: a float32 copy, averaged for low precision. It follows writes to ``module``, except by ``.data``.
         step, updates: how often :meth:`update` was called, and acted.
 
     Raises:

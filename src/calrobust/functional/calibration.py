@@ -197,7 +197,7 @@ def adaptive_calibration_error(
 
 
 def bin_classes(blocks: Iterable[Block], n_bins: int) -> Bins:
-    """Sums ``[C, n_bins]`` of the probabilities of each class."""
+    """Sums ``[C, n_bins]`` of all probabilities."""
     sums = torch.empty(0)
     for block in blocks:
         probs, own, n_classes = block.probs, block.own.double(), block.probs.shape[1]

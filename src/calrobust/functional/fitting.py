@@ -257,7 +257,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
 def _newton_line(
     z: Tensor, matched: Tensor, mean: Tensor, spread: Tensor, low: float, high: float
 ) -> tuple[Tensor, bool]:
-    """The line of ``(z - mean) / spread``, and whether it converged."""
+    """The line for ``(z - mean) / spread``."""
     line, step, lowest = mean.new_zeros(2), mean.new_zeros(2), math.inf
     for _ in range(MAX_STEPS):
         loss, gradient, hessian = mean.new_zeros(()), mean.new_zeros(2), mean.new_full((2,), 1e-9).diag()

@@ -34,8 +34,8 @@ def multimodal_contrastive_loss(
             are only candidates.
         logit_scale: a number or a tensor of one element, > 0, already exponentiated.
         labels: ``int64``, equal for positives: ``[N]`` of pairs, or ``(image_labels [N], text_labels [M])``, such as
-            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive, else
-            compiled code and GPUs give NaN; from text to image a text without is left out.
+            ``(target, torch.arange(C))`` for a class bank. From image to text each image needs a positive, or else
+            compiled code and GPUs give NaN; from text to image a text without one is left out.
         label_smoothing: :math:`\varepsilon` in [0, 1), as in torch.
         direction: ``"both"``, ``"image_to_text"`` or ``"text_to_image"``.
         **options: see :class:`~calrobust.functional.PairOptions`.

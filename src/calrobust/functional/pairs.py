@@ -43,14 +43,14 @@ class PairOptions(TypedDict, total=False):
     """
 
     reduction: Reduction
-    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts differ
-    in number or labels, it is over those of a direction, ``"none"`` of only one."""
+    """``"mean"`` (default) or ``"sum"`` over the N pairs, or ``"none"`` for a value of each. If images and texts are
+    no pairs, it is over those of each direction, and ``"none"`` needs a single one."""
     gather: bool
     """Contrast against all ranks (default False); see :ref:`many-processes`."""
     group: ProcessGroup | None
     """The process group of ``gather``; None (default) is the world."""
     impl: Impl
-    """``"dense"`` holds the whole pair matrix, and has all derivatives. The others have first ones in reverse mode:
+    """``"dense"`` holds the whole pair matrix, and has all derivatives. The others have the first in reverse mode:
     ``"tiled"`` in O(N·D) memory; ``"triton"`` likewise in CUDA kernels; ``"auto"`` (default) is Triton where it runs,
     else tiled, but keeps a matrix that fits into ``memory_budget``."""
     memory_budget: int
@@ -111,7 +111,7 @@ class Term:
 
     @property
     def anchors(self) -> str:
-        """The modality whose values it has."""
+        """The modality of its values."""
         if "sigmoid" in self.kind:
             return "image"
         return self.modality if self.kind == "feature" else self.direction.partition("_")[0]

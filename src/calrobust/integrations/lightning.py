@@ -19,7 +19,7 @@ class EMATeacherCallback(Following, Callback):
     """Lets a teacher follow the student of a ``Trainer``, and keeps it in checkpoints.
 
     The teacher gets the trainer's device and precision, and is updated after each batch with an optimiser's step,
-    unless a ``GradScaler`` skips it. A module that holds it saves it. See also :doc:`/guides/lightning`.
+    unless a ``GradScaler`` skips it. A module that holds the teacher saves it. See also :doc:`/guides/lightning`.
 
     Args:
         teacher: the :class:`~calrobust.EMATeacher`.

@@ -58,7 +58,7 @@ class OpenClipLoss(nn.Module):
                 captions. Other names are ignored.
 
         Raises:
-            TypeError: a teacher or caption weight is missing, or a teacher is too many.
+            TypeError: a teacher or caption weight is missing, or there is a teacher but no term for it.
         """
         alone = not self.criterion.options()["gather"]
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -95,8 +95,8 @@ class ShiftReport:
             target: likewise.
 
         Raises:
-            TypeError, ValueError: a name is no string or is blank, data are invalid, the number of classes changes, or
-                over 1 % of the samples that T was fitted on are in this domain. The report is unchanged.
+            TypeError, ValueError: a name is not a string or is blank, data are invalid, the number of classes changes,
+                or over 1 % of the samples that T was fitted on are in this domain. The report is unchanged.
         """
         _check_names(method=method, domain=domain)
         logits, target = on_cpu(logits, target)
@@ -204,7 +204,7 @@ class ShiftReport:
             -0.2647
         """
         self._check_complete()
-        check_choice(tuple(self.methods), a=a, b=b)
+        check_choice(self.methods, a=a, b=b)
         for domain in self.domains:
             first, second = (self._samples[method][domain]["target"] for method in (a, b))
             if not torch.equal(first, second):
@@ -301,8 +301,8 @@ class ShiftReport:
 
     def _samples_of(self, method: str, domain: str) -> Samples:
         self._check_has_data()
-        check_choice(tuple(self._samples), method=method)
-        check_choice(tuple(self._samples[method]), domain=domain)
+        check_choice(self.methods, method=method)
+        check_choice(list(self._samples[method]), domain=domain)
         return self._samples[method][domain]
 
     def _temperature(self, method: str) -> float:

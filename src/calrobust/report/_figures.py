@@ -285,7 +285,7 @@ def check_columns(columns: Any, but: str = "") -> None:
     if not columns:
         raise ValueError(f"columns must name at least one figure, got {columns!r}")
     for i, column in enumerate(columns):
-        check_choice(tuple(name for name in HEADINGS if name != but), **{f"columns[{i}]": column})
+        check_choice([name for name in HEADINGS if name != but], **{f"columns[{i}]": column})
 
 
 def scale_of(column: str) -> tuple[int, int]:

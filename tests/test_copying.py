@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from calrobust import EMATeacher
 
 INPUTS = torch.ones(2, 3)
 FEATURES: dict[str, Tensor] = {}
+LAST: Tensor | None = None
 
 
 def model() -> nn.Sequential:
@@ -122,6 +126,67 @@ def captured_by_an_object(layer: nn.Module) -> None:
     layer.register_forward_hook(hook)
 
 
+@dataclass(slots=True)
+class Slotted:
+    """An object without a dict of attributes."""
+
+    held: Any
+
+
+def closure_in_a_slotted_object(layer: Any) -> None:
+    """Deepcopy copies the object, but not the function in it."""
+    layer.settings = Slotted(lambda x: layer(x))
+
+
+def closure_with_a_slotted_holder(layer: Any) -> None:
+    """An object that the closure keeps holds the layer."""
+    held = Slotted(layer)
+    layer.step = lambda x: held.held(x)
+
+
+def closure_in_a_deque(layer: Any) -> None:
+    """Deepcopy copies the deque, but not the function in it."""
+    layer.steps = deque([lambda x: layer(x)])
+
+
+def closure_in_a_frozenset(layer: Any) -> None:
+    """The same in a set that cannot change."""
+    layer.steps = frozenset([lambda x: layer(x)])
+
+
+def captured_weight(layer: nn.Module) -> None:
+    """A detached weight has the memory of the student's."""
+    weight = layer.get_parameter("weight").detach()
+    layer.forward = lambda x: x @ weight.T
+
+
+def captured_state(layer: nn.Module) -> None:
+    """So have the tensors of a state dict."""
+    state = layer.state_dict()
+    layer.forward = lambda x: x @ state["weight"].T
+
+
+def rebound_variable(layer: nn.Module) -> None:
+    """The copy's hook would bind the same variable."""
+    seen: Any = None
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal seen
+        seen = output
+
+    layer.register_forward_hook(hook)
+
+
+def rebound_global(layer: nn.Module) -> None:
+    """The copy's hook would bind the same global name."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        global LAST  # noqa: PLW0603
+        LAST = output
+
+    layer.register_forward_hook(hook)
+
+
 def captured_dict(layer: nn.Module) -> None:
     """The copy would fill the same dict."""
     seen: dict[str, Tensor] = {}
@@ -161,6 +226,14 @@ def captured_global(layer: nn.Module) -> None:
         weak_reference,
         closure_in_an_object,
         captured_by_an_object,
+        closure_in_a_slotted_object,
+        closure_with_a_slotted_holder,
+        closure_in_a_deque,
+        closure_in_a_frozenset,
+        captured_weight,
+        captured_state,
+        rebound_variable,
+        rebound_global,
         captured_dict,
         captured_list_before,
         captured_recorder,
@@ -176,6 +249,43 @@ def test_a_function_that_captures_what_a_copy_would_share_is_refused_by_name(
     with pytest.raises(ValueError, match=r"captures what a copy would share, got .* of the Linear '1', which captures"):
         EMATeacher(student)
     EMATeacher(student, copy=model())
+
+
+def test_a_second_model_whose_functions_hold_the_students_parts_is_refused() -> None:
+    """A deepcopy of such a student would run the student's weights too."""
+    student, second = model(), model()
+    closure_in_forward(student[1])
+    for copy in (deepcopy(student), second):
+        second[1].forward = student[1].forward
+        with pytest.raises(ValueError, match=r"^copy must have no function .* in forward of the Linear '1'"):
+            EMATeacher(student, copy=copy)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_copied(kind: type[nn.RNNBase]) -> None:
+    """Their weak references are to their weights, and deepcopy renews them."""
+    student = kind(2, 2)
+    teacher = EMATeacher(student)
+    before = teacher(torch.ones(3, 1, 2))[0]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.fill_(0.5)
+    assert torch.equal(teacher(torch.ones(3, 1, 2))[0], before)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch moves this package
+def test_models_prepared_for_quantisation_are_copied() -> None:
+    """What makes their observers holds functions, which do not run in forward."""
+    quantisation = pytest.importorskip("torch.ao.quantization")
+    student = model().train()
+    student.qconfig = quantisation.get_default_qat_qconfig("fbgemm")
+    student = quantisation.prepare_qat(student)
+    student(INPUTS)
+    teacher = EMATeacher(student)
+    expected = teacher(INPUTS)
+    with torch.no_grad():
+        student[0].weight.zero_()
+    assert torch.equal(teacher(INPUTS), expected)
 
 
 def scaled(self: nn.Module, x: Tensor) -> Tensor:
@@ -323,6 +433,13 @@ def test_a_second_model_must_fit_and_be_another() -> None:
     assert all(parameter.requires_grad for parameter in student.parameters())
     with pytest.raises(TypeError, match=r"copy must be of type Module, got str"):
         EMATeacher(student, copy="model")  # type: ignore[arg-type]  # the wrong type is the test
+
+
+def test_a_compiled_second_model_changes_no_name() -> None:
+    """As a compiled student changes none, so that checkpoints fit."""
+    student = model()
+    names = EMATeacher(student).state_dict().keys()
+    assert EMATeacher(student, copy=torch.compile(model())).state_dict().keys() == names
 
 
 def test_a_low_precision_second_model_gets_masters_and_a_float32_one_needs_none() -> None:

@@ -419,6 +419,29 @@ def check_second_derivatives(rank: int, world: int) -> None:
             assert_close(ours, theirs[rows], rtol=1e-10, atol=1e-12)
 
 
+def check_transforms(rank: int, world: int) -> None:
+    """`torch.func` across ranks: the gradient of any form, and the derivative along tangents of the dense form."""
+    rows, n = own_rows(world, rank), sum(SIZES[world])
+    features, tangents = ([unit_rows(n, 4, seed) for seed in seeds] for seeds in ((0, 1, 2, 3), (4, 5)))
+    others = *features[2:], 4.0
+    for impl in ("dense", "tiled"):
+        weights = {"label_smoothing": 0.1, "distillation_weight": 1.5}
+        ours, theirs = (CaRotLoss(**weights, gather=gather, impl=impl) for gather in (True, False))
+
+        def of(loss: Any, part: slice) -> Callable[[Tensor, Tensor], Any]:
+            frozen = [o[part] if isinstance(o, Tensor) else o for o in others]
+            return lambda x, y: loss(x, y, 5.0, *frozen)
+
+        here = [f[rows] for f in features[:2]]
+        found = torch.func.grad(of(ours, rows), argnums=(0, 1))(*here)
+        expected = torch.func.grad(of(theirs, slice(None)), argnums=(0, 1))(*features[:2])
+        for gradient, whole in zip(found, expected, strict=True):
+            assert_close(gradient, world * whole[rows], rtol=1e-10, atol=1e-12)
+        if impl == "dense":
+            value, along = torch.func.jvp(of(ours, rows), tuple(here), tuple(t[rows] for t in tangents))
+            assert_close((value, along), torch.func.jvp(of(theirs, slice(None)), (*features[:2],), (*tangents,)))
+
+
 def check_near_zero(rank: int, world: int) -> None:
     """float32 losses of a millionth keep their digits over ranks too, and are never negative."""
     rows, n = own_rows(world, rank), sum(SIZES[world])
@@ -463,6 +486,7 @@ CHECKS = {
         check_bytes,
         check_refusals,
         check_second_derivatives,
+    check_transforms,
         check_near_zero,
         check_compiled,
     ],
@@ -475,6 +499,7 @@ CHECKS = {
         check_subgroup,
         check_refusals,
         check_second_derivatives,
+    check_transforms,
         check_near_zero,
     ],
 }

@@ -51,10 +51,10 @@ def load_or_build(
 def surroundings() -> dict[str, object]:
     """What every tensor here follows from, beside its recipe: code, versions and the instructions of the CPU."""
     code = hashlib.sha256()
-    for folder in (Path(calrobust.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            if path.name != "results.py":  # which shows, and makes nothing
-                code.update(path.read_bytes())
+    library, example = Path(calrobust.__file__).parent, Path(__file__).parent
+    for path in (*sorted(library.rglob("*.py")), *sorted(example.rglob("*.py")), example.with_suffix(".py")):
+        if path.name != "results.py":  # which shows, and makes nothing
+            code.update(path.read_bytes())
     versions = {name: version(name) for name in PACKAGES}
     return {"code": code.hexdigest(), "cpu": torch.backends.cpu.get_cpu_capability(), **versions}
 

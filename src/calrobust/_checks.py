@@ -174,7 +174,7 @@ def check_softmax_exists(target: Tensor, **preds: Tensor) -> None:
 
 
 def _outside(low: Tensor, high: Tensor) -> Tensor:
-    return (low < 0) | (high > 1 + ROUNDING)
+    return (low < -ROUNDING) | (high > 1 + ROUNDING)
 
 
 def _may_be_probabilities(rows: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """A model's state, read at each use, since FSDP replaces tensors."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
+from dis import get_instructions
 from functools import _lru_cache_wrapper, partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -136,7 +138,8 @@ def write(pairs: Iterable[tuple[Tensor, Tensor, *tuple[Any, ...]]]) -> None:
 
 _FIX = "pass a second model: EMATeacher(student, copy=build_model())"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_TORCHS = {*vars(nn.Module()), "_compiled_call_impl"}.difference(_HOOKS)  # no function in these runs
+# No function in these runs.
+_TORCHS = {*vars(nn.Module()), "_compiled_call_impl", "_flat_weight_refs", "qconfig", "meta"}.difference(_HOOKS)
 _WRITABLE = (nn.Module, Tensor, MutableMapping, MutableSequence, MutableSet)
 
 
@@ -172,7 +175,7 @@ def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 def copied(student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
     check_values(student=tensors(student)[0])
-    _check_functions(student)
+    _check_functions(student, student)
     try:
         return deepcopy(student, {id(one): one for one in shared})
     except Exception as error:
@@ -183,13 +186,13 @@ def copied(student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
 
 
 def filled(copy: nn.Module, student: nn.Module, shared: set[nn.Parameter]) -> nn.Module:
-    check_model(copy=copy)
     pairs = paired(copy, student)
     if {*tensors(copy)[0].values()} & {*tensors(student)[0].values()}:
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
     replaced: dict[Any, Any] = {pair.ours: pair.theirs for pair in pairs if pair.theirs in shared}
     for owner in copy.modules():
         owner._parameters.update({name: replaced.get(own, own) for name, own in owner._parameters.items()})
+    _check_functions(copy, student)
     write(pairs)
     return copy
 
@@ -204,21 +207,28 @@ def _obstacle(student: nn.Module) -> str:
     return f"a {type(student).__name__}"
 
 
-def _check_functions(student: nn.Module) -> None:
-    parts = {id(part) for part in (*student.modules(), *student.parameters(), *student.buffers())}
-    for path, owner in student.named_modules():
+def _check_functions(model: nn.Module, student: nn.Module) -> None:
+    own = set().union(*map(_places, (*student.modules(), *student.parameters(), *student.buffers()))) - {0}
+    for path, owner in model.named_modules():
         skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS
         for name in vars(owner).keys() - skipped:
             for value in _captured(vars(owner)[name], set()):
                 # Torch's own objects are taken for settings.
                 home = type(value).__module__.split(".")[0]
                 settings = isinstance(value, type) or home in ("builtins", "functools", "torch")
-                if id(value) in parts or (name in _HOOKS and (isinstance(value, _WRITABLE) or not settings)):
+                writes = name in _HOOKS and model is student and (isinstance(value, _WRITABLE) or not settings)
+                if writes or own & _places(value):
                     raise ValueError(
-                        f"student must have no function that captures what a copy would share, got one in {name} of "
-                        f"the {type(owner).__name__} {path!r}, which captures a {type(value).__name__}; make it a "
-                        f"method of an object, which is copied, or add hooks after the teacher is made, or {_FIX}"
+                        f"{'student' if model is student else 'copy'} must have no function that captures what a copy "
+                        f"would share, got one in {name} of the {type(owner).__name__} {path!r}, which captures a "
+                        f"{type(value).__name__}; make it a method of an object, which is copied, or add hooks after "
+                        f"the teacher is made, or {_FIX}"
                     )
+
+
+def _places(part: object) -> set[int]:
+    """Addresses of an object and of a tensor's memory."""
+    return {id(part), part.data_ptr() if isinstance(part, Tensor) and part.layout == torch.strided else 0}
 
 
 def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False) -> Iterator[object]:
@@ -230,9 +240,12 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
         yield value
     held: Iterable[object] = ()
     if isinstance(value, FunctionType):
-        captured = True
+        captured, code = True, value.__code__
+        stores = (one for one in get_instructions(code) if one.opname in ("STORE_GLOBAL", "STORE_DEREF"))
+        if any(one.argval not in code.co_cellvars for one in stores):
+            yield value.__globals__  # which it changes, or its cells
         cells = (cell.cell_contents for cell in value.__closure__ or () if cell != CellType())
-        named = (value.__globals__.get(name) for name in value.__code__.co_names)
+        named = (value.__globals__.get(name) for name in code.co_names)
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         held = (*cells, *defaults, *(one for one in named if isinstance(one, (*_WRITABLE, MethodType))))
     elif isinstance(value, MethodType):
@@ -243,9 +256,10 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
         captured, held = True, (value.__wrapped__,)
     elif isinstance(value, ref):
         captured, held = True, (value(),)
-    elif isinstance(value, (list, tuple, set, dict)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque, dict)):
         held = value.values() if isinstance(value, dict) else value
     elif not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
-        held = getattr(value, "__dict__", {}).values()
+        state: Any = object.__getstate__(value)  # of attributes, or of these and slots
+        held = [one for part in (state if isinstance(state, tuple) else [state]) if part for one in part.values()]
     for one in held:
         yield from _captured(one, seen, captured)

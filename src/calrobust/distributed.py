@@ -1,6 +1,6 @@
 """Collectives with gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING or dist.is_available():
 else:
     ProcessGroup = Any
 
+Map = Callable[[Tensor], Tensor]
 REFUSED = -1  # in place of a number of rows
 
 
@@ -28,22 +29,37 @@ class Ranks:
         """``[n, ...]`` of each rank -> ``[total, ...]`` in ``dtype``, in which gradients are summed."""
         if len(self.sizes) == 1:
             return rows.to(dtype)
-        gathered: Tensor = _Gather.apply(rows, self, dtype)
-        return gathered
+        own = rows.dtype
+        return _linear(rows, lambda here: self._gather(here).to(dtype), lambda there: self.scatter_sum(there).to(own))
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """``[total, ...]`` of each rank -> this rank's rows ``[n, ...]`` of their sum."""
         if len(self.sizes) == 1:
             return rows
-        own: Tensor = _ScatterSum.apply(rows, self)
-        return own
+        return _linear(rows, self._scatter_sum, lambda here: self.gather(here, here.dtype))
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, for training that averages gradients over them."""
         if len(self.sizes) == 1:
             return value
-        total: Tensor = _Sum.apply(value, self)
-        return total
+        return _linear(value, self._sum, lambda gradient: gradient * len(self.sizes))
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        padded = _pad(rows, max(self.sizes))
+        received = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(received, padded, self.group)
+        return torch.cat([part[:size] for part, size in zip(received, self.sizes, strict=True)])
+
+    def _scatter_sum(self, rows: Tensor) -> Tensor:
+        parts = [_pad(part, max(self.sizes)) for part in rows.split(self.sizes)]
+        received = torch.empty_like(parts[0])
+        dist.reduce_scatter(received, parts, group=self.group)
+        return received[: self.sizes[self.rank]]
+
+    def _sum(self, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value, group=self.group)
+        return value
 
     @torch.no_grad()
     def maximum(self, values: Tensor) -> Tensor:
@@ -88,46 +104,28 @@ def agree(
     return tuple(Ranks(each, dist.get_rank(group), group) for each in sizes)
 
 
-class _Gather(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
-        ctx.ranks, ctx.dtype = ranks, rows.dtype
-        padded = _pad(rows, max(ranks.sizes))
-        received = [torch.empty_like(padded) for _ in ranks.sizes]
-        dist.all_gather(received, padded, ranks.group)
-        return torch.cat([part[:size] for part, size in zip(received, ranks.sizes, strict=True)]).to(dtype)
+    def forward(value: Tensor, apply: Map, _: Map) -> Tensor:
+        return apply(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.maps = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        own: Tensor = _ScatterSum.apply(gradient, ctx.ranks)
-        return own.to(ctx.dtype), None, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        parts = [_pad(part, max(ranks.sizes)) for part in rows.split(ranks.sizes)]
-        received = torch.empty_like(parts[0])
-        dist.reduce_scatter(received, parts, group=ranks.group)
-        return received[: ranks.sizes[ranks.rank]]
+        return ctx.maps[1](gradient), None, None
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(gradient, ctx.ranks, gradient.dtype), None
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _linear(tangent, *ctx.maps)
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
-        ctx.world_size = len(ranks.sizes)
-        value = value.clone()
-        dist.all_reduce(value, group=ranks.group)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.world_size, None  # DDP and FSDP divide by it
+def _linear(value: Tensor, apply: Map, transpose: Map) -> Tensor:
+    """``apply(value)``, whose gradient goes through ``transpose``."""
+    result: Tensor = _Linear.apply(value, apply, transpose)
+    return result
 
 
 def _pad(rows: Tensor, length: int) -> Tensor:

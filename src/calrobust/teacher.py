@@ -85,15 +85,15 @@ class EMATeacher(Keeping):
         share_frozen: bool = False,
     ) -> None:
         super().__init__()
-        check_model(student=student)
+        check_model(student=student, copy=student if copy is None else copy)
         if isinstance(student, torch.jit.ScriptModule):
             raise TypeError("student must be a model in Python, got a ScriptModule; make the teacher before scripting")
         if not callable(decay):
             check_fraction(closed=True, decay=decay)
         check_integer(1, update_every=update_every)
         check_flag(share_frozen=share_frozen)
-        self.decay = decay
-        self.update_every = update_every
+        self.decay = decay if callable(decay) else float(decay)
+        self.update_every = int(update_every)
         self.step = self.updates = 0
         self._swapped = False
         self._seen: list[int] = []
@@ -107,7 +107,7 @@ class EMATeacher(Keeping):
             fix = "leave out device or share_frozen"
             raise ValueError(f"device must be the student's, whose tensors share_frozen=True uses, got {device}; {fix}")
         with torch.inference_mode(False), torch.no_grad():
-            module = copied(_inner(student), shared) if copy is None else filled(copy, student, shared)
+            module = copied(_inner(student), shared) if copy is None else filled(_inner(copy), student, shared)
             module.requires_grad_(False).eval()
             self.register_module("module", module)
             self.register_module("masters", _float32_masters(module, shared))
@@ -188,7 +188,7 @@ class EMATeacher(Keeping):
     def _renew_masters(self) -> None:
         for own, master in self._with_masters():
             if own.dtype != master.dtype and own.layout == torch.strided:
-                own = torch.where(master.to(own) == own, master.to(own.device), own)  # keeps its digits
+                own = torch.where(master.to(own) == own, master.to(own.device), own.to(master.dtype))  # keeps digits
             write([(master, own)])
 
     @contextmanager

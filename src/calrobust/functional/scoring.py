@@ -131,7 +131,8 @@ def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tens
 
 
 def log_losses(block: Block) -> Tensor:
-    own, losses = block.own, -block.own.log()
+    own = block.own.clamp(min=0)
+    losses = -own.log()
     if not block.from_logits:
         return losses.where(~block.confidences.isnan(), torch.nan)
     lost = own < torch.finfo(own.dtype).tiny

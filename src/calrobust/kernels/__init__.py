@@ -154,7 +154,7 @@ def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: A
     return Direction(
         torch.where(has_own, -F.logsigmoid(own.lse - other.lse), 0),
         base - positive[0] / anchors.positives if positive else torch.zeros_like(base),
-        base - mean / candidates,
+        base - mean / candidates if candidates > 1 else torch.zeros_like(base),
         merge([other, own]).divergence if other.teacher_lse.shape[0] else other.divergence,
         anchors,
         total,

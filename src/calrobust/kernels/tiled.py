@@ -152,11 +152,12 @@ def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part
     sums = all_sums[: len(lses)]
     column_lse, *of_teacher = pivots + sums.to(precise).log()
     found = Part.without_teacher(column_lse)
-    lost = ~_representable(sums).all(0)
+    heaviest = (lses - pivots).masked_fill_(is_far, 0).amax(1, keepdim=True).exp()
+    lost = ~_representable(sums, heaviest).all(0)
     if t is not None:
         first, second = all_sums[2:].to(precise) / sums[1]
         found = Part(column_lse, (first + second.log1p() - second).clamp(min=0), *of_teacher)
-        lost |= ~(second.log1p().abs() < FAR)
+        lost |= ~(second.log1p().abs() < FAR) | ~first.isfinite()
         if is_far.any():
             found = merge([found, dense.along(0, s[is_far], t[is_far]).to(precise)])
     where = lost.nonzero()[:, 0]
@@ -218,10 +219,10 @@ def is_looked_at(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _representable(sums: Tensor) -> Tensor:
-    """Whether sums have neither overflowed nor lost a term."""
+def _representable(sums: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """Whether sums have neither overflowed nor lost a term of at most these ``weights``."""
     least = math.pow(torch.finfo(sums.dtype).tiny, 2 / 3)
-    return (sums > least) & (sums < torch.inf)
+    return (sums > least * weights) & (sums < torch.inf)
 
 
 def are_narrow(x: Tensor, operands: torch.dtype) -> bool:

@@ -24,6 +24,7 @@ EXCLUDED = tl.constexpr(dense.EXCLUDED)
 FLOOR = tl.constexpr(-(2.0**123))  # the least reference, far above excluded logits
 LOST = tl.constexpr(2.0**-80)  # a sum below may have lost terms
 FAR = tl.constexpr(12)  # change of log2(p / p̃) at which sums over columns cancel
+HEAVY = tl.constexpr(20)  # log2 of a weight that brings lost terms back
 LOSS = tl.constexpr(0.99)  # the share of F that may cancel in a column
 
 
@@ -139,7 +140,8 @@ def _forward_kernel(
                 pivot = tl.max(top, 0)
                 t_pivot = pivot + tl.sum(tl.where(row < n, t_top - top, 0.0), 0) / tl.minimum(n - block * ROWS, ROWS)
             shift, t_shift = top - pivot, t_top - t_pivot
-            shift = tl.where(tl.abs(shift - t_shift) < FAR, shift, float("nan"))
+            is_safe = (tl.abs(shift - t_shift) < FAR) & (tl.maximum(shift, t_shift) < HEAVY)
+            shift = tl.where(is_safe, shift, float("nan"))
             weights = _factors(shift, t_shift, TEACHER)
             by_column = _times((weights[0][:, None], weights[1][:, None], weights[2][:, None]), here, TEACHER)
             to = column_sums + block * m + column

@@ -486,7 +486,7 @@ CHECKS = {
         check_bytes,
         check_refusals,
         check_second_derivatives,
-    check_transforms,
+        check_transforms,
         check_near_zero,
         check_compiled,
     ],
@@ -499,7 +499,7 @@ CHECKS = {
         check_subgroup,
         check_refusals,
         check_second_derivatives,
-    check_transforms,
+        check_transforms,
         check_near_zero,
     ],
 }

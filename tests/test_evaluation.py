@@ -266,7 +266,7 @@ class TestLoaders:
         assert torch.equal(target, labels)
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.uint16, np.uint32, np.uint64])
 def test_labels_may_be_numpy_arrays(dtype: type) -> None:
     """They may have any integer dtype, and come back as int64 tensors."""
     loader: list[tuple[Tensor, Any]] = [(inputs, target.numpy().astype(dtype)) for inputs, target in batches(2, 3)]

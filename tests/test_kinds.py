@@ -122,6 +122,22 @@ def test_what_may_be_a_probability_is_one_range_for_every_check(over: float, are
     assert bool(F.bin_confidences(rows.diag(), flags).confidence_sums.isfinite().all()) is are_probabilities
 
 
+def test_a_probability_that_rounds_below_zero_is_one() -> None:
+    """A last column that is one minus the others may be -6e-8. A label there has no finite likelihood."""
+    probs = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.8, 0.0]]).repeat(50, 1)
+    target = torch.tensor([0, 1] * 50)
+    expected = F.calibration_error(probs, target, from_logits=False)
+    for below, taken_for in ((-1e-8, False), (-9e-7, False), (-1.1e-6, True)):
+        probs[0, 2] = below
+        assert taken(probs, from_logits=True) is taken_for
+        assert taken(probs, from_logits=False) is not taken_for
+    probs[0, 2] = -1e-8
+    assert_close(F.calibration_error(probs, target, from_logits=False), expected)
+    assert F.negative_log_likelihood(probs, target, from_logits=False).isfinite()
+    target[0] = 2
+    assert F.negative_log_likelihood(probs, target, from_logits=False) == torch.inf
+
+
 def test_numbers_that_are_neither_are_no_probabilities() -> None:
     """A row may sum to 3/4, lie outside [0, 1], or hold percentages."""
     for row in ([0.25, 0.25, 0.25], [-0.25, 0.25, 1.0], [0.0, 0.5, 1.5], [30.0, 70.0, 0.0], [0.31, 0.42, 0.40]):

@@ -1050,6 +1050,27 @@ def test_numbers_of_numpy_are_taken_as_numbers(kind: type[Any]) -> None:
         assert teacher.module.get_parameter("weight") == 2.0
 
 
+def test_numbers_of_numpy_compile() -> None:
+    """Numbers of NumPy would break the graph."""
+    student = single(1.0)
+    teacher = EMATeacher(student, np.float32(0.75), update_every=np.int64(2))
+    torch._dynamo.reset()
+    update = torch.compile(teacher.update, fullgraph=True, backend="eager")
+    for _ in range(2):
+        update(single(5.0))
+    assert teacher.module.get_parameter("weight") == 2.0
+
+
+def test_a_buffer_of_eight_bits_is_copied() -> None:
+    """It is no statistic, and has a master only for its digits."""
+    student = single(1.0)
+    student.register_buffer("scale", torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn))
+    teacher = EMATeacher(student, 0.75)
+    student.scale.copy_(torch.tensor([1.0, 4.0]))
+    teacher.update(student)
+    assert teacher.state_dict()["module.scale"].float().tolist() == [1.0, 4.0]
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """A world of one."""

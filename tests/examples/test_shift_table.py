@@ -173,7 +173,7 @@ class TestCache:
         assert f"{path} is damaged, or no file of this example; building it anew." in capsys.readouterr().out
         assert not was_built(path, steps=1)
 
-    @pytest.mark.parametrize("what", ["recipe", "code of calrobust", "CPU"])
+    @pytest.mark.parametrize("what", ["recipe", "code of calrobust", "code of the example", "CPU"])
     def test_another_recipe_code_or_cpu_is_reported_and_rebuilt(
         self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -188,6 +188,11 @@ class TestCache:
         elif what == "code of calrobust":
             (tmp_path / "other.py").write_text("changed = True\n")
             monkeypatch.setattr(cr, "__file__", str(tmp_path / "__init__.py"))
+        elif what == "code of the example":
+            read = Path.read_bytes
+            monkeypatch.setattr(
+                Path, "read_bytes", lambda own: read(own) + b"#" * (own.parts[-2:] == ("examples", "shift_table.py"))
+            )
         assert was_built(path, steps=2 if what == "recipe" else 1)
         assert f"{path} was made by another recipe" in capsys.readouterr().out
         cache.surroundings.cache_clear()

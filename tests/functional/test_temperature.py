@@ -282,6 +282,9 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "classes of one sample": lambda z, y, value: z.masked_fill(
         (torch.arange(len(z)) == 5)[:, None] & (torch.arange(z.shape[1]) != y[:, None]), value
     ),
+    "all classes but one of most samples": lambda z, y, value: z.masked_fill(
+        (torch.arange(len(z)) % 4 > 0)[:, None] & (torch.arange(z.shape[1]) != y[:, None]), value
+    ),
     "classes, by addition": lambda z, y, value: torch.cat([z, z[:, :3].roll(1, 0) + value / 2], 1),
 }
 
@@ -312,6 +315,14 @@ def test_a_finite_mask_does_not_change_what_degenerate_data_give(value: float) -
             expected = fit_temperature(logits, target)
         with pytest.warns(UserWarning, match=cause):
             assert_close(fit_temperature(HIDDEN["classes"](logits, target, value), target), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [-math.inf, -1e4, -1e9, -3e38])
+def test_a_mask_of_all_classes_but_one_is_no_distance(value: float) -> None:
+    """One of two samples has a single class left, and the other a wrong label: T is 100 times the mean distance of 1/4."""
+    with pytest.warns(UserWarning, match="negatively correlated"):
+        found = fit_temperature(torch.tensor([[1.0, 0.0, value], [2.0, value, value]]), torch.tensor([1, 0]))
+    assert found == 25
 
 
 def test_a_far_logit_is_no_mask_where_its_probability_counts() -> None:

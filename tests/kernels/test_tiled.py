@@ -91,6 +91,30 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     assert_like_dense(tiled_with(budget), inputs, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_that_underflow_are_not_lost(dtype: torch.dtype, factor: float) -> None:
+    """In a row far above the first ones, an entry counts in its column although its share of the row underflows."""
+    x = factor * torch.tensor([[-60, -86, -81], [-25, 57, 32], [-12, 90, 79]], dtype=dtype)
+    y, scale = torch.eye(3, dtype=dtype), torch.ones([], dtype=dtype)
+    for models in ([Factors(x, y, scale)], [Factors(x, y, scale), Factors(x.flip(1) + factor, y, scale)]):
+        assert_like_dense(tiled_with(RECOMPUTE), models, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ([[80], [-93], [-22], [35], [-28]], [[81], [-94], [-22], [32], [-35]]),
+        ([[-13, -5], [-64, -65], [63, 67], [-78, -73]], [[-16, -8], [-62, -60], [64, 70], [-78, -76]]),
+    ],
+)
+def test_sums_that_overflow_are_formed_again(student: list[list[int]], teacher: list[list[int]]) -> None:
+    """The terms of a divergence may overflow where the sums of exponentials do not."""
+    s, t = (torch.tensor(logits, dtype=torch.float32) for logits in (student, teacher))
+    eye, one = torch.eye(s.shape[1]), torch.ones([])
+    assert_like_dense(tiled_with(RECOMPUTE), [Factors(s, eye, one), Factors(t, eye, one)], 1e-5)
+
+
 @pytest.mark.parametrize("number", [1, 30, 150, 299])
 @pytest.mark.parametrize("gap", [5.0, -5.0, 30.0, -30.0])
 def test_rows_far_from_the_teachers_leave_the_digits_of_columns(

@@ -242,6 +242,24 @@ def test_a_teacher_unlike_the_student_costs_no_digits(n: int, m: int, scales: tu
 
 
 @kernels
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("teacher", [False, True])
+def test_terms_that_underflow_are_not_lost(teacher: bool) -> None:
+    """A row may rise far above the first block of columns. A small share of it may still be most of its column."""
+    logits = torch.full((2, 2, 40), -60.0)
+    logits[:, :, :16] = -10
+    logits[:, 0, 16:18] = torch.tensor([70.0, -35.0])
+    logits[1, 0, 17] = -34
+    models = [Factors(rows, torch.eye(40), torch.tensor(1.0)) for rows in logits[: 1 + teacher]]
+    apart = Pairing(torch.full([2], -1))
+    found = statistics(models[0], models[1] if teacher else None, apart)
+    models = moved(models)
+    expected = dense.softmax_statistics(models[0], models[1] if teacher else None, apart)
+    for ours, theirs in zip((*found.rows, *found.columns), (*expected.rows, *expected.columns), strict=True):
+        assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@kernels
 def test_a_flat_teacher_of_many_texts_costs_no_digits() -> None:
     """The student's lse of a row is not that of a difference of sums; the logits are exact."""
     n, m = 4, 2**14

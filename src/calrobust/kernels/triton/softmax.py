@@ -117,6 +117,7 @@ def _forward_kernel(
     target = tl.zeros_like(reference)
     excess, divergence, total = target, target, target
     pivot, t_pivot = tl.max(reference, 0), tl.max(reference, 0)
+    lost = tl.full((ROWS,), float("nan"), reference.dtype)
     for start in range(part * span, tl.minimum((part + 1) * span, m), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         s = _others(student, partners, row, start, n, m, COLUMNS, DEPTH, EVEN)
@@ -141,8 +142,7 @@ def _forward_kernel(
                 t_pivot = pivot + tl.sum(tl.where(row < n, t_top - top, 0.0), 0) / tl.minimum(n - block * ROWS, ROWS)
             shift, t_shift = top - pivot, t_top - t_pivot
             is_safe = (tl.abs(shift - t_shift) < FAR) & (tl.maximum(shift, t_shift) < HEAVY)
-            shift = tl.where(is_safe, shift, float("nan"))
-            weights = _factors(shift, t_shift, TEACHER)
+            weights = _factors(tl.where(is_safe, shift, lost), tl.where(is_safe, t_shift, lost), TEACHER)
             by_column = _times((weights[0][:, None], weights[1][:, None], weights[2][:, None]), here, TEACHER)
             to = column_sums + block * m + column
             tl.store(to, tl.sum(by_column[0], 0), mask=column < m)

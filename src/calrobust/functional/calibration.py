@@ -55,7 +55,6 @@ def bin_confidences(confidences: Tensor, correct: Tensor, *, n_bins: int = 15) -
 
 
 def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bins:
-    """Sums over bins of equally many samples."""
     confidences, order = valid_confidences(confidences, correct, n_bins).sort()
     ends = torch.searchsorted(confidences, confidences) + torch.searchsorted(confidences, confidences, right=True) - 1
     index = (ends * n_bins // (2 * max(1, len(confidences)))).clamp(max=n_bins - 1)  # for NaN
@@ -63,7 +62,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, *, n_bins: int) -> Bin
 
 
 def sum_by_bin(index: Tensor, n_bins: int, *values: Tensor) -> Tensor:
-    """float64 ``[1 + len(values), n_bins]``: counts and sums."""
+    """``[1 + len(values), n_bins]``: counts and sums."""
     stacked = torch.stack((torch.ones_like(values[0]), *values))
     return stacked.new_zeros(len(stacked), n_bins).index_add(1, index, stacked)
 
@@ -291,7 +290,7 @@ def calibration_interval(
         confidences: as for :func:`~calrobust.functional.bin_confidences`.
         correct: likewise.
         n_bins: likewise.
-        level: how often intervals contain the true error, in (0, 1).
+        level: how often intervals hold the true error, in (0, 1).
 
     Returns:
         Six float64 scalars; all NaN without samples.
@@ -358,7 +357,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         return tried.minimum(largest_gaps)
 
     def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the sum of absolute gaps, and the deviation of its difference from the observed sum."""
+        """The mean of the sum of absolute gaps, and the deviation of the observed sum from it."""
         accuracies = (confidences - gaps / filled).clamp(min=least)
         variances = effective * accuracies * (1 - accuracies)
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()

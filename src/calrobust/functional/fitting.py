@@ -26,12 +26,12 @@ MAX_STEPS = 100
 LARGEST_RATIO = 10.0
 EXTREME = 100.0  # T of degenerate data over the logits' spread
 HUGE = 1e20  # logits this far below the top overflow in products
-FLOOR = -200.0  # replaces them once they are divided by T
+FLOOR = -200.0  # replaces them once divided by T
 GAP = 32.0  # masks are this many times as far below the top as others
 GAP_LOGITS = 4096  # looked at for masks
 NEGLIGIBLE = 5.0  # nats below the top
 BLOCK = 2**20  # pairs
-SMALL_LINE_STEP = 1e-9  # of standardised similarities
+SMALL_LINE_STEP = 1e-9
 
 
 class _Data(NamedTuple):
@@ -182,7 +182,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
 
 
 def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
-    low, high = 0.0, math.inf  # the gradient changes sign between them
+    low, high = 0.0, math.inf  # the minimum is between them
     for _ in range(max_steps):
         gradient, curvature = _derivatives(data, beta)
         if gradient == 0:
@@ -199,7 +199,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
 
 
 def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
-    """The first derivative in 1/T times 1/T, and the second times 1/T²."""
+    """The derivatives in 1/T, times 1/T and 1/T²."""
     dtype = data.top.dtype
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), data.logits.shape[1], dtype=dtype)
     sums = data.logits.new_zeros(2, dtype=torch.float64)

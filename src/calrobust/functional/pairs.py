@@ -32,7 +32,7 @@ MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
 class PairOptions(TypedDict, total=False):
-    """The keyword options that all losses on pairs share, each with a default.
+    """The options that all losses on pairs share.
 
     Example:
         >>> from calrobust import MultimodalContrastiveLoss
@@ -163,7 +163,6 @@ class Shared:
 
 def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
     terms = [term for _, term in sharing]
-    # Text to image alone is image to text, swapped.
     swapped = all(term.direction == "text_to_image" for term in terms)
     batch = shared.batch(swapped=swapped)
     if any(not term.distils and term.direction != "text_to_image" for term in terms):

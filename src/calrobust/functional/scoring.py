@@ -358,8 +358,5 @@ def _ranks(like: Tensor) -> Tensor:
 
 
 def _shared(values: Tensor, ties: Tensor) -> Tensor:
-    sums, counts = torch.zeros(2, len(values), dtype=torch.float64, device=values.device)
-    sums.index_add_(0, ties, values)
-    counts.index_add_(0, ties, torch.ones_like(values))
-    means: Tensor = (sums / counts)[ties]
-    return means
+    sums, counts = (torch.zeros_like(values).index_add(0, ties, each) for each in (values, torch.ones_like(values)))
+    return (sums / counts)[ties]

@@ -197,8 +197,7 @@ class MeanMetric(PredictionMetric):
     def compute(self) -> Tensor:
         """The value over all batches and ranks."""
         total, count = (getattr(self, name) for name in self.scalar_sums)
-        mean: Tensor = total / count
-        return mean
+        return torch.div(total, count)
 
 
 def _any_samples(states: dict[str, Any]) -> int:

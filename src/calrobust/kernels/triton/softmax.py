@@ -80,13 +80,8 @@ def _store_sums(to, sums, part, index, length, TEACHER: tl.constexpr):
     """Into ``to [parts, 2 or 6, length]``."""
     COUNT: tl.constexpr = 6 if TEACHER else 2
     to += part.to(tl.int64) * COUNT * length + index
-    tl.store(to, sums[0], mask=index < length)
-    tl.store(to + length, sums[2], mask=index < length)
-    if TEACHER:
-        tl.store(to + 2 * length, sums[1], mask=index < length)
-        tl.store(to + 3 * length, sums[3], mask=index < length)
-        tl.store(to + 4 * length, sums[4], mask=index < length)
-        tl.store(to + 5 * length, sums[5], mask=index < length)
+    for k in tl.static_range(COUNT):
+        tl.store(to + k * length, sums[k], mask=index < length)
 
 
 @triton.jit
@@ -153,7 +148,7 @@ def _forward_kernel(
                 tl.store(at + height * width, t_pivot)
             tl.store(at, pivot)
 
-    _store_sums(row_sums, (reference, t_reference, target, excess, divergence, total), part, row, n, TEACHER)
+    _store_sums(row_sums, (reference, target, t_reference, excess, divergence, total), part, row, n, TEACHER)
 
 
 @triton.jit
@@ -223,7 +218,7 @@ def _columns_kernel(
         reference, t_reference = top, t_top
         at += m
 
-    _store_sums(merged, (reference, t_reference, target, excess, divergence, total), part, column, m, TEACHER)
+    _store_sums(merged, (reference, target, t_reference, excess, divergence, total), part, column, m, TEACHER)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Sums over rows of ``Z = scale · x yᵀ + bias``: see ``docs/derivations.md``.
 
-The gradient of an entry depends on no other. So one sweep gives sums and gradients if the weights of the sums are
-known. Otherwise backward sweeps again.
+The gradient of an entry depends on no other, so one sweep gives sums and gradients if the weights of the sums are
+known. Else backward sweeps again.
 """
 
 from collections.abc import Sequence

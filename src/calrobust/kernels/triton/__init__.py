@@ -39,7 +39,7 @@ BLOCKS = {
     **{(kernel, 8, models): Blocks(32, 32, 16, 8, 2) for kernel in KERNELS for models in (1, 2)},
 }
 
-LOG2E = tl.constexpr(math.log2(math.e))  # devices have an exponential to base 2
+LOG2E = tl.constexpr(math.log2(math.e))  # for tl.exp2
 LN2 = tl.constexpr(math.log(2))
 NEAR = tl.constexpr(0.5)  # up to here exp(r) − 1 − r is a series
 INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(15)))
@@ -114,7 +114,7 @@ class Launcher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], tile: slice, *arguments: Any, blocks: Blocks | None = None
     ) -> None:
-        """Runs a kernel on a tile; without a teacher the student stands in."""
+        """Runs a kernel; without a teacher the student stands in."""
         matrices = [(x[tile], y, scale, x.shape[1]) for x, y, scale in self.matrices]
         options = {"TEACHER": len(matrices) == 2, "EVEN": self.is_even, "enable_fp_fusion": False}
         with torch.cuda.device_of(self.matrices[0][0]):

@@ -181,7 +181,7 @@ def rebound_global(layer: nn.Module) -> None:
     """The copy's hook would bind the same global name."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        global LAST  # noqa: PLW0603
+        global LAST
         LAST = output
 
     layer.register_forward_hook(hook)

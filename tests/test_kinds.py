@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import classifier, seeds
 from torch import Tensor
+from torch.testing import assert_close
 
 from calrobust import ShiftReport, TemperatureScaler, metrics
 from calrobust import functional as F

@@ -319,7 +319,7 @@ def test_a_finite_mask_does_not_change_what_degenerate_data_give(value: float) -
 
 @pytest.mark.parametrize("value", [-math.inf, -1e4, -1e9, -3e38])
 def test_a_mask_of_all_classes_but_one_is_no_distance(value: float) -> None:
-    """One of two samples has a single class left, and the other a wrong label: T is 100 times the mean distance of 1/4."""
+    """One sample has a single class left, and the other a wrong label: T is 100 times the mean distance."""
     with pytest.warns(UserWarning, match="negatively correlated"):
         found = fit_temperature(torch.tensor([[1.0, 0.0, value], [2.0, value, value]]), torch.tensor([1, 0]))
     assert found == 25

@@ -58,6 +58,10 @@ def backward_in_chunks(
 ) -> Tensor:
     """``criterion(*model(images, texts), *teacher(images, texts)).backward()``, with the memory of one chunk."""
     chunks = list(zip(images.split(chunk), texts.split(chunk), strict=True))
+    wrapped: Any = getattr(model, "_orig_mod", model)  # of a compiled one
+    across_ranks = isinstance(wrapped, DistributedDataParallel)
+    if across_ranks and wrapped.static_graph and len(chunks) > 1:
+        raise ValueError("model's DistributedDataParallel must have static_graph=False, to skip its averaging in a chunk")
     seeds = torch.randint(2**62, (len(chunks),)).tolist()
     with torch.no_grad():
         student = joined([encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)])
@@ -72,7 +76,7 @@ def backward_in_chunks(
     for i, (pairs, seed, gradient) in enumerate(zip(chunks, seeds, gradients, strict=True), start=1):
         last = i == len(chunks)
         # The gradients of all chunks add up; DistributedDataParallel averages them over ranks in the last one alone.
-        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        with wrapped.no_sync() if across_ranks and not last else nullcontext():
             outputs = zip(encode(model, pairs, seed), (*gradient, *(shared if last else ())), strict=False)
             trained = [(output, given) for output, given in outputs if given is not None and output.requires_grad]
             torch.autograd.backward([output for output, _ in trained], [given for _, given in trained])

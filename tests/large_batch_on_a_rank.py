@@ -29,9 +29,17 @@ own = slice(0, 8) if dist.get_rank() == 0 else slice(8, 13)
 model = DistributedDataParallel(copy.deepcopy(alone))
 criterion = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5, gather=True)
 for chunk in (3, 8, 5, 1):  # chunks a rank: 3 and 2, 1 and 1, 2 and 1, 8 and 5
-    model.zero_grad()
-    loss = backward_in_chunks(criterion, model, teacher, images[own], texts[own], chunk)
-    assert_close(loss, expected.detach())
-    for ours, whole in zip(model.parameters(), alone.parameters(), strict=True):
-        assert_close(ours.grad, whole.grad, rtol=1e-9, atol=1e-12)
+    for student in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = backward_in_chunks(criterion, student, teacher, images[own], texts[own], chunk)
+        assert_close(loss, expected.detach())
+        for ours, whole in zip(model.parameters(), alone.parameters(), strict=True):
+            assert_close(ours.grad, whole.grad, rtol=1e-9, atol=1e-12)
+static = DistributedDataParallel(copy.deepcopy(alone), static_graph=True)
+try:
+    backward_in_chunks(criterion, static, teacher, images[own], texts[own], 3)
+except ValueError as error:
+    assert "static_graph=False" in str(error)
+else:
+    raise AssertionError("DDP cannot leave out a synchronisation there")
 leave_together()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from bad_input.table import DEEP, Odd, Table, Target, Wrong
@@ -29,7 +29,7 @@ from calrobust.functional import (
     sigmoid_distillation_loss,
 )
 from calrobust.integrations.open_clip import OpenClipLoss
-from calrobust.kernels import IMPLS
+from calrobust.kernels import Impl
 from calrobust.losses import LossSum
 
 ROWS, MORE = unit_rows(4, 3, 0, torch.float32), unit_rows(5, 3, 1, torch.float32)
@@ -431,7 +431,9 @@ TABLE: Table = [
     (
         [CONTRASTIVE, *NEW],
         [
-            Wrong({"impl": "fast"}, ValueError, f"impl must be one of {', '.join(map(repr, IMPLS))}, got 'fast'"),
+            Wrong(
+                {"impl": "fast"}, ValueError, f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got 'fast'"
+            ),
             Wrong({"gather": "no"}, TypeError, "gather must be True or False, got str 'no'"),
             Wrong({"memory_budget": -1}, ValueError, "memory_budget must be >= 0, got -1"),
             Wrong({"memory_budget": 0.5}, TypeError, "memory_budget must be an int, got float 0.5"),

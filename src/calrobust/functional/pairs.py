@@ -20,7 +20,7 @@ from calrobust._checks import (
     check_positive,
 )
 from calrobust.distributed import REFUSED, ProcessGroup, Ranks, agree
-from calrobust.kernels import IMPLS, MEMORY_BUDGET, Direction, Impl, Labels, PairBatch, pair_statistics
+from calrobust.kernels import Direction, Impl, Labels, PairBatch, pair_statistics
 from calrobust.kernels.operators import obstacle_to_triton
 from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 
@@ -28,7 +28,6 @@ Directions = Literal["both", "image_to_text", "text_to_image"]
 Modality = Literal["both", "image", "text"]
 Reduction = Literal["mean", "sum", "none"]
 DIRECTIONS: tuple[str, ...] = get_args(Directions)
-MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
 class PairOptions(TypedDict, total=False):
@@ -62,7 +61,7 @@ DEFAULTS: PairOptions = {
     "gather": False,
     "group": None,
     "impl": "auto",
-    "memory_budget": MEMORY_BUDGET,
+    "memory_budget": 256 * 2**20,
 }
 
 
@@ -74,7 +73,7 @@ def filled(options: PairOptions) -> PairOptions:
     every: PairOptions = {**DEFAULTS, **options}
     check_choice(get_args(Reduction), reduction=every["reduction"])
     check_flag(gather=every["gather"])
-    check_choice(IMPLS, impl=every["impl"])
+    check_choice(get_args(Impl), impl=every["impl"])
     check_integer(0, memory_budget=every["memory_budget"])
     return every
 
@@ -102,7 +101,7 @@ class Term:
         check_fraction(closed=False, label_smoothing=self.label_smoothing)
         check_positive(temperature=self.temperature)
         check_choice(DIRECTIONS, direction=self.direction)
-        check_choice(MODALITIES, modality=self.modality)
+        check_choice(get_args(Modality), modality=self.modality)
 
     @property
     def distils(self) -> bool:
@@ -138,19 +137,20 @@ class Request(NamedTuple):
         ]
 
 
-class Shared:
+class Shared(NamedTuple):
     """What all terms read."""
 
-    def __init__(self, request: Request, ranks: tuple[Ranks, Ranks], options: PairOptions) -> None:
-        self.request, self.ranks, self.options = request, ranks, options
-        self._batches: dict[bool, PairBatch] = {}
+    request: Request
+    ranks: tuple[Ranks, Ranks]
+    options: PairOptions
+    batches: dict[bool, PairBatch]
 
     def batch(self, *, swapped: bool = False) -> PairBatch:
         """The batch, made once."""
-        if swapped not in self._batches:
+        if swapped not in self.batches:
             _, student, taught, labels, _ = self.request
-            self._batches[swapped] = PairBatch(student[:3], taught and taught[:3], labels, self.ranks, swapped=swapped)
-        return self._batches[swapped]
+            self.batches[swapped] = PairBatch(student[:3], taught and taught[:3], labels, self.ranks, swapped=swapped)
+        return self.batches[swapped]
 
     def reduce(self, each: Sequence[tuple[Tensor, Tensor | int]]) -> Tensor:
         """The sum over directions, each with values and the number of anchors."""
@@ -178,8 +178,8 @@ def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
     statistics: dict[str, Any] = dict(zip(DIRECTIONS[2:0:-1] if swapped else DIRECTIONS[1:], found, strict=True))
     values = []
     for weight, term in sharing:
-        wanted = DIRECTIONS[1:] if term.direction == "both" else [term.direction]
-        values.append((weight * shared.reduce([_of_anchors(term, statistics[way]) for way in wanted])).to(batch.dtype))
+        each = [_of_anchors(term, found) for way, found in statistics.items() if term.direction in ("both", way)]
+        values.append((weight * shared.reduce(each)).to(batch.dtype))
     return values
 
 
@@ -214,11 +214,11 @@ def _sigmoid_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
 
 
 def _feature_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
-    _, student, teacher, *_ = shared.request
+    _, ours, theirs, *_ = shared.request
     values = []
     for weight, term in sharing:
         each = []
-        for name, x, t, ranks in zip(MODALITIES[1:], student[:2], (teacher or student)[:2], shared.ranks, strict=True):
+        for name, x, t, ranks in zip(("image", "text"), ours[:2], (theirs or ours)[:2], shared.ranks, strict=True):
             if x.shape[1] != t.shape[1]:
                 raise ValueError(
                     f"teacher_{name}_features must have the student's width, got {list(t.shape)} for {list(x.shape)}; "
@@ -256,23 +256,21 @@ def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list
 
 
 def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
-    gather, group = options.get("gather", False), options.get("group")
-    check_flag(gather=gather)
     try:
         options = filled(options)
         asked = request()
         _check_outputs(asked, options)
         _check_anchors(asked, options)
     except (TypeError, ValueError):
-        if gather:
-            agree([REFUSED, REFUSED], group, {}, torch.device("cpu"))
+        if options.get("gather") is True:
+            agree([REFUSED, REFUSED], options.get("group"), {}, torch.device("cpu"))
         raise
     weighted, student, *_ = asked
     sizes = [features.shape[0] for features in student[:2]]
     images, texts = (Ranks([size]) for size in sizes)
-    if gather:
-        images, texts = agree(sizes, group, _facts(asked, options), student[0].device)
-    shared = Shared(asked, (images, texts), options)
+    if options["gather"]:
+        images, texts = agree(sizes, options["group"], _facts(asked, options), student[0].device)
+    shared = Shared(asked, (images, texts), options, {})
     passes: dict[tuple[Any, float], list[int]] = {}
     for place, (_, term) in enumerate(weighted):
         passes.setdefault((PASSES[term.kind], float(term.temperature)), []).append(place)

@@ -1,6 +1,6 @@
 """The statistics of a pair matrix that losses need: see ``docs/derivations.md``."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from calrobust.kernels import dense, operators
 from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, divergence_terms, merge, wide
 
 Impl = Literal["auto", "dense", "tiled", "triton"]
-IMPLS: tuple[str, ...] = get_args(Impl)
-MEMORY_BUDGET = 256 * 2**20  # bytes of logits
 Features = tuple[Tensor, Tensor, Tensor | float]  # images, texts, logit scale
 Labels = Tensor | tuple[Tensor, Tensor]  # of pairs, or of images and of texts
 

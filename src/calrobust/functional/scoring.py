@@ -115,19 +115,12 @@ def probability_blocks(
         scores = some.to(dtype) if temperature is None else some.to(dtype) / temperature
         probs = torch.softmax(scores, 1, out=buffer[: len(scores)]) if from_logits else scores
         own, confidences = probs.gather(1, labels[:, None])[:, 0], probs.amax(1)
-        correct = _is_predicted(scores, labels, own, confidences)
+        correct = own == confidences if free else scores.argmax(1) == labels
+        # argmax is slow on a CPU, and needed only for ties.
+        tied = places((confidences < 0.501) & (own >= 0.999 * confidences)) if free else ()
+        if len(tied):
+            correct[tied] = scores[tied].argmax(1) == labels[tied]
         yield Block(labels, scores, from_logits, probs, own, confidences, correct)
-
-
-def _is_predicted(scores: Tensor, labels: Tensor, own: Tensor, confidences: Tensor) -> Tensor:
-    if not can_read_values(scores):
-        return scores.argmax(1) == labels
-    # argmax is slow on a CPU, and needed only for ties.
-    correct = own == confidences
-    maybe_tied = ((confidences < 0.501) & (own >= 0.999 * confidences)).nonzero()[:, 0]
-    if len(maybe_tied):
-        correct[maybe_tied] = scores[maybe_tied].argmax(1) == labels[maybe_tied]
-    return correct
 
 
 def log_losses(block: Block) -> Tensor:
@@ -149,9 +142,9 @@ def certainties(block: Block) -> Tensor:
         sure = found > SURE
         rows = places(sure)
         scores = block.scores[rows]
-        top = scores.amax(1, keepdim=True)
-        others = scores.masked_fill_(scores == top, -torch.inf).logsumexp(1)
-        found[rows] = torch.where(sure[rows], top[:, 0] - others, found[rows])  # log-odds, above 6
+        top = scores.amax(1)
+        others = scores.masked_fill_(scores == top[:, None], -torch.inf).logsumexp(1)
+        found[rows] = torch.where(sure[rows], top - others, found[rows])  # log-odds, above 6
     return found
 
 
@@ -341,16 +334,16 @@ def risk_contributions(confidences: Tensor, correct: Tensor) -> Tensor:
     shares = _shared(wrong, ties) / _ranks(wrong)
     weights = (1 / _ranks(wrong)).flip(0).cumsum(0).flip(0)
     found = wrong * _shared(weights, ties) - _shared(shares.flip(0).cumsum(0).flip(0), ties) + wrong.mean()
-    return torch.empty_like(found).index_copy(0, order, found)
+    return found.index_copy(0, order, found)
 
 
 def _ranked(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_confidences(confidences, correct)
     ordered, order = confidences.detach().sort(descending=True)
-    changes = torch.ones_like(ordered, dtype=torch.int64)
+    changes = torch.zeros_like(correct)
     changes[1:] = ordered[1:] != ordered[:-1]
     wrong = (~correct[order]).double().where(~ordered.isnan(), torch.nan)
-    return order, changes.cumsum(0) - 1, wrong
+    return order, changes.cumsum(0), wrong
 
 
 def _ranks(like: Tensor) -> Tensor:

@@ -279,10 +279,11 @@ def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> lis
         # t² keeps gradients as large as without a temperature.
         values = evaluate([(t * t * float(weighted[place][0]), weighted[place][1]) for place in places], shared)
         terms.update(zip(places, values, strict=False))  # a pass may give one sum
+    found = [terms[place] for place in sorted(terms)]
     for number in student[2:]:
         if isinstance(number, Tensor) and number.requires_grad:  # DDP waits for its gradient, used or not
-            terms = {place: value + (0 * number.sum()).to(value) for place, value in terms.items()}
-    return [terms[place] for place in sorted(terms)]
+            found = [value + (0 * number.sum()).to(value) for value in found]
+    return found
 
 
 def _facts(request: Request, options: PairOptions) -> dict[str, object]:
@@ -357,8 +358,7 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
     n, m, device = images.shape[0], texts.shape[0], images.device
     if isinstance(labels, tuple) and len(labels) == 2:
         for k, length in enumerate((n, m)):
-            one: dict[str, Any] = {f"labels[{k}]": labels[k]}
-            check_labels(length, device, **one)
+            check_labels(length, device, (), **{f"labels[{k}]": labels[k]})
     elif labels is not None:
         if isinstance(labels, tuple) or n != m:
             came = f"a tuple of {len(labels)}" if isinstance(labels, tuple) else "one tensor"

@@ -58,7 +58,7 @@ def sigmoid_sums(
     x, *_ = models[0]
     if impl == "dense":
         sums = dense_sums(models, classes)
-        return sums, torch.stack([weight * each.sum() for weight, each in zip(weights, sums, strict=False)]).sum()
+        return sums, torch.stack([(w * each).sum() for w, each in zip(weights, sums, strict=False)]).sum()
     needs = [totalled and torch.is_grad_enabled() and factor.requires_grad for factor in models[0]]
     of_rows = torch.stack([x.new_full(x.shape[:1], weight) for weight in weights[: len(models)]])
     options = impl, operands or x.dtype, needs
@@ -71,8 +71,7 @@ def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
     """The sums by definition."""
     z, *teacher = (scale * x.to(scale.dtype) @ y.to(scale.dtype).T + bias for x, y, scale, bias in models)
     precise = wide(z.device)
-    positive = classes.rows[:, None] == classes.columns
-    likelihood = -logsigmoid(torch.where(positive, z, -z)).sum(1, dtype=precise)
+    likelihood = -logsigmoid(torch.where(classes.rows[:, None] == classes.columns, z, -z)).sum(1, dtype=precise)
     divergence = likelihood.new_empty(0)
     for t in teacher:
         yes, no = (divergence_terms(logsigmoid(sign * t), logsigmoid(sign * z)) for sign in (1, -1))

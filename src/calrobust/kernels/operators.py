@@ -37,7 +37,7 @@ def softmax_statistics(
     For ``"auto"`` the tiled form keeps logits up to ``memory_budget`` bytes.
     """
     x, y, scale = student
-    models = [student, *([] if teacher is None else [teacher])]
+    models = [model for model in (student, teacher) if model]
     keep = impl == "auto" and is_differentiated(student)
     if keep and not torch.compiler.is_exporting():  # an export leaves the sizes open
         keep = len(models) * x.shape[0] * y.shape[0] * scale.element_size() <= memory_budget
@@ -59,8 +59,8 @@ def obstacle_to_triton(device: torch.device) -> str:
         return "" if triton.INTERPRETED else f"features on {device}"
     if torch.version.hip is not None:
         return "a device of ROCm"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "" if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}"
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= CAPABILITY else "compute capability {}.{}".format(*capability)
 
 
 def may_take_triton(impl: str, x: Tensor) -> bool:

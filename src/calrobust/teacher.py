@@ -317,7 +317,8 @@ def _broadcast(pairs: list[Pair], student: nn.Module) -> None:
 
 
 def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
-    fused = []
+    teachers: list[Tensor] = []
+    students: list[Tensor] = []
     for ours, theirs, name, averaged in pairs:
         if not averaged or weight == 1:
             write([(ours, theirs)])
@@ -330,9 +331,9 @@ def _average_(pairs: list[Pair], weight: float, not_finite: set[str]) -> None:
         elif ours.device != theirs.device or ours.dtype != theirs.dtype:
             ours.lerp_(theirs.to(ours), weight)  # one at a time: less memory
         else:
-            fused.append((ours, theirs))
-    if fused:
-        teachers, students = zip(*fused, strict=True)
+            teachers.append(ours)
+            students.append(theirs)
+    if teachers:
         torch._foreach_lerp_(teachers, students, weight)
 
 
@@ -342,9 +343,9 @@ def _float32_masters(module: nn.Module, shared: set[nn.Parameter]) -> nn.Module 
     if not low:
         return None
     masters = deepcopy(module, {id(one): one for one in shared})
-    copies = tensors(masters)[0]
-    for name in low:
-        copies[name].data = copies[name].data.float()
+    for name, one in tensors(masters)[0].items():
+        if name in low:
+            one.data = one.data.float()
     return masters
 
 

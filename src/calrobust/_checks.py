@@ -17,7 +17,7 @@ def check_tensor(**tensors: Any) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            fix = "its .to_numpy() and " if hasattr(value, "to_numpy") else ""
+            fix = "its .to_numpy() and " * hasattr(value, "to_numpy")
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}; convert it with {fix}torch.as_tensor")
         if value.is_nested or value.layout != torch.strided:
             kind = "a nested one" if value.is_nested else str(value.layout)
@@ -200,8 +200,7 @@ def _cannot_be_logits(rows: Tensor) -> bool:
     precision = next((dtype for dtype in narrow if torch.equal(rows.to(dtype).to(rows.dtype), rows)), torch.float64)
     off = (rows.sum(1, dtype=torch.float64) - 1).abs().max().clamp(min=torch.finfo(precision).eps / 4)
     chance = min(1.0, max(2e-5, (n_classes / 1000) ** 3))
-    distinct = len(rows[:64].unique(dim=0))
-    return bool(off <= n_classes / 100 * chance ** (1 / distinct))
+    return bool(off <= n_classes / 100 * chance ** (1 / len(rows[:64].unique(dim=0))))
 
 
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
@@ -216,7 +215,7 @@ def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
             )
         if not from_logits and (wrong := ~_may_be_probabilities(value)).any():
             row = value[wrong][0].double()
-            low, high, total = float(row.min()), float(row.max()), float(row.sum())
+            low, high, total = row.min(), row.max(), row.sum()
             scale = "divide each row by its sum if these are probabilities, " if low >= 0 and high <= 1 else ""
             raise ValueError(
                 f"{name} must be probabilities with from_logits=False: rows in [0, 1] that sum to 1, got a row from "

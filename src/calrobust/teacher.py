@@ -102,8 +102,7 @@ class EMATeacher(Keeping):
         named = tensors(student)[0].items() if share_frozen else ()
         self._shared = {name: one for name, one in named if isinstance(one, nn.Parameter) and not one.requires_grad}
         shared = {*self._shared.values()}
-        devices = {one.device for one in shared}
-        if shared and device is not None and devices != {torch.empty(0, device=device).device}:
+        if shared and device is not None and {one.device for one in shared} != {torch.empty(0, device=device).device}:
             fix = "leave out device or share_frozen"
             raise ValueError(f"device must be the student's, whose tensors share_frozen=True uses, got {device}; {fix}")
         with torch.inference_mode(False), torch.no_grad():
@@ -266,9 +265,13 @@ class EMATeacher(Keeping):
         super().__setattr__(name, value)
 
     def _shared_by_key(self, prefix: str) -> dict[str, Tensor]:
-        shared, owners = {*self._shared.values()}, super().named_modules(prefix=prefix[:-1], remove_duplicate=False)
-        named = ((f"{path}.{name}", one) for path, owner in owners for name, one in owner._parameters.items())
-        return {key: one for key, one in named if one in shared}
+        shared = {*self._shared.values()}
+        return {
+            f"{path}.{name}": one
+            for path, owner in super().named_modules(prefix=prefix[:-1], remove_duplicate=False)
+            for name, one in owner._parameters.items()
+            if one in shared
+        }
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """The state without what is shared."""

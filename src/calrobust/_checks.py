@@ -244,7 +244,8 @@ def warn(message: str) -> None:
     """Warns at the line of the user's call, and names what was called."""
     frame, level, called = sys._getframe(1), 2, ""
     while frame.f_back and (home := str(frame.f_globals.get("__name__")).split(".")[0]) in ("calrobust", "torch"):
-        called = frame.f_code.co_qualname.removesuffix(".__init__") if home == "calrobust" else called
+        if home == "calrobust":
+            called = frame.f_code.co_qualname.removesuffix(".__init__")
         frame, level = frame.f_back, level + 1
     warnings.warn(f"{message} ({called})", stacklevel=level)
 

@@ -61,7 +61,9 @@ def backward_in_chunks(
     wrapped: Any = getattr(model, "_orig_mod", model)  # of a compiled one
     across_ranks = isinstance(wrapped, DistributedDataParallel)
     if across_ranks and wrapped.static_graph and len(chunks) > 1:
-        raise ValueError("model's DistributedDataParallel must have static_graph=False, to skip its averaging in a chunk")
+        raise ValueError(
+            "model's DistributedDataParallel must have static_graph=False, to skip its averaging in a chunk"
+        )
     seeds = torch.randint(2**62, (len(chunks),)).tolist()
     with torch.no_grad():
         student = joined([encode(model, pairs, seed) for pairs, seed in zip(chunks, seeds, strict=True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -30,7 +31,8 @@ own = slice(0, 8) if dist.get_rank() == 0 else slice(8, 13)
 model = DistributedDataParallel(copy.deepcopy(alone))
 criterion = CaRotLoss(label_smoothing=0.1, distillation_weight=1.5, gather=True)
 for chunk in (3, 8, 5, 1):  # chunks a rank: 3 and 2, 1 and 1, 2 and 1, 8 and 5
-    for student in (model, torch.compile(model, backend="eager")):
+    compiled: Any = torch.compile(model, backend="eager")
+    for student in (model, compiled):
         model.zero_grad()
         loss = backward_in_chunks(criterion, student, teacher, images[own], texts[own], chunk)
         assert_close(loss, expected.detach())

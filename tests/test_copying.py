@@ -262,7 +262,7 @@ def test_a_second_model_whose_functions_hold_the_students_parts_is_refused() -> 
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_are_copied(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_layers_are_copied(kind: Callable[[int, int], nn.Module]) -> None:
     """Their weak references are to their weights, and deepcopy renews them."""
     student = kind(2, 2)
     teacher = EMATeacher(student)
@@ -437,9 +437,12 @@ def test_a_second_model_must_fit_and_be_another() -> None:
 
 def test_a_compiled_second_model_changes_no_name() -> None:
     """As a compiled student changes none, so that checkpoints fit."""
-    student = model()
+    student, compiled = model(), model()
+    compiled.compile()
     names = EMATeacher(student).state_dict().keys()
-    assert EMATeacher(student, copy=torch.compile(model())).state_dict().keys() == names
+    wrapped: Any = torch.compile(model())
+    for second in (compiled, wrapped, nn.DataParallel(model())):
+        assert EMATeacher(student, copy=second).state_dict().keys() == names
 
 
 def test_a_low_precision_second_model_gets_masters_and_a_float32_one_needs_none() -> None:

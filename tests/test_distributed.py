@@ -425,7 +425,7 @@ def check_transforms(rank: int, world: int) -> None:
     features, tangents = ([unit_rows(n, 4, seed) for seed in seeds] for seeds in ((0, 1, 2, 3), (4, 5)))
     others = *features[2:], 4.0
     for impl in ("dense", "tiled"):
-        weights = {"label_smoothing": 0.1, "distillation_weight": 1.5}
+        weights: dict[str, Any] = {"label_smoothing": 0.1, "distillation_weight": 1.5}
         ours, theirs = (CaRotLoss(**weights, gather=gather, impl=impl) for gather in (True, False))
 
         def of(loss: Any, part: slice) -> Callable[[Tensor, Tensor], Any]:
@@ -438,8 +438,8 @@ def check_transforms(rank: int, world: int) -> None:
         for gradient, whole in zip(found, expected, strict=True):
             assert_close(gradient, world * whole[rows], rtol=1e-10, atol=1e-12)
         if impl == "dense":
-            value, along = torch.func.jvp(of(ours, rows), tuple(here), tuple(t[rows] for t in tangents))
-            assert_close((value, along), torch.func.jvp(of(theirs, slice(None)), (*features[:2],), (*tangents,)))
+            along: Any = torch.func.jvp(of(ours, rows), tuple(here), tuple(t[rows] for t in tangents))
+            assert_close(along, torch.func.jvp(of(theirs, slice(None)), (*features[:2],), (*tangents,)))
 
 
 def check_near_zero(rank: int, world: int) -> None:

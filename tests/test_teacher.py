@@ -1053,7 +1053,8 @@ def test_numbers_of_numpy_are_taken_as_numbers(kind: type[Any]) -> None:
 def test_numbers_of_numpy_compile() -> None:
     """Numbers of NumPy would break the graph."""
     student = single(1.0)
-    teacher = EMATeacher(student, np.float32(0.75), update_every=np.int64(2))
+    decay, update_every = np.float32(0.75), np.int64(2)
+    teacher = EMATeacher(student, decay, update_every=update_every)  # type: ignore[arg-type]
     torch._dynamo.reset()
     update = torch.compile(teacher.update, fullgraph=True, backend="eager")
     for _ in range(2):
@@ -1066,7 +1067,7 @@ def test_a_buffer_of_eight_bits_is_copied() -> None:
     student = single(1.0)
     student.register_buffer("scale", torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn))
     teacher = EMATeacher(student, 0.75)
-    student.scale.copy_(torch.tensor([1.0, 4.0]))
+    student.get_buffer("scale").copy_(torch.tensor([1.0, 4.0]))
     teacher.update(student)
     assert teacher.state_dict()["module.scale"].float().tolist() == [1.0, 4.0]
 

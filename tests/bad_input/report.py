@@ -22,7 +22,7 @@ from calrobust.plotting import differences, reliability_diagram, reliability_gri
 from calrobust.report._figures import HEADINGS
 
 FOLDER = TemporaryDirectory()
-TABLE = Path(FOLDER.name) / "table.csv"
+FILE = Path(FOLDER.name) / "table.csv"
 LOGITS, TARGET = classifier(30, 3, 0)
 OTHER, OTHER_TARGET = classifier(30, 3, 1)
 BINS = bin_confidences(torch.tensor([0.3, 0.9]), torch.tensor([False, True]), n_bins=5)
@@ -77,7 +77,7 @@ COMPARE = Target(
 ADD = on("add", method="CaRot", domain="photo", logits=LOGITS, target=TARGET)
 FIT = on("fit_temperature", method="CaRot", logits=LOGITS, target=TARGET)
 READS = [on(name) for name in ("summary", "to_markdown", "to_latex", "to_dict", "to_pandas")]
-CSV = on("to_csv", path=TABLE)
+CSV = on("to_csv", path=FILE)
 PLOTS: list[Callable[..., Any]] = [reliability_grid, shift_scatter]
 DRAWN = [Target(f"plotting.{plot.__name__}", plot, lambda: {"report": filled()}) for plot in PLOTS]
 CALLBACKS: list[Any] = [lightning.EMATeacherCallback, transformers.EMATeacherCallback]
@@ -223,7 +223,7 @@ TABLE: Table = [
     (
         [
             *(*READS, CSV, *DRAWN, on("per_domain")),
-            *(on("to_csv", path=TABLE, per_domain=True), on("to_pandas", per_domain=True)),
+            *(on("to_csv", path=FILE, per_domain=True), on("to_pandas", per_domain=True)),
         ],
         [Wrong({"report": ShiftReport(id_domain="photo")}, ValueError, NO_DATA)],
     ),

@@ -125,11 +125,12 @@ def test_rows_far_from_the_teachers_leave_the_digits_of_columns(
     shift = torch.zeros(300, 1, dtype=torch.float64)
     shift[:number] = gap / 10
     student = Factors(torch.cat([student.x, shift], 1), torch.cat([student.y, torch.ones(64, 1)], 1), student.scale)
-    single, double = (
+    (single, taught), (exact_student, exact_teacher) = (
         [Factors(*(factor.float().to(dtype) for factor in model)) for model in (student, teacher)]
         for dtype in (torch.float32, torch.float64)
     )
-    expected = dense.softmax_statistics(*double, Pairing(torch.full([300], -1)))
+    apart = Pairing(torch.full([300], -1))
+    expected = dense.softmax_statistics(exact_student, exact_teacher, apart)
     formed, along = [0], dense.along
 
     def counted(dim: int, s: Tensor, t: Tensor | None) -> dense.Part:
@@ -137,7 +138,7 @@ def test_rows_far_from_the_teachers_leave_the_digits_of_columns(
         return along(dim, s, t)
 
     monkeypatch.setattr(dense, "along", counted)
-    found = operators.softmax_statistics(*single, Pairing(torch.full([300], -1)), impl="tiled")
+    found = operators.softmax_statistics(single, taught, apart, impl="tiled")
     for part, exact in zip((found.rows, found.columns), (expected.rows, expected.columns), strict=True):
         for vector, of_exact in zip(part, exact, strict=True):
             assert_close(vector.double(), of_exact, rtol=1e-5, atol=1e-7)

@@ -72,8 +72,8 @@ def collect_logits(
                 )
     if not found:
         raise ValueError("loader must yield at least one batch, got none; a used generator, or drop_last?")
-    logits, target = zip(*found, strict=True)
-    return torch.cat(logits), torch.cat(target)
+    logits, target = map(torch.cat, zip(*found, strict=True))
+    return logits, target
 
 
 def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor]:
@@ -88,8 +88,9 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
             inputs = dict(batch)
             target = inputs.pop("labels", inputs.pop("label", None))
         if target is None:
-            rule = "(inputs, target) or a dict with labels"
-            raise TypeError(f"loader must yield {rule}, got {_kind(batch)}; pass {_FORWARD}")
+            raise TypeError(
+                f"loader must yield (inputs, target) or a dict with labels, got {_kind(batch)}; pass {_FORWARD}"
+            )
         logits = output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         if not isinstance(output, Tensor):
             read = output.get if isinstance(output, Mapping) else partial(getattr, output)
@@ -107,8 +108,10 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
 
 
 def _kind(value: Any) -> str:
-    what = f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-    return f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, (tuple, list)) else what}"
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"{kind} with {', '.join(map(str, value))}"
+    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
 
 
 @contextmanager
@@ -169,7 +172,19 @@ def zero_shot_classifier(
     Reference: Radford et al., 2021, :arxiv:`2103.00020`.
     """
     check_model(model=model)
-    captions = _captions(names, templates)
+    several: Any = templates if isinstance(templates, (list, tuple)) else [templates]
+    if isinstance(names, str) or not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"names must be a list of texts, got {_kind(names)}; pass one name for each class")
+    if not names or not several:
+        raise ValueError(f"names and templates must not be empty, got {len(names)} names and {len(several)} templates")
+    for template in several:
+        if not (isinstance(template, str) or callable(template)):
+            raise TypeError(f"templates must be texts or functions, got {_kind(template)}; pass 'a photo of a {{}}.'")
+        if isinstance(template, str) and "{}" not in template:
+            raise ValueError(f"templates must hold {{}} where the name goes, got {template!r}")
+    captions = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in names for t in several]
+    if others := [caption for caption in captions if not isinstance(caption, str)]:
+        raise TypeError(f"templates must return texts, got {_kind(others[0])}")
     of_transformers = hasattr(model, "get_text_features")
     if not (of_transformers or hasattr(model, "encode_text")):
         fix = "pass the CLIP of open_clip or of Transformers itself, without a wrapper"
@@ -196,23 +211,6 @@ def zero_shot_classifier(
     return nn.functional.normalize(found.unflatten(0, (len(names), -1)).mean(1))
 
 
-def _captions(names: Any, templates: Any) -> list[str]:
-    several = templates if isinstance(templates, (list, tuple)) else [templates]
-    if isinstance(names, str) or not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
-        raise TypeError(f"names must be a list of texts, got {_kind(names)}; pass one name for each class")
-    if not names or not several:
-        raise ValueError(f"names and templates must not be empty, got {len(names)} names and {len(several)} templates")
-    for template in several:
-        if not (isinstance(template, str) or callable(template)):
-            raise TypeError(f"templates must be texts or functions, got {_kind(template)}; pass 'a photo of a {{}}.'")
-        if isinstance(template, str) and "{}" not in template:
-            raise ValueError(f"templates must hold {{}} where the name goes, got {template!r}")
-    captions = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in names for t in several]
-    if others := [caption for caption in captions if not isinstance(caption, str)]:
-        raise TypeError(f"templates must return texts, got {_kind(others[0])}")
-    return captions
-
-
 class _Scaler(Keeping):
     is_fitted: bool
     """Also after a fitted state is loaded."""
@@ -233,8 +231,9 @@ class _Scaler(Keeping):
 
     def _check(self, **tensors: Tensor) -> None:
         if not self.is_fitted:
-            kind = type(self).__name__
-            raise RuntimeError(f"{kind} is not fitted; call fit with validation data or load a fitted state")
+            raise RuntimeError(
+                f"{type(self).__name__} is not fitted; call fit with validation data or load a fitted state"
+            )
         check_floating(**tensors)
 
     def extra_repr(self) -> str:

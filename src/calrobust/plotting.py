@@ -101,8 +101,9 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
         raise ValueError(f"methods must hold at least one name, got {methods!r}; None takes up to three")
     for i, method in enumerate(methods):
         check_choice(report.methods, **{f"methods[{i}]": method})
-    groups = {"ID": [report.id_domain], "OOD, pooled": report.domains[1:]}
-    columns = {title: domains for title, domains in groups.items() if domains}
+    columns = {"ID": [report.id_domain]}
+    if ood := report.domains[1:]:
+        columns["OOD, pooled"] = ood
     figure = _figure(COLUMN * (0.1 + 0.45 * len(columns)), 0.7 + 1.3 * len(methods))
     axes = figure.subplots(len(methods), len(columns), sharex=True, sharey=True, squeeze=False)
     for method, row in zip(methods, axes, strict=True):

@@ -169,7 +169,7 @@ def _combine(models: Mapping[str, Weights], combination: Callable[[str, list[Ten
             usable = torch.stack([value.isfinite() for value in values]).all(0) & (name not in copied)
             result = combination(name, values, usable)
             same = torch.stack([value == values[0] for value in values]).all(0)
-            result = torch.where(same, values[0], result)
+            result = values[0].where(same, result)
         else:
             result = entries[-1].to(device)
             few = result.ndim < 2 and (dtype.itemsize > 1 or result.numel() < 2)
@@ -186,8 +186,7 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
     if isinstance(model, nn.Module):
         check_model(**{name: model})
         model = model.state_dict()
-    state: Mapping[str, Any] = model
-    for key, value in state.items():
+    for key, value in model.items():
         if not isinstance(key, str):
             raise TypeError(f"{name} must map names to tensors, got the key {key!r}; is it a state dict?")
         if key.endswith(EXTRA):
@@ -199,7 +198,7 @@ def _checked(name: str, model: Weights) -> Mapping[str, Any]:
         floating = value.is_complex() or (value.is_floating_point() and value.dtype.itemsize > 1)
         if not plain or not (floating or re.fullmatch(r"torch\.(bool|u?int(8|16|32|64))", str(value.dtype))):
             _refuse_quantised(entry, f"{type(value).__name__} of {value.dtype}")
-    return state
+    return model
 
 
 def _refuse_quantised(entry: str, kind: str) -> None:

@@ -15,12 +15,11 @@ __all__ = ["beta", "constant", "every", "linear_warmup", "power", "uniform"]
 
 
 class _Schedule:
+    _decay: Callable[[int], float]
+
     def __call__(self, n: int) -> float:
         check_integer(0, n=n)
         return float(self._decay(n))
-
-    def _decay(self, n: int) -> float:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,7 @@ class beta(_Schedule):
     def _decays(self) -> list[float]:
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)  # no underflow
-        decays: list[float] = (log_sums[:-1] - log_sums[1:]).exp().tolist()
-        return decays
+        return list((log_sums[:-1] - log_sums[1:]).exp().tolist())
 
     def _decay(self, n: int) -> float:
         return self._decays[n] if n < self.updates else 1.0

@@ -65,7 +65,7 @@ class PredictionMetric(Metric):
                     "move the metric with .to()"
                 )
             summands = self._summands(probability_blocks(preds, target, self.from_logits, self.validate_args))
-            if self.validate_args and bool(torch.cat([each.flatten() for each in summands.values()]).isnan().any()):
+            if self.validate_args and torch.cat([each.flatten() for each in summands.values()]).isnan().any():
                 check_softmax_exists(target, preds=preds)
         except BaseException:
             self._update_count -= 1  # torchmetrics has counted the call
@@ -201,4 +201,4 @@ class MeanMetric(PredictionMetric):
 
 
 def _any_samples(states: dict[str, Any]) -> int:
-    return int(any(len(state) > 0 if isinstance(state, list) else bool(state.any()) for state in states.values()))
+    return int(any(len(state) if isinstance(state, list) else state.any() for state in states.values()))

@@ -115,5 +115,4 @@ def _whole(scalar: Any) -> Tensor:
         from torch.distributed.tensor import Partial
 
         scalar = scalar.full_tensor(grad_placements=[Partial("avg")] * scalar.device_mesh.ndim)
-    whole: Tensor = scalar.reshape(())
-    return whole
+    return torch.reshape(scalar, ())

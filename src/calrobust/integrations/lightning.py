@@ -63,12 +63,17 @@ class EMATeacherCallback(Following, Callback):
         """Casts the teacher."""
         self._saved_by_module = self._restored = any(module is self.teacher for module in pl_module.modules())
         trainer.precision_plugin.convert_module(self.teacher)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        lenders = [c for c in callbacks if isinstance(c, EMATeacherCallback) and c.evaluate_teacher]
-        lent = [parameter for lender in lenders for parameter in lender.student.parameters()]
+        lent = [
+            parameter
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, EMATeacherCallback) and callback.evaluate_teacher
+            for parameter in callback.student.parameters()
+        ]
         if len(lent) > len(set(lent)):
-            fix = "pass evaluate_teacher=False to one of them"
-            raise ValueError(f"evaluate_teacher must be True in one callback of a student, got two; {fix}")
+            raise ValueError(
+                "evaluate_teacher must be True in one callback of a student, got two; "
+                "pass evaluate_teacher=False to one of them"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the teacher."""

@@ -62,8 +62,10 @@ class OpenClipLoss(nn.Module):
         """
         alone = not self.criterion.options()["gather"]
         if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            ours = "the criterion contrasts the pairs of each rank alone, open_clip those of all ranks"
-            warn(f"{ours}; pass gather=True to its losses")
+            warn(
+                "the criterion contrasts the pairs of each rank alone, open_clip those of all ranks; "
+                "pass gather=True to its losses"
+            )
         found = {
             name.replace("dist_", "teacher_"): value
             for name, value in named.items()
@@ -74,8 +76,10 @@ class OpenClipLoss(nn.Module):
         except TypeError as error:
             if "teacher" not in str(error):
                 raise
-            options = "with --distill-model and --distill-pretrained, and never with --accum-freq above 1"
-            raise TypeError(f"{error}; open_clip's trainer passes a teacher's outputs {options}") from None
+            raise TypeError(
+                f"{error}; open_clip's trainer passes a teacher's outputs with --distill-model and "
+                "--distill-pretrained, and never with --accum-freq above 1"
+            ) from None
         if (logits := named.get("logits")) is not None:
             labels, fix = named.get("labels"), "pass OpenClipLoss(criterion, caption_weight="
             if self.caption_weight is None:

@@ -189,10 +189,10 @@ def filled(copy: nn.Module, student: nn.Module, shared: set[nn.Parameter]) -> nn
     pairs = paired(copy, student)
     if {*tensors(copy)[0].values()} & {*tensors(student)[0].values()}:
         raise ValueError("copy must be a model of its own, got one that shares tensors with the student; build another")
+    _check_functions(copy, student)
     replaced: dict[Any, Any] = {pair.ours: pair.theirs for pair in pairs if pair.theirs in shared}
     for owner in copy.modules():
         owner._parameters.update({name: replaced.get(own, own) for name, own in owner._parameters.items()})
-    _check_functions(copy, student)
     write(pairs)
     return copy
 
@@ -208,7 +208,7 @@ def _obstacle(student: nn.Module) -> str:
 
 
 def _check_functions(model: nn.Module, student: nn.Module) -> None:
-    own = set().union(*map(_places, (*student.modules(), *student.parameters(), *student.buffers()))) - {0}
+    own = set().union(*map(_addresses, (*student.modules(), *student.parameters(), *student.buffers()))) - {0}
     for path, owner in model.named_modules():
         skipped = vars(owner) if "_orig_mod" in owner._modules else _TORCHS
         for name in vars(owner).keys() - skipped:
@@ -217,7 +217,7 @@ def _check_functions(model: nn.Module, student: nn.Module) -> None:
                 home = type(value).__module__.split(".")[0]
                 settings = isinstance(value, type) or home in ("builtins", "functools", "torch")
                 writes = name in _HOOKS and model is student and (isinstance(value, _WRITABLE) or not settings)
-                if writes or own & _places(value):
+                if writes or own & _addresses(value):
                     raise ValueError(
                         f"{'student' if model is student else 'copy'} must have no function that captures what a copy "
                         f"would share, got one in {name} of the {type(owner).__name__} {path!r}, which captures a "
@@ -226,8 +226,7 @@ def _check_functions(model: nn.Module, student: nn.Module) -> None:
                     )
 
 
-def _places(part: object) -> set[int]:
-    """Addresses of an object and of a tensor's memory."""
+def _addresses(part: object) -> set[int]:
     return {id(part), part.data_ptr() if isinstance(part, Tensor) and part.layout == torch.strided else 0}
 
 

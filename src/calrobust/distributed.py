@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
         return apply(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.maps = inputs[1:]
 
     @staticmethod

@@ -340,8 +340,7 @@ class ShiftReport:
                 f"{', '.join(map(repr, known))}; add its data, or give the report the name you used"
             )
         for method in {**self._fits, **self._samples}:
-            missing = [domain for domain in known if domain not in self._samples.get(method, {})]
-            if missing:
+            if missing := [domain for domain in known if domain not in self._samples.get(method, {})]:
                 raise ValueError(
                     f"every method must be added in the same domains, since means over different ones do not compare; "
                     f"{method!r} lacks {', '.join(map(repr, missing))}; add them, or see per_domain()"

@@ -189,8 +189,7 @@ def mean_figures(data: Sequence[Samples], n_bins: int) -> dict[str, float]:
     for name in SCORES:
         if all(samples.has(name) for samples in data):
             parts = [score_interval(samples.scores(name)) for samples in data]
-            value, *ends = mean_of_intervals(torch.stack(parts, -1)).tolist()
-            found[name] = value
+            found[name], *ends = mean_of_intervals(torch.stack(parts, -1)).tolist()
             if is_enough:
                 found |= zip((f"{name}_low", f"{name}_high"), ends, strict=True)
     return found

@@ -125,10 +125,8 @@ class PairLoss(nn.Module, ABC):
 
 def check_forward(loss: PairLoss) -> None:
     if type(loss).forward is not PairLoss.forward:
-        raise TypeError(
-            f"a loss in sums, terms() or OpenClipLoss must not override forward, got {type(loss).__name__}; call it "
-            "alone, and add the values: a(...) + 1.5 * b(...)"
-        )
+        rule = "a loss in sums, terms() or OpenClipLoss must not override forward"
+        raise TypeError(f"{rule}, got {type(loss).__name__}; call it alone, and add the values: a(...) + 1.5 * b(...)")
 
 
 class _TermLoss(PairLoss):

@@ -265,13 +265,9 @@ class EMATeacher(Keeping):
         super().__setattr__(name, value)
 
     def _shared_by_key(self, prefix: str) -> dict[str, Tensor]:
-        shared = {*self._shared.values()}
-        return {
-            f"{path}.{name}": one
-            for path, owner in super().named_modules(prefix=prefix[:-1], remove_duplicate=False)
-            for name, one in owner._parameters.items()
-            if one in shared
-        }
+        shared, owners = {*self._shared.values()}, super().named_modules(prefix=prefix[:-1], remove_duplicate=False)
+        named = ((f"{path}.{name}", one) for path, owner in owners for name, one in owner._parameters.items())
+        return {key: one for key, one in named if one in shared}
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """The state without what is shared."""

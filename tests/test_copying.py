@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib import import_module
 from types import MethodType, SimpleNamespace
 from typing import Any
 from weakref import ref
@@ -276,7 +277,7 @@ def test_recurrent_layers_are_copied(kind: Callable[[int, int], nn.Module]) -> N
 @pytest.mark.filterwarnings("ignore")  # torch moves this package
 def test_models_prepared_for_quantisation_are_copied() -> None:
     """What makes their observers holds functions, which do not run in forward."""
-    quantisation = pytest.importorskip("torch.ao.quantization")
+    quantisation = import_module("torch.ao.quantization")
     student = model().train()
     student.qconfig = quantisation.get_default_qat_qconfig("fbgemm")
     student = quantisation.prepare_qat(student)

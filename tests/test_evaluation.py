@@ -277,6 +277,14 @@ def test_labels_may_be_numpy_arrays(dtype: type) -> None:
     assert target.tolist() == [int(label) for _, labels in loader for label in labels]
 
 
+def test_complex_and_boolean_labels_are_refused() -> None:
+    """A cast would drop the imaginary part without an error, and take a mask for classes."""
+    inputs, target = batches(5)[0]
+    for dtype in (torch.complex64, torch.bool):
+        with pytest.raises((TypeError, ValueError), match=r"^target must"):
+            collect_logits(Model(), [(inputs, target.to(dtype))], progress=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_one_hot_labels_are_told_of_argmax(dtype: torch.dtype) -> None:
     """The advice for floating labels, ``.long()``, would not help here."""

@@ -1053,8 +1053,8 @@ def test_numbers_of_numpy_are_taken_as_numbers(kind: type[Any]) -> None:
 def test_numbers_of_numpy_compile() -> None:
     """Numbers of NumPy would break the graph."""
     student = single(1.0)
-    decay, update_every = np.float32(0.75), np.int64(2)
-    teacher = EMATeacher(student, decay, update_every=update_every)  # type: ignore[arg-type]
+    numbers: Any = {"decay": np.float32(0.75), "update_every": np.int64(2)}
+    teacher = EMATeacher(student, **numbers)
     torch._dynamo.reset()
     update = torch.compile(teacher.update, fullgraph=True, backend="eager")
     for _ in range(2):

@@ -101,7 +101,7 @@ def _rows(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor
         target = torch.tensor(target)
     if isinstance(logits, Tensor) and isinstance(target, Tensor):
         logits, target = logits.detach().cpu(), target.detach().cpu()
-        target = target if target.is_floating_point() or target.dtype == torch.bool else target.long()
+        target = target.long() if target.dtype != torch.bool and torch.can_cast(target.dtype, torch.long) else target
     check_predictions(target, logits=logits)
     # Loaders and models may reuse memory.
     return logits.movedim(1, -1).flatten(0, -2).clone(), target.flatten().clone()

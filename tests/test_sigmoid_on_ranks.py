@@ -105,6 +105,12 @@ def check_refusals(rank: int, world: int) -> None:
         criterion(x, x, 1.0, float(rank))
     with pytest.raises((ValueError, TypeError), match="logit_bias must be" if rank == 0 else r"rank \[0\] did not"):
         criterion(x, x, 1.0, float("nan") if rank == 0 else 0.0)
+    both = criterion + SigmoidDistillationLoss(gather=True)
+    with pytest.raises(ValueError, match=r"^whether it is terms\(\) that is called must be the same on every rank"):
+        (both.terms if rank == 0 else both)(x, x, 1.0, 0.0, x, x, 1.0, 0.0)
+    mixed = both.losses[0] + MultimodalContrastiveLoss(gather=True)  # whose terms are apart in any case
+    expected = mixed(x, x, 1.0, 0.0)
+    assert_close(sum(mixed.terms(x, x, 1.0, 0.0).values()) if rank == 0 else mixed(x, x, 1.0, 0.0), expected)
 
 
 def on_rank(rank: int, world: int, store: str) -> None:

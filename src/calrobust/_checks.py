@@ -231,6 +231,7 @@ def check_bins(bins: Any) -> None:
         )
     named = {f"bins[{i}]": sums for i, sums in enumerate(bins)}
     check_floating(**named)
+    check_float64(**named)
     shapes = [list(sums.shape) for sums in bins]
     if 0 in (*shapes[0], len(shapes[0])) or shapes != [shapes[0]] * 3:
         raise ValueError(

@@ -14,8 +14,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calrobust import TemperatureScaler, _checks
+from calrobust.functional import (
+    Bins,
+    bin_confidences,
+    brier_decomposition,
+    calibration_interval,
+    fit_temperature,
+    risk_coverage_curve,
+)
 from calrobust.functional import fitting as module
-from calrobust.functional.fitting import fit_temperature
 
 
 def quietly(logits: Tensor, target: Tensor) -> float:
@@ -364,6 +371,14 @@ def test_a_device_without_float64_is_refused_by_name(monkeypatch: pytest.MonkeyP
         fit_temperature(logits.to("meta"), target.to("meta"))
     with pytest.raises(ValueError, match=r"^scaler must be on a device that has float64"):
         TemperatureScaler().to("meta")
+    confidences, correct = torch.rand(9, device="meta"), torch.ones(9, device="meta", dtype=torch.bool)
+    for judge in (lambda: bin_confidences(confidences, correct), lambda: risk_coverage_curve(confidences, correct)):
+        with pytest.raises(ValueError, match=r"^confidences must be on a device that has float64"):
+            judge()
+    with pytest.raises(ValueError, match=r"^confidences must be on a device that has float64"):
+        calibration_interval(confidences, correct)
+    with pytest.raises(ValueError, match=r"^bins\[0\] must be on a device that has float64"):
+        brier_decomposition(Bins(confidences, confidences, confidences))
 
 
 def test_ignored_samples_are_as_good_as_absent() -> None:

@@ -293,6 +293,8 @@ def _facts(request: Request, options: PairOptions) -> dict[str, object]:
         "reduction": options["reduction"],
         "the type of labels": type(request.labels).__name__,
     }
+    if sum("sigmoid" in term.kind for _, term in request.weighted) > 1:  # whose forward gives one sum
+        facts["whether it is terms() that is called"] = request.apart
     for outputs in request.models():
         for name, value in outputs.items():
             fact = f"{name} (a number, or width, dtype and requires_grad)"

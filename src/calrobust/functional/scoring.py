@@ -189,6 +189,7 @@ def check_confidences(confidences: Tensor, correct: Tensor) -> None:
             f"got {list(confidences.shape)} and {list(correct.shape)}; top_label gives both"
         )
     check_one_device(confidences=confidences, correct=correct)
+    check_float64(confidences=confidences)
 
 
 def valid_confidences(confidences: Tensor, correct: Tensor, n_bins: int) -> Tensor:

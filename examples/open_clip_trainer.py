@@ -127,7 +127,7 @@ def main(options: list[str]) -> int | None:
     data = make_data(own / "data")
     (own / "tiny-clip.json").write_text(json.dumps(MODEL))
     open_clip.add_model_config(own / "tiny-clip.json")
-    contrastive = cr.MultimodalContrastiveLoss(label_smoothing=0.1, gather=True)  # over all ranks, if there are several
+    contrastive = cr.MultimodalContrastiveLoss(label_smoothing=0.05, gather=True)  # over all ranks, if several
     criterion = contrastive + 1.5 * cr.MultimodalDistillationLoss(gather=True)
     CaRotEpochs(criterion).take_place()
     defaults = (

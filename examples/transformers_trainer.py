@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
         ),
         train_dataset=make_data(128, seed=0),
         eval_dataset=make_data(32, seed=1),
-        criterion=cr.MultimodalContrastiveLoss(label_smoothing=0.1) + 1.5 * cr.MultimodalDistillationLoss(),
+        criterion=cr.MultimodalContrastiveLoss(label_smoothing=0.05) + 1.5 * cr.MultimodalDistillationLoss(),
         teacher=cr.EMATeacher(model, decay=0.9),
     )
     trainer.train()

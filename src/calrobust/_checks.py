@@ -92,7 +92,7 @@ def check_fraction(*, closed: bool, **numbers: Any) -> None:
     check_number(**numbers)
     for name, value in numbers.items():
         if not 0 <= value <= 1 or (value == 1 and not closed):
-            hint = f"; did you mean {value / 10:g} or {value / 100:g}?" if 1 <= value <= 100 else ""
+            hint = f"; did you mean {value / (10 if value <= 10 else 100):g}?" if 1 <= value <= 100 else ""
             raise ValueError(f"{name} must be in [0, 1{']' if closed else ')'}, got {value!r}{hint}")
 
 
@@ -127,8 +127,10 @@ def check_labels(length: int, device: torch.device, further: Sequence[int] = (),
 
 
 def check_predictions(target: Any, **preds: Any) -> None:
-    check_floating(**preds)
     for name, value in preds.items():
+        if isinstance(value, Tensor) and value.dtype == torch.int64:
+            raise TypeError(f"{name} must be floating point, got {value.dtype}; pass the scores first, then the labels")
+        check_floating(**{name: value})
         if value.ndim < 2:
             raise ValueError(
                 f"{name} must have shape [N, C, ...], one row for each sample and one column for each class, got "
@@ -155,7 +157,7 @@ def check_label_values(target: Tensor, n_classes: int) -> None:
         first = int(target[outside][0])
         raise ValueError(
             f"target must be in [0, {n_classes}), one of the C classes, got {first}; drop these samples, or pass "
-            f"ignore_index={first} to a metric"
+            f"ignore_index={first} where it is an option"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NoReturn, Unpack, cast
 
+import torch
 from torch import Tensor, nn
 
 from calrobust._checks import check_flag, check_number
@@ -88,6 +89,7 @@ class PairLoss(nn.Module, ABC):
         names = _OTHERS[1:] if has_features or not others else _OTHERS
         found = dict(zip(names, others, strict=False))
         wrong = [f"{3 + len(others)} arguments"] if len(others) > len(names) else []
+        wrong += ["labels without labels=" for one in others if isinstance(one, Tensor) and one.dtype == torch.int64]
         wrong += [f"{name!r} twice" for name in named if name in found]
         wrong += [repr(name) for name in named if name not in _OTHERS]
         way = "call it as criterion(*student(images, texts), *teacher(images, texts))"
@@ -97,7 +99,7 @@ class PairLoss(nn.Module, ABC):
                 f"of the teacher, and labels=, got {wrong[0]}; {way}"
             )
         found = {name: value for name, value in {**found, **named}.items() if value is not None}
-        bias = found.pop("logit_bias", 0.0)
+        biased, bias = "logit_bias" in found, found.pop("logit_bias", 0.0)
         terms = [(weight, loss.term()) for weight, loss in self.weighted()]
         distil = [term.distils for _, term in terms]
         teacher = None
@@ -105,6 +107,8 @@ class PairLoss(nn.Module, ABC):
             if not {*_OTHERS[1:4]} <= found.keys():
                 raise TypeError(f"{self!r} needs {', '.join(_OTHERS[1:4])}; {way}")
             teacher = Outputs(*(found[name] for name in _OTHERS[1:] if name in found))
+            if biased != ("teacher_logit_bias" in found) and any("sigmoid_dis" in term.kind for _, term in terms):
+                raise TypeError(f"{self!r} needs a logit bias of both models or of none; pass 0.0 if one has none")
         elif found:
             raise TypeError(f"{self!r} has no distillation term; leave out the teacher's features and logit scale")
         if labels is not None and all(distil):

@@ -116,14 +116,13 @@ OF_CONFIDENCES = [
     for function in (F.bin_confidences, F.calibration_interval, F.risk_coverage_curve)
 ]
 
-FLOATING = "{} must be floating point, got torch.int64; convert it with .float()"
 TENSOR = "{} must be a torch.Tensor, got {}; convert it with torch.as_tensor"
 
 
-def no_floats(name: str) -> list[Wrong]:
+def no_floats(name: str, fix: str = "convert it with .float()") -> list[Wrong]:
     """In the place of a floating tensor."""
     return [
-        Wrong({name: LOGITS.long()}, TypeError, FLOATING.format(name)),
+        Wrong({name: LOGITS.long()}, TypeError, f"{name} must be floating point, got torch.int64; {fix}"),
         Wrong({name: LOGITS > 0}, TypeError),
         Wrong({name: LOGITS.to(torch.complex64)}, TypeError),
         Wrong(
@@ -152,7 +151,7 @@ def no_batches(name: str) -> list[Wrong]:
         f"torch.cat((1 - {name}, {name}), 1)"
     )
     return [
-        *no_floats(name),
+        *no_floats(name, "pass the scores first, then the labels"),
         Wrong({name: LOGITS[0]}, ValueError, f"{shape}; add the dimension that is missing with .unsqueeze()"),
         Wrong({name: LOGITS[:, :1]}, ValueError, column),
         Wrong({name: LOGITS[:, :0]}, ValueError),
@@ -183,8 +182,8 @@ def no_batches(name: str) -> list[Wrong]:
         Wrong(
             {"target": TARGET - 1},
             ValueError,
-            "target must be in [0, 3), one of the C classes, got -1; drop these samples, or pass ignore_index=-1 to a "
-            "metric",
+            "target must be in [0, 3), one of the C classes, got -1; drop these samples, or pass ignore_index=-1 "
+            "where it is an option",
         ),
         Wrong({"target": TARGET + 1}, ValueError),
         Wrong({"target": torch.full_like(TARGET, -100)}, ValueError),
@@ -458,7 +457,7 @@ TABLE: Table = [
     (
         OF_CONFIDENCES[1:2],
         [
-            Wrong({"level": 95}, ValueError, "level must be in [0, 1), got 95; did you mean 9.5 or 0.95?"),
+            Wrong({"level": 95}, ValueError, "level must be in [0, 1), got 95; did you mean 0.95?"),
             Wrong({"level": 1.0}, ValueError),
             Wrong({"level": 0.0}, ValueError, "level must be > 0, got 0.0"),
             Wrong({"level": math.nan}, ValueError, "level must be finite, got nan"),

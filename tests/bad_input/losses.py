@@ -138,6 +138,12 @@ TABLE: Table = [
                 "no pairs; pass one direction, and one modality to a distillation of features",
             ),
             Wrong(
+                {"text_features": MORE, "labels": [torch.arange(4), torch.arange(5)]},
+                ValueError,
+                "labels must be one tensor for pairs, or (image_labels, text_labels), got a list of 2 for 4 images "
+                "and 5 texts",
+            ),
+            Wrong(
                 {"text_features": MORE, "labels": torch.arange(4)},
                 ValueError,
                 "labels must be one tensor for pairs, or (image_labels, text_labels), got one tensor for 4 images "
@@ -258,6 +264,18 @@ TABLE: Table = [
         several("reduction", ValueError, "batchmean"),
     ),
     (
+        [SIGMOID_SUM],
+        [
+            Wrong(
+                {name: None},
+                TypeError,
+                "SigmoidDistillationLoss() + MultimodalContrastiveLoss() needs a logit bias of both models or of none; "
+                "pass 0.0 if one has none",
+            )
+            for name in ("logit_bias", "teacher_logit_bias")
+        ],
+    ),
+    (
         [SIGMOID_DISTILLATION, Target("SigmoidDistillationLoss", SigmoidDistillationLoss, dict)],
         several("temperature", ValueError, 0.0, math.nan),
     ),
@@ -298,7 +316,7 @@ TABLE: Table = [
                 {"labels": (torch.arange(4), torch.arange(4) % 2)},
                 ValueError,
                 "labels must give each image a text of the same label, got none for 2 of 4 images; "
-                "add their texts, or pass direction='text_to_image'",
+                "add texts with their labels, or correct the labels",
             ),
             Wrong(
                 {"labels": ["a cat", "a dog", "a cat", "a cow"]},
@@ -373,6 +391,13 @@ TABLE: Table = [
                 "call it as criterion(*student(images, texts), *teacher(images, texts))",
             ),
             Wrong(
+                {"given": (ROWS, ROWS, 1.0, torch.arange(4))},
+                TypeError,
+                "MultimodalContrastiveLoss() takes image_features, text_features, logit_scale and maybe logit_bias of "
+                "the student, then of the teacher, and labels=, got labels without labels=; "
+                "call it as criterion(*student(images, texts), *teacher(images, texts))",
+            ),
+            Wrong(
                 {"given": (ROWS, ROWS, 1.0, 0.5), "logit_bias": 1.0},
                 TypeError,
                 "MultimodalContrastiveLoss() takes image_features, text_features, logit_scale and maybe logit_bias of "
@@ -403,7 +428,7 @@ TABLE: Table = [
             Wrong(
                 {"label_smoothing": 1.5},
                 ValueError,
-                "label_smoothing must be in [0, 1), got 1.5; did you mean 0.15 or 0.015?",
+                "label_smoothing must be in [0, 1), got 1.5; did you mean 0.15?",
             ),
             *several("label_smoothing", ValueError, 1.0, -0.1, math.nan),
             *several("label_smoothing", TypeError, "0.1", torch.tensor(0.1)),

@@ -265,7 +265,7 @@ def test_an_image_without_a_positive_is_no_number_where_values_are_not_looked_at
     compiled: Any = torch.compile(loss, fullgraph=True, backend="eager")
     for direction in ("both", "image_to_text"):
         assert compiled(direction).isnan()
-        with pytest.raises(ValueError, match=r"^labels must give each image .* got none for 1 of 3 images; add their"):
+        with pytest.raises(ValueError, match=r"^labels must give each image .* got none for 1 of 3 images; add texts"):
             loss(direction)
     assert_close(compiled("text_to_image"), loss("text_to_image"))
 

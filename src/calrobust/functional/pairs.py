@@ -363,7 +363,7 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
             check_labels(length, device, (), **{f"labels[{k}]": labels[k]})
     elif labels is not None:
         if isinstance(labels, tuple) or n != m:
-            came = f"a tuple of {len(labels)}" if isinstance(labels, tuple) else "one tensor"
+            came = "one tensor" if isinstance(labels, Tensor) else f"a {type(labels).__name__} of {len(labels)}"
             raise ValueError(
                 f"labels must be one tensor for pairs, or (image_labels, text_labels), got {came} for {n} images and "
                 f"{m} texts"
@@ -391,5 +391,5 @@ def _check_positives(batch: PairBatch) -> None:
     if int(number) < total:
         raise ValueError(
             f"labels must give each image a text of the same label, got none for {total - int(number)} of {total} "
-            "images; add their texts, or pass direction='text_to_image'"
+            "images; add texts with their labels, or correct the labels"
         )

@@ -812,6 +812,8 @@ class TestTables:
             r"a\textbar{}b \& 50\% of\_\{x\} \#1 \$\textasciitilde{}\textasciicircum{}\textbackslash{} &"
             in report.to_latex()
         )
+        for name, cell in (("[ours] CaRot", "{[}ours] CaRot &"), ("*CaRot", "{*}CaRot &")):  # options of the line break
+            assert cell in make_report(name).to_latex()
 
     def test_latex_has_a_row_for_each_method(self) -> None:
         """Eight columns in every row, booktabs' rules around them."""

@@ -361,8 +361,26 @@ def test_a_generator_may_load_every_model_into_one(as_dicts: bool) -> None:
             nn.init.constant_(model.weight, value)
             yield model.state_dict() if as_dicts else model
 
-    assert average(loaded()) == {"weight": torch.tensor([[3.0]])}
-    assert_close(model_stock({"weight": torch.zeros(1, 1)}, loaded()), {"weight": torch.tensor([[3.0]])})
+    class Loads:
+        def __iter__(self) -> Iterator[Any]:
+            return loaded()
+
+    for models in (loaded, Loads):
+        assert average(models()) == {"weight": torch.tensor([[3.0]])}
+        assert_close(model_stock({"weight": torch.zeros(1, 1)}, models()), {"weight": torch.tensor([[3.0]])})
+
+
+def test_a_mean_of_large_numbers_is_finite() -> None:
+    """As of the masks of a float32 and a bfloat16 model. No cosine is above 1, also of squares that underflow."""
+    low, lower = (torch.tensor([float(torch.finfo(dtype).min)]) for dtype in (torch.float32, torch.bfloat16))
+    expected = {"mask": low / 2 + lower / 2}
+    assert_close(average([{"mask": low}, {"mask": lower}]), expected, rtol=1e-6, atol=0)
+    assert_close(
+        model_stock({"mask": torch.zeros(1)}, [{"mask": low}, {"mask": lower}])["mask"].isfinite().all(),
+        torch.tensor(True),
+    )
+    tiny = [{"w": torch.tensor([1e-24, x])} for x in (0.0, 1e-24)]
+    assert model_stock({"w": torch.zeros(2)}, tiny)["w"][0] <= 1.0001e-24
 
 
 class Packed(Tensor):

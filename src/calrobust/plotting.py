@@ -257,7 +257,8 @@ def differences(
 
 
 def _text(name: str) -> str:
-    return name.replace("$", r"\$")  # else a formula
+    name = name.replace("$", r"\$")  # else a formula
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name  # else not in legends
 
 
 def _figure(width: float, height: float) -> Figure:

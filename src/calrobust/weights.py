@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -91,10 +91,12 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
         if len(shares) != len(listed) or min(shares) < 0 or max(shares) == 0:
             raise ValueError(f"weights must be {len(listed)} numbers >= 0, one for each model, not all 0, got {shares}")
         listed = {name: model for (name, model), share in zip(listed.items(), shares, strict=True) if share}
-        shares = [share / max(shares) for share in shares if share]  # no overflow
+        shares = [share / max(shares) for share in shares if share]
+    total = sum(shares)
 
     def mean(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
-        return (reduce(torch.add, map(torch.mul, tensors, shares)) / sum(shares)).where(usable, tensors[-1])
+        parts = [tensor * (share / total) for tensor, share in zip(tensors, shares, strict=True)]  # no overflow
+        return reduce(torch.add, parts).where(usable, tensors[-1])
 
     return _combine(listed, mean)
 
@@ -126,16 +128,16 @@ def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
     k = len(models)
     directions = torch.stack([nn.functional.normalize((model - start).flatten(), dim=0, eps=1e-38) for model in models])
     gram = (directions @ directions.mH).real
-    cosine = ((gram.sum() - gram.trace()) / (k * (k - 1))).clamp(min=0)
-    stock = start.lerp(torch.stack(models).mean(0), k * cosine / (1 + (k - 1) * cosine))
+    cosine = ((gram.sum() - gram.trace()) / (k * (k - 1))).clamp(0, 1)
+    stock = start.lerp(torch.stack([model / k for model in models]).sum(0), k * cosine / (1 + (k - 1) * cosine))
     return stock.where(usable, tensors[-1])
 
 
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
     if not isinstance(models, Iterable) or isinstance(models, (str, Mapping, nn.Module)):
         raise TypeError(f"models must be an iterable of models, got {type(models).__name__}")
-    # A generator may reuse the memory of one model.
-    one_by_one = isinstance(models, Iterator)
+    # What makes models anew may reuse the memory of one.
+    one_by_one = not isinstance(models, Collection)
     listed = {f"models[{k}]": copy.deepcopy(model) if one_by_one else model for k, model in enumerate(models)}
     if len(listed) < at_least:
         raise ValueError(f"models must be at least {at_least}, got {len(listed)}; is it a used generator?")

@@ -413,6 +413,10 @@ def test_weights_are_cross_entropys(n: int, dtype: torch.dtype) -> None:
         rtol=1e-6,
         atol=0,
     )
+    for low in (torch.bfloat16, torch.float16):  # integers are exact there, their ratios are not
+        assert fit_temperature(logits, target, weight=times.to(low)) == fit_temperature(
+            logits, target, weight=times.float()
+        )
     assert float(TemperatureScaler().fit(logits, target, weight=weight, ignore_index=7).temperature) == float(found)
     for unit in (1e-300, 1e300):  # which float32 does not hold
         assert_close(fit_temperature(logits, target, weight=unit * weight.double()), found, rtol=1e-6, atol=0)

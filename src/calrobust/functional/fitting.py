@@ -109,7 +109,7 @@ def best_temperature(logits: Tensor, target: Tensor, weight: Tensor | None = Non
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         data, means = _scan(logits, target)
         if weight is not None:
-            data = data._replace(weight=(weight / weight.max())[target].to(data.top.dtype))
+            data = data._replace(weight=(weight.double() / weight.max())[target].to(data.top.dtype))
         limit = _mask_distance(data, means)
         # Masks affect only the first guess, and degenerate data.
         temperature, causes = _solve(data, _visible_means(data, limit) if data.huge or limit < math.inf else means)

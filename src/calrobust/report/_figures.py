@@ -58,7 +58,7 @@ MARKDOWN = str.maketrans({"|": r"\|", "\\": r"\\"})
 LATEX = str.maketrans(
     {mark: "\\" + mark for mark in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "--"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "*": "{*}"}
 )
 DUPLICATES = 0.01  # share that may be both fitted and scored
 HASHED = 64  # logits of each row

@@ -465,9 +465,13 @@ def check_compiled(rank: int, world: int) -> None:
     rows, n = own_rows(world, rank), sum(SIZES[world])
     image, text = unit_rows(n, 4, 0), unit_rows(n, 4, 1)
     criterion = MultimodalContrastiveLoss(gather=True)
-    compiled: Any = torch.compile(criterion, backend="eager")
-    assert_close(compiled(image[rows], text[rows], 5.0), MultimodalContrastiveLoss()(image, text, 5.0))
-    torch.compiler.reset()
+    of_all = MultimodalContrastiveLoss(gather=True, group=dist.group.WORLD)
+    for gathering in (criterion, of_all, of_all + 0 * of_all, of_all.terms):
+        compiled: Any = torch.compile(gathering, backend="eager")
+        value = compiled(image[rows], text[rows], 5.0)
+        value = value["contrastive"] if isinstance(value, dict) else value
+        assert_close(value, MultimodalContrastiveLoss()(image, text, 5.0))
+        torch.compiler.reset()
     whole: Any = torch.compile(criterion, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="which no graph can hold"):
         whole(image[rows], text[rows], 5.0)

@@ -299,7 +299,7 @@ def test_every_plot_renders_and_leaves_settings_alone(draw: Callable[[], Figure]
 def test_a_name_with_an_underscore_first_is_in_the_legend(draw: Callable[[ShiftReport], Axes]) -> None:
     """Matplotlib leaves out such labels."""
     ax = draw(make_report(("_base", "FT")))
-    ax.figure.savefig(io.BytesIO(), format="png")  # a missing glyph would warn
+    cast(Figure, ax.figure).savefig(io.BytesIO(), format="png")  # a missing glyph would warn
     names = [text.get_text() for text in cast(Legend, ax.get_legend()).get_texts()]
     assert [name.split()[0].strip("\N{ZERO WIDTH SPACE}") for name in names] == ["_base", "FT"]
 

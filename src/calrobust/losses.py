@@ -61,10 +61,10 @@ class PairLoss(nn.Module, ABC):
         """The sum of the terms, with arguments, result and errors as in their functions.
 
         By place or name follow ``logit_bias`` and, only if a term distils, the same four values of the teacher, whose
-        names begin with ``teacher_``. Biases may be left out. ``labels`` are for contrastive terms.
+        names begin with ``teacher_``. Both biases may be left out. ``labels`` are for contrastive terms.
         """
         given = image_features, text_features, logit_scale, *others
-        first, *rest = weighted_terms(lambda: self._request(*given, labels=labels, **named), self.options())
+        first, *rest = weighted_terms(lambda: self._request(*given, labels=labels, **named), self.options)
         return sum(rest, first)
 
     def terms(self, *outputs: Tensor | float | None, labels: Labels | None = None, **named: Any) -> dict[str, Tensor]:
@@ -74,8 +74,9 @@ class PairLoss(nn.Module, ABC):
         a second one is ``feature_2``.
         """
         check_forward(self)
-        options = self.options()
-        values = weighted_terms(lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), options)
+        values = weighted_terms(
+            lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), self.options
+        )
         terms: dict[str, Tensor] = {}
         for (_, loss), value in zip(self.weighted(), values, strict=True):
             count = sum(name.startswith(loss._kind) for name in terms)

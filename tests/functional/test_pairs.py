@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import oracles
 import pytest
@@ -207,6 +207,52 @@ def test_second_derivatives_of_the_dense_form_are_right(direction: Any) -> None:
 
     inputs = unit_rows(4, 3, 0), unit_rows(5, 3, 1), torch.tensor(3.0, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(loss, tuple(each.requires_grad_() for each in inputs))
+
+
+def divergences(x: Tensor, y: Tensor, scale: float, tx: Tensor, ty: Tensor, teacher_scale: float) -> dict[str, Tensor]:
+    """By torch, of softmaxes in both directions and of sigmoids with a bias of -1."""
+    s, t = scale * x @ y.T, teacher_scale * tx @ ty.T
+    of_softmaxes = sum(
+        F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="batchmean", log_target=True)
+        for a, b in ((s, t), (s.T, t.T))
+    )
+    return {
+        "softmax": torch.as_tensor(of_softmaxes),
+        "sigmoid": F.binary_cross_entropy_with_logits(s - 1, (t - 1).sigmoid(), reduction="sum") / len(x),
+    }
+
+
+def distilled(kind: str, impl: Any, *given: Any) -> Tensor:
+    """Ours of the same."""
+    if kind == "softmax":
+        return multimodal_distillation_loss(*given, impl=impl)
+    loss: Any = functional.sigmoid_distillation_loss
+    return cast(Tensor, loss(*given[:3], -1.0, *given[3:], -1.0, impl=impl))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_gradients_are_right_where_logs_of_probabilities_differ_by_one(
+    kind: str, impl: Any, dtype: torch.dtype, scale: float
+) -> None:
+    """As those of features made by hand do; some functions of torch have no gradient at their bounds."""
+    y = torch.eye(2, dtype=dtype)
+    x, same = (y.clone().requires_grad_() for _ in range(2))
+    distilled(kind, impl, x, y, scale, y.flip(0), y, scale).backward()
+    divergences(same, y, scale, y.flip(0), y, scale)[kind].backward()
+    assert_close(x.grad, same.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # in torch's own forward mode
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_second_derivatives_of_the_dense_form_are_right_where_student_and_teacher_agree(kind: str) -> None:
+    """There the divergence is 0, and its Hessian is Fisher's matrix."""
+    x, y = unit_rows(4, 3, 0), unit_rows(4, 3, 1)
+    hessian = torch.func.hessian(lambda of: distilled(kind, "dense", of, y, 3.0, x, y, 3.0))(x)
+    expected = torch.func.hessian(lambda of: divergences(of, y, 3.0, x, y, 3.0)[kind])(x)
+    assert_close(hessian, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", ["auto", "dense"])

@@ -64,7 +64,7 @@ def multimodal_contrastive_loss(
         term = Term("contrastive", label_smoothing=label_smoothing, direction=direction)
         return Request([(1, term)], student, labels=labels)
 
-    return weighted_terms(request, options)[0]
+    return weighted_terms(request, lambda: options)[0]
 
 
 def multimodal_distillation_loss(
@@ -112,7 +112,7 @@ def multimodal_distillation_loss(
         term = Term("distillation", temperature=temperature, direction=direction)
         return Request([(1, term)], student, teacher)
 
-    return weighted_terms(request, options)[0]
+    return weighted_terms(request, lambda: options)[0]
 
 
 def carot_loss(
@@ -150,7 +150,7 @@ def carot_loss(
         distillation = Term("distillation", direction=direction)
         return Request([(1, contrastive), (distillation_weight, distillation)], student, teacher, labels)
 
-    contrastive, distillation = weighted_terms(request, options)
+    contrastive, distillation = weighted_terms(request, lambda: options)
     return contrastive + distillation
 
 
@@ -181,7 +181,8 @@ def sigmoid_contrastive_loss(
     Reference: Zhai et al., 2023, :arxiv:`2303.15343`, Algorithm 1.
     """
     student = Outputs(image_features, text_features, logit_scale, logit_bias)
-    return weighted_terms(lambda: Request([(1, Term("sigmoid_contrastive"))], student, labels=labels), options)[0]
+    terms = weighted_terms(lambda: Request([(1, Term("sigmoid_contrastive"))], student, labels=labels), lambda: options)
+    return terms[0]
 
 
 def sigmoid_distillation_loss(
@@ -215,7 +216,7 @@ def sigmoid_distillation_loss(
     student = Outputs(image_features, text_features, logit_scale, logit_bias)
     teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale, teacher_logit_bias)
     return weighted_terms(
-        lambda: Request([(1, Term("sigmoid_distillation", temperature=temperature))], student, teacher), options
+        lambda: Request([(1, Term("sigmoid_distillation", temperature=temperature))], student, teacher), lambda: options
     )[0]
 
 
@@ -249,7 +250,9 @@ def feature_distillation_loss(
     """
     student = Outputs(image_features, text_features, logit_scale)
     teacher = Outputs(teacher_image_features, teacher_text_features, teacher_logit_scale)
-    return weighted_terms(lambda: Request([(1, Term("feature", modality=modality))], student, teacher), options)[0]
+    return weighted_terms(
+        lambda: Request([(1, Term("feature", modality=modality))], student, teacher), lambda: options
+    )[0]
 
 
 def orthogonality_loss(weight: Tensor | nn.Linear, *, squared: bool = True) -> Tensor:

@@ -240,12 +240,12 @@ PASSES = {
 }
 
 
-def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
+def weighted_terms(request: Callable[[], Request], options: Callable[[], PairOptions]) -> list[Tensor]:
     """Each term times its weight, reduced over all ranks.
 
     ``request`` may raise: with ``gather`` all ranks are told, so that none waits.
     """
-    if options.get("gather") is True and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and options().get("gather") is True:
         torch._dynamo.graph_break(
             msg="with gather=True the ranks exchange the sizes of their batches, which no graph can hold; "
             "compile the model, and leave the loss out of fullgraph=True"
@@ -255,7 +255,8 @@ def weighted_terms(request: Callable[[], Request], options: PairOptions) -> list
     return _weighted_terms(request, options)
 
 
-def _weighted_terms(request: Callable[[], Request], options: PairOptions) -> list[Tensor]:
+def _weighted_terms(request: Callable[[], Request], given: Callable[[], PairOptions]) -> list[Tensor]:
+    options = given()
     try:
         options = filled(options)
         asked = request()

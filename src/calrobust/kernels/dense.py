@@ -109,7 +109,7 @@ def along(dim: int, s: Tensor, t: Tensor | None) -> Part:
     if t is None:
         return Part.without_teacher(s.logsumexp(dim))
     divergence = divergence_terms(t.log_softmax(dim), s.log_softmax(dim)).sum(dim)
-    return Part(s.logsumexp(dim), divergence.clamp(min=0), t.logsumexp(dim))
+    return Part(s.logsumexp(dim), not_negative(divergence), t.logsumexp(dim))
 
 
 def _logits(factors: Factors, partner: Tensor) -> Tensor:
@@ -127,7 +127,13 @@ def divergence_terms(log_target: Tensor, log_probability: Tensor) -> Tensor:
     gap = log_target - log_probability
     target, probability = log_target.exp(), log_probability.exp()
     near = target * (torch.expm1(-gap.clamp(min=-1)) + gap)
-    return torch.where(gap < -1, probability - target * (1 - gap), near)  # expm1 would overflow
+    # Beyond -1 expm1 would overflow. At -1 clamp has no gradient.
+    return torch.where(gap <= -1, probability - target * (1 - gap), near)
+
+
+def not_negative(rounded: Tensor) -> Tensor:
+    """At least 0, with the derivatives of all orders, which ``clamp`` would cut."""
+    return rounded - rounded.detach().clamp(max=0)
 
 
 def merge(several: Sequence[Part]) -> Part:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from calrobust.kernels import tiled
-from calrobust.kernels.dense import divergence_terms, wide
+from calrobust.kernels.dense import divergence_terms, not_negative, wide
 from calrobust.kernels.operators import differentiable, features, kernels, like
 from calrobust.kernels.tiled import FeatureGradients
 
@@ -75,7 +75,7 @@ def dense_sums(models: Sequence[Model], classes: Classes) -> Sums:
     divergence = likelihood.new_empty(0)
     for t in teacher:
         yes, no = (divergence_terms(logsigmoid(sign * t), logsigmoid(sign * z)) for sign in (1, -1))
-        divergence = (yes + no).sum(1, dtype=precise).clamp(min=0)
+        divergence = not_negative((yes + no).sum(1, dtype=precise))
     return Sums(likelihood, divergence)
 
 

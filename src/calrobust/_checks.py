@@ -13,11 +13,16 @@ WITHOUT_FLOAT64 = {"mps"}
 ROUNDING = 1e-6  # of probabilities
 
 
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether values may be read; elsewhere it would wait for the device, or break a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_tensor(**tensors: Any) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            fix = "its .to_numpy() and " * hasattr(value, "to_numpy")
+            fix = "its .to_numpy() and " if hasattr(value, "to_numpy") else ""
             raise TypeError(f"{name} must be a torch.Tensor, got {kind}; convert it with {fix}torch.as_tensor")
         if value.is_nested or value.layout != torch.strided:
             kind = "a nested one" if value.is_nested else str(value.layout)
@@ -28,7 +33,7 @@ def check_floating(**tensors: Tensor) -> None:
     check_tensor(**tensors)
     for name, value in tensors.items():
         if not value.is_floating_point() or value.dtype.itemsize < 2:
-            rule = " of at least 16 bits" * value.is_floating_point()
+            rule = " of at least 16 bits" if value.is_floating_point() else ""
             raise TypeError(f"{name} must be floating point{rule}, got {value.dtype}; convert it with .float()")
 
 
@@ -208,7 +213,6 @@ def _cannot_be_logits(rows: Tensor) -> bool:
 def check_kind(*, from_logits: bool, **scores: Tensor) -> None:
     """Reads values."""
     for name, value in scores.items():
-        value = value.detach()
         if from_logits and len(value) and _cannot_be_logits(value):
             raise ValueError(
                 f"{name} must be logits, got rows in [0, 1] that sum to 1; if they are probabilities, pass "
@@ -235,7 +239,7 @@ def check_bins(bins: Any) -> None:
     check_floating(**named)
     check_float64(**named)
     shapes = [list(sums.shape) for sums in bins]
-    if 0 in (*shapes[0], len(shapes[0])) or shapes != [shapes[0]] * 3:
+    if not shapes[0] or 0 in shapes[0] or shapes != [shapes[0]] * 3:
         raise ValueError(
             f"bins must be sums of one shape [..., n_bins], got {', '.join(map(str, shapes))}; "
             "take them from one call of bin_confidences"

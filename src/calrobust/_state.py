@@ -92,7 +92,7 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
 
 def check_same_state(**states: Mapping[str, Any]) -> None:
     shapes = [
-        {name: list(getattr(value, "shape", ())) * (not name.endswith(EXTRA)) for name, value in state.items()}
+        {name: [] if name.endswith(EXTRA) else list(value.shape) for name, value in state.items()}
         for state in states.values()
     ]
     (first, second), (ours, theirs) = states, shapes
@@ -106,7 +106,8 @@ def check_same_state(**states: Mapping[str, Any]) -> None:
     found = ""
     for what, names in wrong.items():
         if names:
-            found += f"; {what} {second}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            found += f"; {what} {second}: {', '.join(names[:3])}{more}"
     if found:
         fix = "are they one architecture, with the same adapters?"
         if {"step", "updates"} <= ours.keys() ^ theirs.keys():

@@ -87,7 +87,7 @@ class PairLoss(nn.Module, ABC):
         self, image_features: Any, text_features: Any, logit_scale: Any, *others: Any, labels: Any, **named: Any
     ) -> Request:
         has_features = isinstance(others[0] if others else None, Tensor) and others[0].ndim > 1  # no logit bias
-        names = _OTHERS[1:] if has_features or not others else _OTHERS
+        names = _OTHERS[1:] if has_features else _OTHERS
         found = dict(zip(names, others, strict=False))
         wrong = [f"{3 + len(others)} arguments"] if len(others) > len(names) else []
         wrong += ["labels without labels=" for one in others if isinstance(one, Tensor) and one.dtype == torch.int64]

@@ -94,8 +94,7 @@ class EMATeacher(Keeping):
         check_flag(share_frozen=share_frozen)
         self.decay = decay if callable(decay) else float(decay)
         self.update_every = int(update_every)
-        self.step = self.updates = 0
-        self._swapped = False
+        self.step, self.updates, self._swapped = 0, 0, False
         self._seen: list[int] = []
         self._written: list[tuple[int, int]] = []
         self._places: list[tuple[int, int, str, bool]] = []
@@ -177,7 +176,8 @@ class EMATeacher(Keeping):
         return pairs
 
     def _with_masters(self) -> list[tuple[Tensor, Tensor]]:
-        own, masters = (tensors(module)[0] if module is not None else {} for module in (self.module, self.masters))
+        masters = {} if self.masters is None else tensors(self.masters)[0]
+        own = tensors(self.module)[0] if masters else {}
         return [(own[name], master) for name, master in masters.items() if own[name] is not master]
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -286,10 +286,12 @@ class EMATeacher(Keeping):
                 f"{len(extra) - 1} more; load one that was saved with share_frozen=True"
             )
         state_dict.update(shared)
-        source, start = (masters, module) if self.masters is None else (module, masters)
-        if bool(given) == (self.masters is None):  # of another precision; masters have the digits
-            for key in [key for key in state_dict if key.startswith(source)]:
-                state_dict[key.replace(source, start, 1)] = state_dict.pop(key) if given else state_dict[key]
+        start = module if self.masters is None else masters
+        if self.masters is None:  # masters have the digits
+            state_dict.update({key.replace(masters, module, 1): state_dict.pop(key) for key in given})
+        elif not given:
+            own = {key: value for key, value in state_dict.items() if key.startswith(module)}
+            state_dict.update({key.replace(module, masters, 1): value for key, value in own.items()})
         loaded = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
         self._not_finite |= _names_not_finite({name: loaded[key] for name, key in unwrapped(loaded, "state").items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -357,8 +359,7 @@ class Following:
     def __init__(self, teacher: EMATeacher, student: nn.Module) -> None:
         check_instance(EMATeacher, "make it with EMATeacher(student)", teacher=teacher)
         check_model(student=student)
-        self.teacher = teacher
-        self.student = student
+        self.teacher, self.student = teacher, student
 
     def _start(self, model: nn.Module | None, owner: Any) -> None:
         own = {self.student, *self.student.parameters()}
@@ -394,7 +395,6 @@ def load_whole_state(teacher: EMATeacher, state: dict[str, Any]) -> None:
 def share_first_rank(teacher: EMATeacher) -> None:
     """Gives every rank the new teacher of the first."""
     if teacher.step == 0 and dist.is_available() and dist.is_initialized():
-        whole = whole_state(teacher).items()
-        states = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole}]
+        states = [{key: one.cpu() if isinstance(one, Tensor) else one for key, one in whole_state(teacher).items()}]
         dist.broadcast_object_list(states)
         load_whole_state(teacher, states[0])

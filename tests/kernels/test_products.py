@@ -73,7 +73,7 @@ def test_tiles_may_be_formed_in_low_precision(
     dtype: torch.dtype, teacher: bool, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a CUDA device: statistics within 5e-6, gradients within 1e-3 of float64's, with kept exponentials too."""
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 40)
+    monkeypatch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), 40))
     monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: True)
     models = factors(150, 140, 70, 0, scale=20.0, teacher=teacher)
     models = [Factors(x.to(dtype).float(), y.to(dtype).float(), scale.float()) for x, y, scale in models]
@@ -202,7 +202,7 @@ def test_a_step_in_low_precision_holds_few_copies_of_the_features(
 ) -> None:
     """As on a CUDA device: twelve times the bytes of a tower beyond the inputs, counted from all allocations."""
     monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: True)
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 1)
+    monkeypatch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), 1))
     n, width = 32, 4096
     image, text, *others = (unit_rows(n, width, seed, torch.bfloat16) for seed in range(4))
     loss = MultimodalContrastiveLoss(impl="tiled")

@@ -77,7 +77,7 @@ def test_equals_the_definition_for_every_tile_size(
         return
     expected = value_and_gradients(inputs, of, seed, by_row=by_row, total=total, impl="dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "_tile_rows", lambda *_: min(n, rows))
+        patch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), rows))
         patch.setattr(sigmoid, "BAND_BYTES", band)
         found = value_and_gradients(inputs, of, seed, by_row=by_row, total=total, totalled=totalled)
     for ours, theirs in zip(found, expected, strict=True):
@@ -87,7 +87,7 @@ def test_equals_the_definition_for_every_tile_size(
 @pytest.mark.parametrize("total", [False, True])
 def test_passes_gradcheck(total: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, so that the definition and the tiled form are not wrong together."""
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
+    monkeypatch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), 2))
     student, teacher = models(5, 6, 0, scale=3.0, bias=-1.0, teacher=True)
 
     def sums(*factors: Tensor) -> tuple[Tensor, ...]:
@@ -172,7 +172,8 @@ def test_products_are_as_many_as_documented(
     device: str, teacher: bool, frozen: tuple[str, ...], total: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units: 1 (2) for the sums, 2 more for gradients in the same sweep; by row the backward pass sweeps again."""
-    monkeypatch.setattr(tiled, "is_looked_at", lambda _: device == "cpu")
+    for module in (tiled, sigmoid):
+        monkeypatch.setattr(module, "can_read_values", lambda _: device == "cpu")
     monkeypatch.setattr(sigmoid, "_sums", sigmoid._sums._init_fn)  # a dispatch mode does not see into an operator
     inputs = models(6, 6, 0, scale=1.0, bias=0.0, teacher=teacher)
     for name in frozen:
@@ -228,7 +229,7 @@ def test_tiles_may_be_multiplied_in_low_precision(
 ) -> None:
     """As on a CUDA device without Triton: sums within 5e-6, gradients within 2e-3 of float64's."""
     monkeypatch.setattr(tiled, "are_narrow", lambda x, operands: True)
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 40)
+    monkeypatch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), 40))
     drawn, of = models(150, 140, 0, scale=20.0, bias=-10.0, teacher=True, width=70), classes(150, 140, 0)
     narrow = [
         Model(x.detach().to(dtype).float(), y.detach().to(dtype).float(), s.float(), b.float()) for x, y, s, b in drawn

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from calrobust import kernels
+from calrobust.distributed import Ranks
 from calrobust.functional import carot_loss, multimodal_contrastive_loss, multimodal_distillation_loss
 from calrobust.kernels import dense, operators, tiled
 from calrobust.kernels.dense import Factors, Pairing, linear_parts
@@ -57,7 +58,7 @@ def test_equals_the_dense_definition_for_every_tile_size(
     """Value and gradients for any shape, tile, pairing and upstream gradient, with kept and recomputed exponentials."""
     inputs = factors(n, m, width, seed, scale=scale, teacher=teacher)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "_tile_rows", lambda *_: min(n, rows))
+        patch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), rows))
         of = classes(n, m, seed) if labelled else ()
         assert_like_dense(tiled_with(budget), inputs, 1e-12, columns=columns, shift=shift, classes=of)
 
@@ -81,7 +82,7 @@ def test_is_exact_where_rows_and_columns_cannot_share_an_exponential(
     dtype: torch.dtype, budget: int, gap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A column far below the maximum of its tile, a row far above a column: finite, and as the definition has it."""
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
+    monkeypatch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), 2))
     x = torch.tensor([[gap, 0.0], [0.0, 1.0], [-gap, 2.0], [0.5, -1.0], [gap / 2, gap]], dtype=dtype)
     y = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [0.5, 0.5], [-0.5, 0.1]], dtype=dtype)
     one = torch.tensor(1.0, dtype=dtype)
@@ -155,7 +156,7 @@ def test_rows_far_from_the_teachers_leave_the_digits_of_columns(
 @pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
 def test_passes_gradcheck(budget: int, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, so that dense and tiled are not wrong together."""
-    monkeypatch.setattr(tiled, "_tile_rows", lambda *_: 2)
+    monkeypatch.setattr(tiled, "tiles_of", lambda x, _: tiled.slices(len(x), 2))
     student, teacher = factors(5, 6, 3, 0, scale=3.0, teacher=True)
     for factor in student:
         factor.requires_grad_()
@@ -255,7 +256,7 @@ def test_exponentials_are_kept_only_for_a_backward_to_come(
 def test_a_tile_fits_the_cache_and_is_never_thin(n: int, m: int, device: str, dtype: torch.dtype, rows: int) -> None:
     """8 MiB of logits on the CPU and 64 MiB elsewhere, but 512 rows at least, as far as there are so many."""
     x, y = (torch.empty(length, 1, device=device, dtype=dtype) for length in (n, m))
-    assert tiled._tile_rows(x, y) == rows
+    assert tiled.tiles_of(x, y)[0].stop == rows
 
 
 def test_the_form_gets_the_options_and_the_dtype_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +413,7 @@ def test_products_are_as_many_as_documented(
     budget: int, teacher: bool, frozen: str, device: str, columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units: forward 1 (2), backward 2, again 1 (2) if nothing was kept, 1 less for a frozen tower; on a device too."""
-    monkeypatch.setattr(tiled, "is_looked_at", lambda _: device == "cpu")
+    monkeypatch.setattr(tiled, "can_read_values", lambda _: device == "cpu")
     open_operators(monkeypatch)
     student, *others = factors(6, 6, 3, 0, scale=1.0, teacher=teacher)
     x, y, scale = student
@@ -425,6 +426,19 @@ def test_products_are_as_many_as_documented(
     assert counter.width == widths * (1 if budget else 2) + 3 * (1 if frozen else 2)
     for factor, name in ((x, "x"), (y, "y")):
         assert (factor.grad is None) == (frozen == name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+def test_an_anchor_without_an_own_entry_is_known_in_every_dtype(dtype: torch.dtype, impl: Any) -> None:
+    """Texts beyond the last image have no own entry: no likelihood of it, and the lse of all entries as their base."""
+    image, text = unit_rows(3, 4, 0, dtype), unit_rows(5, 4, 1, dtype)
+    batch = kernels.PairBatch((image, text, 5.0), None, None, (Ranks([3]), Ranks([5])), swapped=True)
+    options: Any = {"temperature": 1.0, "distils": False, "columns": False, "impl": impl, "memory_budget": 0}
+    found, _ = kernels.pair_statistics(batch, **options)
+    assert found.negative_log_likelihood[3:].tolist() == [0, 0]
+    logits = 5 * (text @ image.T).double()
+    assert_close(found.above_mean[3:], (logits.logsumexp(1) - logits.mean(1))[3:], rtol=1e-5, atol=0)
 
 
 def test_works_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,6 @@ def classwise_calibration_error(
     Reference: Nixon et al., 2019, :arxiv:`1904.01685`.
     """
     check_n_bins(n_bins)
-    check_norm(norm)
     blocks = probability_blocks(*as_rows(target, ignore_index, preds=preds), from_logits)
     return classwise_error(bin_classes(blocks, n_bins), norm)
 
@@ -371,7 +370,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total
         return means.sum(-1), spread.clamp(min=0).sqrt()
 
-    quantile = torch.special.ndtri(total.new_tensor((1 + level) / 2))
+    quantile = torch.special.ndtri(total.new_full((), (1 + level) / 2))
     quantiles = torch.stack((quantile, torch.zeros_like(quantile), -quantile)).view(3, *[1] * total.ndim)
     positive = deviations.clamp(min=1e-12)
     most = ((observed / positive).amax(-1) + 1).expand(3, *total.shape)  # there all gaps are 0

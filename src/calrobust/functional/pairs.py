@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calrobust._checks import (
+    can_read_values,
     check_choice,
     check_flag,
     check_floating,
@@ -27,7 +28,6 @@ from calrobust.kernels.sigmoid import Classes, Model, sigmoid_sums
 Directions = Literal["both", "image_to_text", "text_to_image"]
 Modality = Literal["both", "image", "text"]
 Reduction = Literal["mean", "sum", "none"]
-DIRECTIONS: tuple[str, ...] = get_args(Directions)
 
 
 class PairOptions(TypedDict, total=False):
@@ -100,7 +100,7 @@ class Term:
     def __post_init__(self) -> None:
         check_fraction(closed=False, label_smoothing=self.label_smoothing)
         check_positive(temperature=self.temperature)
-        check_choice(DIRECTIONS, direction=self.direction)
+        check_choice(get_args(Directions), direction=self.direction)
         check_choice(get_args(Modality), modality=self.modality)
 
     @property
@@ -175,7 +175,8 @@ def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
         impl=shared.options["impl"],
         memory_budget=shared.options["memory_budget"],
     )
-    statistics: dict[str, Any] = dict(zip(DIRECTIONS[2:0:-1] if swapped else DIRECTIONS[1:], found, strict=True))
+    of_images, of_texts = reversed(found) if swapped else found
+    statistics: dict[str, Any] = {"image_to_text": of_images, "text_to_image": of_texts}
     values = []
     for weight, term in sharing:
         each = [_of_anchors(term, found) for way, found in statistics.items() if term.direction in ("both", way)]
@@ -351,8 +352,7 @@ def _check_scalar(name: str, value: Any, *, positive: bool) -> None:
             f"{name} must be a scalar, or a vector of equal entries as DataParallel gives it, got shape "
             f"{list(value.shape)}; pass the model's own"
         )
-    # Elsewhere a look would wait for the device.
-    if positive and value.device.type == "cpu" and not torch.compiler.is_compiling() and bool((value <= 0).any()):
+    if positive and can_read_values(value) and bool((value <= 0).any()):
         raise ValueError(f"{name} must be > 0, got {value.flatten()[0].item():g}; pass model.logit_scale.exp()")
 
 
@@ -387,7 +387,7 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
 
 def _check_positives(batch: PairBatch) -> None:
     number, total = batch.of_rows.number, batch.rows.total
-    if not isinstance(number, Tensor) or number.device.type != "cpu" or torch.compiler.is_compiling():
+    if not isinstance(number, Tensor) or not can_read_values(number):
         return  # the loss will be NaN
     if int(number) < total:
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from calrobust._checks import (
     ROUNDING,
+    can_read_values,
     check_bins,
     check_bool,
     check_flag,
@@ -73,11 +74,6 @@ def as_rows(target: Tensor, ignore_index: int | None = None, **preds: Tensor) ->
         return scores, target
     kept = target != ignore_index
     return scores[kept], target[kept]
-
-
-def can_read_values(tensor: Tensor) -> bool:
-    # Reading is free on a CPU, outside a graph.
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def places(where: Tensor) -> Tensor:

@@ -131,9 +131,9 @@ def pair_statistics(
             options: Any = {"impl": impl, "memory_budget": memory_budget, "operands": batch.operands}
             found = operators.softmax_statistics(student, teacher, batch.pairing, columns=columns, **options)
         without = batch.partner < 0
-        own = Part.without_teacher((scale * found.own).masked_fill(without, EXCLUDED)).to(precise)
+        own = Part.without_teacher((scale * found.own).to(precise).masked_fill(without, EXCLUDED))
         if teacher:
-            teacher_own = (teacher.scale * found.teacher_own).masked_fill(without, EXCLUDED).to(precise)
+            teacher_own = (teacher.scale * found.teacher_own).to(precise).masked_fill(without, EXCLUDED)
             own = Part(own.lse, torch.zeros_like(own.lse), teacher_own)
         n, m = batch.rows.total, batch.columns.total
         rows = _direction(own, found.rows.to(precise), scale * found.row_sums, m, batch.of_rows, n)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from threading import RLock
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _TRITON_IS_INSTALLED = find_spec("triton") is not None
 FAULTS: dict[tuple[torch.device, torch.dtype, str, bool], str] = {}  # of the kernels compared so far
 ROWS, COLUMNS, WIDTH = 40, 72, 64  # of the comparison
 TOLERANCE = 1e-2  # relative
+_COMPARING = RLock()  # the comparison itself takes the kernels
 _warn_once = cache(warn)
 
 
@@ -44,9 +46,10 @@ def softmax_statistics(
     options = impl, operands or x.dtype, columns, keep, pairing.start
     tensors = [*features(models, options[1]), pairing.partner, *pairing.classes]
     found = differentiable(_forward, _gradients, 7, options, student, tensors)
-    rows, over_rows = (Part(found[k], found[k + 1], found[7 + k // 2]) for k in (0, 2))
-    own, row_sums, column_sums = found[4:7]
-    return Statistics(rows, over_rows, own, row_sums, column_sums, found[9])
+    row_lse, row_kl, column_lse, column_kl, *linear, row_teacher_lse, column_teacher_lse, teacher_own = found[:10]
+    own, row_sums, column_sums = linear
+    rows, over_rows = Part(row_lse, row_kl, row_teacher_lse), Part(column_lse, column_kl, column_teacher_lse)
+    return Statistics(rows, over_rows, own, row_sums, column_sums, teacher_own)
 
 
 def obstacle_to_triton(device: torch.device) -> str:
@@ -79,8 +82,9 @@ def kernels(form: str, impl: str, x: Tensor, operands: torch.dtype, *, teacher: 
         return None
     key = x.device, operands, form, teacher
     # Nothing can be compared while a CUDA graph is captured.
-    if key not in FAULTS and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        FAULTS[key] = fault(*key)
+    with _COMPARING:
+        if key not in FAULTS and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            FAULTS[key] = fault(*key)
     reason = FAULTS.get(key)
     if not reason:
         return import_module(f"calrobust.kernels.triton.{form}")
@@ -156,9 +160,10 @@ def _results(
 ) -> list[Tensor]:
     x, y, scale, *_ = tensors
     models, pairing = _inputs(tensors, start)
-    n, m, taught, sums = x.shape[0], y.shape[0], len(models) - 1, 1 + bool(pairing.classes)
-    length, kept = m * columns, n * (keep and not may_take_triton(impl, x))
-    shapes: Any = [n, n * taught, length, length * taught, n, (sums, n), (sums * columns, m)]
+    n, m, taught, sums = x.shape[0], y.shape[0], len(models) - 1, 2 if pairing.classes else 1
+    length = m if columns else 0
+    kept = n if keep and not may_take_triton(impl, x) else 0
+    shapes: Any = [n, n * taught, length, length * taught, n, (sums, n), (sums if columns else 0, m)]
     shapes += [n * taught, length * taught, n * taught, (kept, m), (kept * taught, m)]
     return [scale.new_empty(shape) for shape in shapes]
 

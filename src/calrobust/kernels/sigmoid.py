@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from calrobust._checks import can_read_values
 from calrobust.kernels import tiled
 from calrobust.kernels.dense import divergence_terms, not_negative, wide
 from calrobust.kernels.operators import differentiable, features, kernels, like
@@ -92,7 +93,7 @@ def sweep(
     biases = torch.stack([model.bias for model in models])[:, None, None]
     tiles = tiled.tiles_of(x, y)
     buffer = scale.new_empty(len(models), tiles[0].stop, len(y))
-    limit = BAND_BYTES if tiled.is_looked_at(x) else tiled.TILE_BYTES
+    limit = BAND_BYTES if can_read_values(x) else tiled.TILE_BYTES
     height = min(tiles[0].stop, max(1, limit // (len(y) * scale.element_size())))
     scratch = scale.new_empty(3 + 2 * len(models), len(models), height, len(y))
     gradients = FeatureGradients(models[0], weights, needs)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calrobust._checks import can_read_values
 from calrobust.kernels import dense
 from calrobust.kernels.dense import EXCLUDED, Factors, Pairing, Part, merge, totals, wide
 
@@ -60,7 +61,7 @@ class Matrix:
         if not len(column_lse):
             return torch.mul(p, row_weights, out=out)
         pivot = column_lse.min()
-        if is_looked_at(s) and _representable((pivot - row_lse.max()).exp()):
+        if can_read_values(s) and _representable((pivot - row_lse.max()).exp()):
             column_factor = column_weights * (pivot - column_lse).exp()
             return torch.addcmul(row_weights, (row_lse - pivot).exp()[:, None], column_factor, out=out).mul_(p)
         return torch.sub(s, column_lse, out=out).exp_().mul_(column_weights).addcmul_(p, row_weights)
@@ -82,7 +83,7 @@ def forward(
         logits = [m.logits(tile, buffer[place]) for m, buffer in zip(matrices, buffers, strict=False)]
         rows, over_rows = _statistics(columns, *logits)
         of_rows.append(rows)
-        of_columns = [merge([*of_columns, over_rows]) if columns else over_rows]
+        of_columns = [merge([*of_columns, over_rows])]
     rows = Part(*map(torch.cat, zip(*of_rows, strict=True)))
     return rows.to(scale.dtype), of_columns[0].to(scale.dtype)
 
@@ -111,7 +112,7 @@ def backward(
 def _statistics(columns: bool, s: Tensor, t: Tensor | None = None) -> tuple[Part, Part]:
     """The statistics of the rows of a tile and, if asked for, of its columns."""
     precise = wide(s.device)
-    on_cpu = is_looked_at(s)
+    on_cpu = can_read_values(s)
     by_band = columns and on_cpu
     height = max(1, BAND_BYTES // s[0].nbytes) if on_cpu else len(s)
     lse, teacher_lse, divergence = vectors = s.new_empty(3, len(s), dtype=precise)
@@ -206,17 +207,8 @@ def slices(length: int, height: int) -> list[slice]:
 
 def tiles_of(x: Tensor, y: Tensor) -> list[slice]:
     """The rows of each tile."""
-    return slices(len(x), _tile_rows(x, y))
-
-
-def _tile_rows(x: Tensor, y: Tensor) -> int:
-    limit = TILE_BYTES if is_looked_at(x) else DEVICE_TILE_BYTES
-    return min(len(x), max(TILE_ROWS, limit // (len(y) * y.element_size())))
-
-
-def is_looked_at(tensor: Tensor) -> bool:
-    """Whether code may read values; elsewhere it would wait for the device."""
-    return tensor.device.type == "cpu"
+    limit = TILE_BYTES if can_read_values(x) else DEVICE_TILE_BYTES
+    return slices(len(x), max(TILE_ROWS, limit // (len(y) * y.element_size())))
 
 
 def _representable(sums: Tensor, weights: Tensor | float = 1.0) -> Tensor:
@@ -247,16 +239,16 @@ class FeatureGradients:
         self.x, self.y, self.scale, *_ = factors
         self.needs = needs
         self.takes_rows = needs[0] or (needs[2] and not needs[1])  # scale needs either of the two products
-        wide, features = self.scale.dtype, factors[:2]
-        dtype = dtype or (wide if self.x.dtype == wide else torch.float16)
-        self.is_rounded = dtype != wide
+        precise, features = self.scale.dtype, factors[:2]
+        dtype = dtype or (precise if self.x.dtype == precise else torch.float16)
+        self.is_rounded = dtype != precise
         self.gain = torch.ones_like(self.scale)
         self.operands = [[t] for t in features]
         if self.is_rounded:
-            bound, *tops = (_largest(tensors, wide) for tensors in (weights, *([t] for t in features)))
-            self.gain, *self.gains = _gain(torch.stack([bound, *tops])).unbind()
+            bounds = [_largest(tensors, precise) for tensors in (weights, [self.x], [self.y])]
+            self.gain, *self.gains = _gain(torch.stack(bounds)).unbind()
             self.operands = [
-                _split(gain * t.to(wide), dtype, parts) for gain, t in zip(self.gains, features, strict=True)
+                _split(gain * t.to(precise), dtype, parts) for gain, t in zip(self.gains, features, strict=True)
             ]
         wanted = zip(features, (self.takes_rows, needs[1]), strict=True)
         self.totals = [self.scale.new_zeros(t.shape if needed else 0) for t, needed in wanted]
@@ -317,12 +309,13 @@ def _add_sums(to: Tensor, features: Tensor, classes: Sequence[Tensor], m: int, h
 
 def _multiply(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
     """Writes or adds the product of two sums of parts, but for negligible terms."""
-    for a, b in ((a, b) for i, a in enumerate(left) for b in right[: len(right) - i]):
-        if a.dtype == out.dtype or a.device.type != "cuda":
-            torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
-        else:
-            torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
-        add = True
+    for i, a in enumerate(left):
+        for b in right[: len(right) - i]:
+            if a.dtype == out.dtype or a.device.type != "cuda":
+                torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
+            else:
+                torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
+            add = True
 
 
 def _split(numbers: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:

@@ -77,7 +77,7 @@ class PredictionMetric(Metric):
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adds a batch and returns its own value."""
-        before = {**self.__dict__, **self._copy_state_dict()}
+        before = {**self.__dict__}  # states are replaced
         try:
             return super().forward(*args, **kwargs)
         except BaseException:
@@ -192,7 +192,7 @@ class MeanMetric(PredictionMetric):
 
     def _summands(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         values = torch.cat([self._values(block) for block in blocks]).double()
-        return dict(zip(self.scalar_sums, (values.sum(), values.new_tensor(len(values))), strict=True))
+        return dict(zip(self.scalar_sums, (values.sum(), values.new_full((), len(values))), strict=True))
 
     def compute(self) -> Tensor:
         """The value over all batches and ranks."""

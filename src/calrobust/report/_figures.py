@@ -119,7 +119,7 @@ class Samples:
 
 
 def columns_of(logits: Tensor, target: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
-    rows, ts = [], "_ts" * (temperature is not None)
+    rows, ts = [], "" if temperature is None else "_ts"
     for block in probability_blocks(logits, target, True, validate=False, temperature=temperature):
         row = {f"confidences{ts}": block.confidences, f"nll{ts}": log_losses(block)}
         if not ts:
@@ -262,15 +262,20 @@ def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains
         return any(word in column for column in columns)
 
     ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
-    rates = " and ".join(["Accuracy"] * has("accuracy") + [f"ECE ({n_bins} bins)"] * has("ece"))
-    scaling = "; + TS: logits divided by T, which was fitted on held-out data" * (has("temperature") or has("_ts"))
-    first = f"{rates} in per cent; " * bool(rates) + f"ID: {id_domain}; OOD: {ood}{scaling}."
+    named = {"accuracy": "Accuracy", "ece": f"ECE ({n_bins} bins)"}
+    rates = " and ".join(text for word, text in named.items() if has(word))
+    first = f"ID: {id_domain}; OOD: {ood}"
+    if rates:
+        first = f"{rates} in per cent; {first}"
+    if has("temperature") or has("_ts"):
+        first += "; + TS: logits divided by T, which was fitted on held-out data"
     notes = [note for word, note in NOTES.items() if has(word)]
     if intervals and has("ece"):
-        notes = [BRACKETS, *notes, *["Other figures have their 95 % interval in brackets."] * bool(notes)]
+        others = ["Other figures have their 95 % interval in brackets."] if notes else []
+        notes = [BRACKETS, *notes, *others]
     elif intervals and (rates or notes):
         notes.append("In brackets: the 95 % interval.")
-    return " ".join([*first.split(), *notes])
+    return " ".join([*f"{first}.".split(), *notes])
 
 
 def cells(summary: list[dict[str, Any]], columns: Sequence[str], intervals: bool) -> list[list[str]]:

@@ -109,6 +109,20 @@ def cached_method(layer: Any) -> None:
     layer.cached = lru_cache(layer.extra_repr)
 
 
+def cached_weight(layer: Any) -> None:
+    """Deepcopy does not copy a cache, nor what is in it."""
+    name = "weight"
+    layer.cached = lru_cache(lambda: getattr(layers[0], name))
+    layers = [layer]
+    layer.cached()
+    layers.clear()
+
+
+def method_in_c(layer: Any) -> None:
+    """Deepcopy does not copy such a method, nor its object."""
+    layer.parts = {"weight": layer.weight}.get
+
+
 def weak_reference(layer: Any) -> None:
     """Deepcopy does not copy weak references."""
     layer.itself = ref(layer)
@@ -224,6 +238,8 @@ def captured_global(layer: nn.Module) -> None:
         closure_in_a_list,
         closure_with_a_holder,
         cached_method,
+        cached_weight,
+        method_in_c,
         weak_reference,
         closure_in_an_object,
         captured_by_an_object,

@@ -1,11 +1,11 @@
 """A model's state, read at each use, since FSDP replaces tensors."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from copy import deepcopy
 from dis import get_instructions
-from functools import _lru_cache_wrapper, partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from functools import _lru_cache_wrapper
+from gc import get_referents
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -248,18 +248,10 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
         named = (value.__globals__.get(name) for name in code.co_names)
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         held = (*cells, *defaults, *(one for one in named if isinstance(one, (*_WRITABLE, MethodType))))
-    elif isinstance(value, MethodType):
-        held = (value.__func__, value.__self__)
-    elif isinstance(value, partial):
-        held = (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, _lru_cache_wrapper):
-        captured, held = True, (value.__wrapped__,)
     elif isinstance(value, ref):
         captured, held = True, (value(),)
-    elif isinstance(value, (list, tuple, set, frozenset, deque, dict)):
-        held = value.values() if isinstance(value, dict) else value
     elif not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
-        state: Any = object.__getstate__(value)  # of attributes, or of these and slots
-        held = [one for part in (state if isinstance(state, tuple) else [state]) if part for one in part.values()]
+        captured = captured or isinstance(value, (BuiltinFunctionType, _lru_cache_wrapper))
+        held = get_referents(value)
     for one in held:
         yield from _captured(one, seen, captured)

@@ -2,7 +2,7 @@
 
 That is the site's diagrams, the README's table and pictures, and the page of benchmarks with its figure. The gallery is
 drawn, and the numbers in snippets are checked, whenever the site is built. Sentences about numbers are written by hand.
-Needs the extras ``examples`` and ``bench``.
+Needs the extra ``test``.
 """
 
 from __future__ import annotations

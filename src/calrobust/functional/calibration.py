@@ -370,11 +370,11 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total
         return means.sum(-1), spread.clamp(min=0).sqrt()
 
-    quantile = torch.special.ndtri(total.new_full((), (1 + level) / 2))
-    quantiles = torch.stack((quantile, torch.zeros_like(quantile), -quantile)).view(3, *[1] * total.ndim)
+    tails = total.new_tensor([(1 + level) / 2, 0.5, (1 - level) / 2])
+    quantiles = torch.special.ndtri(tails).view(3, *[1] * total.ndim)
     positive = deviations.clamp(min=1e-12)
-    most = ((observed / positive).amax(-1) + 1).expand(3, *total.shape)  # there all gaps are 0
-    fewest = -(largest_gaps / positive).amax(-1).expand(3, *total.shape)  # and here the largest
+    most = (observed / positive).amax(-1) + 1  # there all gaps are 0
+    fewest = -(largest_gaps / positive).amax(-1)  # and here the largest
     for _ in range(BISECTIONS):
         t = (fewest + most) / 2
         mean, deviation = distribution(gaps(t))

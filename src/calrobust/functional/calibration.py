@@ -327,8 +327,7 @@ def mean_interval(moments: Tensor, level: float) -> CalibrationInterval:
     floors = (2 / math.pi * variances).sqrt().sum(-1) / total
     deviations = ((1 - 2 / math.pi) * variances.sum(-1)).clamp(min=1e-300).sqrt() / total
     low, debiased, high = _errors(moments, level)
-    if n_sets > 1:
-        debiased = torch.where(values < floors, values - floors, debiased)  # not yet cut at 0
+    debiased = torch.where(values < floors, values - floors, debiased)  # not yet cut at 0
     value, floor = values.mean(-1), floors.mean(-1)
     p_value = torch.special.ndtr((floor - value) / (deviations.norm(dim=-1) / n_sets))
     has_interval = (variances.sum(-1) >= LEAST_VARIANCE).all(-1) & (n_sets == 1)

@@ -196,8 +196,7 @@ class MeanMetric(PredictionMetric):
 
     def compute(self) -> Tensor:
         """The value over all batches and ranks."""
-        total, count = (getattr(self, name) for name in self.scalar_sums)
-        return torch.div(total, count)
+        return torch.div(*(getattr(self, name) for name in self.scalar_sums))
 
 
 def _any_samples(states: dict[str, Any]) -> int:

@@ -184,7 +184,7 @@ def _solve(data: _Data, means: Tensor) -> tuple[float, list[str]]:
 def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
     low, high = 0.0, math.inf  # the minimum is between them
     for _ in range(max_steps):
-        gradient, curvature = _derivatives(data, beta)
+        gradient, curvature = _derivatives(data, beta).tolist()
         if gradient == 0:
             return beta, True
         low, high = (beta, high) if gradient < 0 else (low, beta)
@@ -198,7 +198,7 @@ def _newton(data: _Data, beta: float, *, max_steps: int) -> tuple[float, bool]:
     return beta, False
 
 
-def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
+def _derivatives(data: _Data, beta: float) -> Tensor:
     """The derivatives in 1/T, times 1/T and 1/T²."""
     dtype = data.top.dtype
     buffer = data.logits.new_empty(block_rows(data.logits, dtype), data.logits.shape[1], dtype=dtype)
@@ -212,8 +212,7 @@ def _derivatives(data: _Data, beta: float) -> tuple[float, float]:
         square = weighted.mul_(scaled).sum(1)
         sums += (torch.stack((mean, square - mean.square())) * weight).sum(1, dtype=torch.float64)
     sums[0] -= beta * (data.weight * data.own).sum(dtype=torch.float64)
-    gradient, curvature = sums.tolist()
-    return gradient, curvature
+    return sums
 
 
 def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from calrobust._checks import check_bins, check_choice, check_instance
 from calrobust.functional.calibration import binned_error
 from calrobust.functional.scoring import Bins, risk_coverage_curve
 from calrobust.report import ShiftReport
-from calrobust.report._figures import HEADINGS, check_columns, scale_of
+from calrobust.report._figures import HEADINGS, check_choices, scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,11 +96,7 @@ def reliability_grid(report: ShiftReport, methods: Sequence[str] | None = None) 
     report._check_complete()
     if methods is None:
         methods = list(dict.fromkeys([*report.methods[:1], *report.methods[-2:]]))
-    check_instance(Sequence, "pass a list of names", methods=methods)
-    if not methods:
-        raise ValueError(f"methods must hold at least one name, got {methods!r}; None takes up to three")
-    for i, method in enumerate(methods):
-        check_choice(report.methods, **{f"methods[{i}]": method})
+    check_choices(report.methods, methods=methods)
     columns = {"ID": [report.id_domain]}
     if ood := report.domains[1:]:
         columns["OOD, pooled"] = ood
@@ -232,7 +228,7 @@ def differences(
         0.0
     """
     check_instance(ShiftReport, "make it with ShiftReport(id_domain=...)", report=report)
-    check_columns(columns, but="temperature")
+    check_choices([*HEADINGS][1:], columns=columns)  # not the temperature
     check_choice(report.methods, method=method)
     others = [other for other in report.methods if other != method]
     if not others:

@@ -264,7 +264,11 @@ TABLE: Table = [
             Wrong({"method": "ft"}, ValueError, "method must be one of 'FT', 'ZS', got 'ft'"),
             Wrong({"columns": ["ood_loss"]}, ValueError),
             Wrong({"columns": ["temperature"]}, ValueError),
-            Wrong({"columns": []}, ValueError, "columns must name at least one figure, got []"),
+            Wrong(
+                {"columns": []},
+                ValueError,
+                "columns must hold at least one name, got []; leave it out for the usual ones",
+            ),
             Wrong({"report": None}, TypeError),
             Wrong(
                 {"report": filled()}, ValueError, "report must hold methods to compare with 'FT', got none; add another"
@@ -274,8 +278,13 @@ TABLE: Table = [
     (
         DRAWN[:1],
         [
-            Wrong({"methods": 3}, TypeError, "methods must be of type Sequence, got int; pass a list of names"),
-            Wrong({"methods": []}, ValueError, "methods must hold at least one name, got []; None takes up to three"),
+            Wrong({"methods": 3}, TypeError, "methods must be a list of names, got int 3"),
+            Wrong({"methods": "FT"}, TypeError, "methods must be a list of names, got str 'FT'"),
+            Wrong(
+                {"methods": []},
+                ValueError,
+                "methods must hold at least one name, got []; leave it out for the usual ones",
+            ),
             Wrong({"methods": ["FT", "ft"]}, ValueError, "methods[1] must be one of 'FT', got 'ft'"),
         ],
     ),

@@ -22,7 +22,7 @@ from calrobust.report._figures import (
     Samples,
     caption,
     cells,
-    check_columns,
+    check_choices,
     check_held_out,
     columns_of,
     differences,
@@ -315,7 +315,7 @@ class ShiftReport:
         return mean_figures([self._samples[method][domain] for domain in domains], self.n_bins)
 
     def _table(self, columns: Sequence[str], intervals: bool) -> tuple[list[list[str]], str]:
-        check_columns(columns)
+        check_choices([*HEADINGS], columns=columns)
         return cells(self.summary(), columns, intervals), self._caption(columns, intervals)
 
     def _caption(self, columns: Iterable[str], intervals: bool) -> str:

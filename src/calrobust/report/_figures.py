@@ -275,13 +275,13 @@ def cells(summary: list[dict[str, Any]], columns: Sequence[str], intervals: bool
     return [["Method", *map(HEADINGS.__getitem__, columns)], *body]
 
 
-def check_columns(columns: Any, but: str = "") -> None:
-    if not isinstance(columns, (list, tuple)):
-        raise TypeError(f"columns must be a list of names, got {type(columns).__name__} {columns!r}")
-    if not columns:
-        raise ValueError(f"columns must name at least one figure, got {columns!r}")
-    for i, column in enumerate(columns):
-        check_choice([name for name in HEADINGS if name != but], **{f"columns[{i}]": column})
+def check_choices(choices: Sequence[str], **lists: Any) -> None:
+    for name, values in lists.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(f"{name} must be a list of names, got {type(values).__name__} {values!r}")
+        if not values:
+            raise ValueError(f"{name} must hold at least one name, got {values!r}; leave it out for the usual ones")
+        check_choice(choices, **{f"{name}[{i}]": value for i, value in enumerate(values)})
 
 
 def scale_of(column: str) -> tuple[int, int]:

@@ -250,21 +250,18 @@ def _difference(a: Samples, b: Samples, name: str) -> Tensor:
 
 
 def caption(columns: Iterable[str], intervals: bool, id_domain: str, ood_domains: list[str], n_bins: int) -> str:
-    def has(word: str) -> bool:
-        return any(word in column for column in columns)
-
+    names = " ".join(columns)
     ood = f"plain mean over {', '.join(ood_domains)}" if ood_domains else "no data"
     named = {"accuracy": "Accuracy", "ece": f"ECE ({n_bins} bins)"}
-    rates = " and ".join(text for word, text in named.items() if has(word))
+    rates = " and ".join(text for word, text in named.items() if word in names)
     first = f"ID: {id_domain}; OOD: {ood}"
     if rates:
         first = f"{rates} in per cent; {first}"
-    if has("temperature") or has("_ts"):
+    if "temperature" in names or "_ts" in names:
         first += "; + TS: logits divided by T, which was fitted on held-out data"
-    notes = [note for word, note in NOTES.items() if has(word)]
-    if intervals and has("ece"):
-        others = ["Other figures have their 95 % interval in brackets."] if notes else []
-        notes = [BRACKETS, *notes, *others]
+    notes = [note for word, note in NOTES.items() if word in names]
+    if intervals and "ece" in names:
+        notes = [BRACKETS, *notes, "Other figures have their 95 % interval in brackets."] if notes else [BRACKETS]
     elif intervals and (rates or notes):
         notes.append("In brackets: the 95 % interval.")
     return " ".join([*f"{first}.".split(), *notes])

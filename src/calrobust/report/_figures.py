@@ -208,7 +208,7 @@ def score_interval(scores: Tensor, *, paired: bool = False) -> Tensor:
     scores, n = scores.double(), len(scores)
     mean = scores.mean()
     centred = scores - mean
-    deviation = (centred.square().sum() / (n * (n - 1))).sqrt() if n > 1 else mean * math.nan
+    deviation = (centred.square().sum() / (n * (n - 1))).sqrt()  # NaN if n = 1
     skewness = (centred / (n * deviation)).pow(3).sum().nan_to_num()  # of the mean
     skewness = torch.where(skewness.abs() < 1e-6, 1e-6, skewness)
     z = mean.new_tensor([Z, -Z])
@@ -221,7 +221,7 @@ def score_interval(scores: Tensor, *, paired: bool = False) -> Tensor:
 
 
 def n_deciding(scores: Tensor) -> Tensor:
-    squares = (scores.double() - scores.double().mean()).square()
+    squares = (scores - scores.mean()).square()
     return squares.sum().square() / squares.square().sum()
 
 

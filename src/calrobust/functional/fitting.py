@@ -228,7 +228,7 @@ def fit_line(similarities: Tensor, matched: Tensor) -> Tensor:
     if not similarities.isfinite().all():
         raise ValueError("similarities must be finite, got NaN or inf; drop such pairs")
     with torch.no_grad(), torch.autocast(similarities.device.type, enabled=False):
-        line, cause = _solve_line(similarities.detach().flatten(), matched.flatten())
+        line, cause = _solve_line(similarities.flatten(), matched.flatten())
     if cause:
         warn(f"the data do not determine a and b: {cause}; a = {line[0]:.6g}, b = {line[1]:.6g}")
     return line

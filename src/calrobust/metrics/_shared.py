@@ -86,9 +86,9 @@ class PredictionMetric(Metric):
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Adds a metric of the same kind, or its ``metric_state``; ``TypeError`` or ``ValueError`` for others."""
-        metric = incoming_state if isinstance(incoming_state, Metric) else None
-        own, incoming = map(self._as_states, (self.metric_state, metric.metric_state if metric else incoming_state))
-        seen = metric.update_count if metric else _any_samples(incoming)
+        states = getattr(incoming_state, "metric_state", incoming_state)
+        own, incoming = map(self._as_states, (self.metric_state, states))
+        seen = getattr(incoming_state, "update_count", _any_samples(incoming))
         states = {name: own[name] + state for name, state in incoming.items()}
         # torchmetrics would keep the computed value.
         self.__dict__.update(states, _computed=None, _update_count=self._update_count + seen)

@@ -349,13 +349,19 @@ def _errors(moments: Tensor, level: float) -> Tensor:
     deviations = (effective * accuracies * (1 - accuracies)).sqrt()
     least = torch.minimum(0.5 / (counts + 1), confidences)
 
-    def gaps(t: Tensor) -> Tensor:
+    def gaps_at(t: Tensor) -> Tensor:
         steps = t[..., None] * deviations
         tried = torch.where(steps > 0, (observed - steps).clamp(min=0), observed.hypot(steps))
         return tried.minimum(largest_gaps)
 
-    def distribution(gaps: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the sum of absolute gaps, and the deviation of the observed sum from it."""
+    tails = total.new_tensor([(1 + level) / 2, 0.5, (1 - level) / 2])
+    quantiles = torch.special.ndtri(tails).view(3, *[1] * total.ndim)
+    positive = deviations.clamp(min=1e-12)
+    most = (observed / positive).amax(-1) + 1  # there all gaps are 0
+    fewest = -(largest_gaps / positive).amax(-1)  # and here the largest
+    for _ in range(BISECTIONS):
+        t = (fewest + most) / 2
+        gaps = gaps_at(t)
         accuracies = (confidences - gaps / filled).clamp(min=least)
         variances = effective * accuracies * (1 - accuracies)
         scaled = gaps / (2 * variances).clamp(min=1e-300).sqrt()
@@ -366,17 +372,7 @@ def _errors(moments: Tensor, level: float) -> Tensor:
         weights = torch.where(free > 0, 1 - slopes + slope, 1)
         folded = weights.square() * (squares + variances - means.square()).clamp(min=0)
         between = weights.square() * squares / filled  # a bin's count varies
-        spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total
-        return means.sum(-1), spread.clamp(min=0).sqrt()
-
-    tails = total.new_tensor([(1 + level) / 2, 0.5, (1 - level) / 2])
-    quantiles = torch.special.ndtri(tails).view(3, *[1] * total.ndim)
-    positive = deviations.clamp(min=1e-12)
-    most = (observed / positive).amax(-1) + 1  # there all gaps are 0
-    fewest = -(largest_gaps / positive).amax(-1)  # and here the largest
-    for _ in range(BISECTIONS):
-        t = (fewest + most) / 2
-        mean, deviation = distribution(gaps(t))
-        too_small = mean + quantiles * deviation < observed.sum(-1)
+        spread = (folded + between).sum(-1) - (weights * gaps).sum(-1).square() / total  # of the observed sum
+        too_small = means.sum(-1) + quantiles * spread.clamp(min=0).sqrt() < observed.sum(-1)
         fewest, most = torch.where(too_small, fewest, t), torch.where(too_small, t, most)
-    return torch.div(gaps(most).sum(-1), total)
+    return torch.div(gaps_at(most).sum(-1), total)

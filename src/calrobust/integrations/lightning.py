@@ -61,7 +61,7 @@ class EMATeacherCallback(Following, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Casts the teacher."""
-        self._saved_by_module = self._restored = any(module is self.teacher for module in pl_module.modules())
+        self._saved_by_module = self._restored = self.teacher in pl_module.modules()
         trainer.precision_plugin.convert_module(self.teacher)
         lent = [
             parameter

@@ -152,7 +152,7 @@ class beta(_Schedule):
     def _decays(self) -> list[float]:
         x = (torch.arange(self.updates + 1, dtype=torch.float64, device="cpu") + 0.5) / (self.updates + 1)
         log_sums = ((float(self.a) - 1) * x.log() + (float(self.b) - 1) * (-x).log1p()).logcumsumexp(0)  # no underflow
-        return list((log_sums[:-1] - log_sums[1:]).exp().tolist())
+        return list((-log_sums.diff()).exp().tolist())
 
     def _decay(self, n: int) -> float:
         return self._decays[n] if n < self.updates else 1.0

@@ -178,7 +178,7 @@ def _combine(models: Mapping[str, Weights], combination: Callable[[str, list[Ten
             counted = few or dtype in (torch.bool, torch.int64)
             if not counted and any((entry.to(device) != result).any() for entry in entries):
                 _refuse_quantised(f"{first}[{key!r}]", f"{dtype} values that differ between the models")
-        combined[key] = result.detach().to(dtype, copy=True)
+        combined[key] = result.to(dtype, copy=True)
     return combined
 
 

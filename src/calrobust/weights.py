@@ -157,7 +157,7 @@ def _combine(models: Mapping[str, Weights], combination: Callable[[str, list[Ten
     for state, averaged in (tensors(model) for model in models.values() if isinstance(model, nn.Module)):
         copied |= state.keys() - averaged
     combined: dict[str, Any] = {}
-    for key, name in zip(given[first], states[first], strict=True):
+    for name, key in unwrapped(given[first], first).items():
         entries = [state[name] for state in states.values()]
         if name.endswith(EXTRA):
             combined[key] = copy.deepcopy(entries[-1])

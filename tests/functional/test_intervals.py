@@ -27,6 +27,7 @@ def test_the_value_is_the_ece_and_the_ends_are_ordered(samples: Samples, n_bins:
     """For any data and bins; everything is in [0, 1], and the lower end is never above the value."""
     found = calibration_interval(*samples, n_bins=n_bins)
     assert float(found.value) == pytest.approx(float(binned_error(bin_confidences(*samples, n_bins=n_bins))), abs=1e-12)
+    assert found.debiased == 0 or not found.value < found.floor
     assert found.low.isnan() == found.high.isnan()
     assert found.low.isnan() or 0 <= found.low <= found.debiased + 1e-9 <= found.high + 2e-9 <= 1 + 1e-8
     assert 0 <= found.debiased <= found.value + 1e-9
@@ -139,6 +140,13 @@ def test_data_without_visible_noise_still_have_a_width() -> None:
     """All of 300 right: further samples need not be, so the interval is not a point."""
     found = calibration_interval(*certainly(0.5, 300, 300))
     assert float(found.high - found.low) > 1e-3
+
+
+def test_a_single_sample_below_its_floor_has_no_debiased_value() -> None:
+    """Its mean gap is not the smallest where the gap is 0, so that a larger one also fits."""
+    found = calibration_interval(*certainly(0.3694, 1, 0))
+    assert found.value < found.floor
+    assert found.debiased == 0
 
 
 def test_debiased_by_hand() -> None:

@@ -45,7 +45,7 @@ class ShiftReport:
     :doc:`/derivations` has the other intervals.
 
     Figures are fractions, in printed tables per cent. Tables raise ``ValueError`` if a method lacks
-    ``id_domain`` or a domain that others have. Logits and about 44 bytes for each sample are kept on the CPU.
+    ``id_domain`` or a domain that others have. Logits and about 40 bytes for each sample are kept on the CPU.
 
     Args:
         id_domain: the domain that is in distribution.

@@ -1,7 +1,5 @@
 """The losses as modules; those on pairs compose like numbers."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, NoReturn, Unpack, cast
 
@@ -46,7 +44,7 @@ class PairLoss(nn.Module, ABC):
         """The options of all terms."""
 
     @abstractmethod
-    def weighted(self) -> list[tuple[float, _TermLoss]]:
+    def weighted(self) -> list[tuple[float, "_TermLoss"]]:
         """Pairs of a weight and a term."""
 
     def forward(
@@ -67,18 +65,16 @@ class PairLoss(nn.Module, ABC):
         first, *rest = weighted_terms(lambda: self._request(*given, labels=labels, **named), self.options)
         return sum(rest, first)
 
-    def terms(self, *outputs: Tensor | float | None, labels: Labels | None = None, **named: Any) -> dict[str, Tensor]:
+    def terms(self, *given: Tensor | float | None, labels: Labels | None = None, **named: Any) -> dict[str, Tensor]:
         """The weighted terms by name; ``forward`` gives their sum.
 
         Names are ``contrastive``, ``distillation``, ``sigmoid_contrastive``, ``sigmoid_distillation`` and ``feature``;
         a second one is ``feature_2``.
         """
         check_forward(self)
-        values = weighted_terms(
-            lambda: self._request(*outputs, labels=labels, **named)._replace(apart=True), self.options
-        )
+        each = weighted_terms(lambda: self._request(*given, labels=labels, **named)._replace(apart=True), self.options)
         terms: dict[str, Tensor] = {}
-        for (_, loss), value in zip(self.weighted(), values, strict=True):
+        for (_, loss), value in zip(self.weighted(), each, strict=True):
             count = sum(name.startswith(loss._kind) for name in terms)
             terms[f"{loss._kind}_{count + 1}" if count else loss._kind] = value
         return terms
@@ -116,13 +112,13 @@ class PairLoss(nn.Module, ABC):
             raise TypeError(f"labels must go to a contrastive term, and {self!r} has none; leave them out")
         return Request(terms, Outputs(image_features, text_features, logit_scale, bias), teacher, labels)
 
-    def __add__(self, other: PairLoss) -> LossSum:
+    def __add__(self, other: "PairLoss") -> "LossSum":
         return LossSum((1.0, self), (1.0, other)) if isinstance(other, PairLoss) else NotImplemented
 
-    def __radd__(self, other: object) -> PairLoss:
+    def __radd__(self, other: object) -> "PairLoss":
         return self if other == 0 else NotImplemented  # sum() starts from 0
 
-    def __mul__(self, weight: float) -> LossSum:
+    def __mul__(self, weight: float) -> "LossSum":
         return LossSum((weight, self))
 
     __rmul__ = __mul__
@@ -152,13 +148,12 @@ class _TermLoss(PairLoss):
     def options(self) -> PairOptions:
         return cast(PairOptions, {name: getattr(self, name) for name in DEFAULTS})
 
-    def weighted(self) -> list[tuple[float, _TermLoss]]:
+    def weighted(self) -> list[tuple[float, "_TermLoss"]]:
         return [(1.0, self)]
 
     def extra_repr(self) -> str:
         defaults = {**vars(Term(self._kind)), **DEFAULTS}
-        values = {name: getattr(self, name) for name in (*self._arguments, *DEFAULTS)}
-        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
+        return ", ".join(f"{name}={own!r}" for name, own in vars(self).items() if own != defaults.get(name, own))
 
 
 class MultimodalContrastiveLoss(_TermLoss):

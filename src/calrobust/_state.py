@@ -38,10 +38,8 @@ def tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
         normalises = isinstance(owner, nn.modules.batchnorm._NormBase)
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and name not in owner._non_persistent_buffers_set:
-                inexact = tensor.is_floating_point() or tensor.is_complex()
-                averaged = inexact and (
-                    isinstance(tensor, nn.Parameter) or (normalises and name in ("running_mean", "running_var"))
-                )
+                moves = isinstance(tensor, nn.Parameter) or (normalises and name in ("running_mean", "running_var"))
+                averaged = moves and (tensor.is_floating_point() or tensor.is_complex())
                 found[f"{path}.{name}" if path else name] = tensor, averaged
     own = unwrapped(found, type(module).__name__)
     return {key: found[name][0] for key, name in own.items()}, {key for key, name in own.items() if found[name][1]}
@@ -91,11 +89,11 @@ def paired(ours: nn.Module, theirs: nn.Module) -> list[Pair]:
 
 
 def check_same_state(**states: Mapping[str, Any]) -> None:
-    shapes = [
+    first, second = states
+    ours, theirs = (
         {name: [] if name.endswith(EXTRA) else list(value.shape) for name, value in state.items()}
         for state in states.values()
-    ]
-    (first, second), (ours, theirs) = states, shapes
+    )
     wrong = {
         "missing from": [name for name in ours if name not in theirs],
         "unexpected in": [name for name in theirs if name not in ours],

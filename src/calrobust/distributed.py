@@ -65,8 +65,7 @@ class Ranks:
     def maximum(self, values: Tensor) -> Tensor:
         """The largest over ranks."""
         values = values.detach().clone()
-        if len(self.sizes) > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
+        dist.all_reduce(values, dist.ReduceOp.MAX, self.group)
         return values
 
 

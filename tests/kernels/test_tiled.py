@@ -435,7 +435,7 @@ def test_an_anchor_without_an_own_entry_is_known_in_every_dtype(dtype: torch.dty
     image, text = unit_rows(3, 4, 0, dtype), unit_rows(5, 4, 1, dtype)
     batch = kernels.PairBatch((image, text, 5.0), None, None, (Ranks([3]), Ranks([5])), swapped=True)
     options: Any = {"temperature": 1.0, "distils": False, "columns": False, "impl": impl, "memory_budget": 0}
-    found, _ = kernels.pair_statistics(batch, **options)
+    [found] = kernels.pair_statistics(batch, **options)
     assert found.negative_log_likelihood[3:].tolist() == [0, 0]
     logits = 5 * (text @ image.T).double()
     assert_close(found.above_mean[3:], (logits.logsumexp(1) - logits.mean(1))[3:], rtol=1e-5, atol=0)

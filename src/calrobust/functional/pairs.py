@@ -175,11 +175,12 @@ def _softmax_values(sharing: Weighted, shared: Shared) -> list[Tensor]:
         impl=shared.options["impl"],
         memory_budget=shared.options["memory_budget"],
     )
-    of_images, of_texts = reversed(found) if swapped else found
-    statistics: dict[str, Any] = {"image_to_text": of_images, "text_to_image": of_texts}
+    ways = ("text_to_image", "image_to_text") if swapped else ("image_to_text", "text_to_image")
     values = []
     for weight, term in sharing:
-        each = [_of_anchors(term, found) for way, found in statistics.items() if term.direction in ("both", way)]
+        each = [
+            _of_anchors(term, one) for way, one in zip(ways, found, strict=False) if term.direction in ("both", way)
+        ]
         values.append((weight * shared.reduce(each)).to(batch.dtype))
     return values
 
@@ -273,11 +274,10 @@ def _weighted_terms(request: Callable[[], Request], given: Callable[[], PairOpti
     if options["gather"]:
         images, texts = agree(sizes, options["group"], _facts(asked, options), student[0].device)
     shared = Shared(asked, (images, texts), options, {})
-    passes: dict[tuple[Any, float], list[int]] = {}
-    for place, (_, term) in enumerate(weighted):
-        passes.setdefault((PASSES[term.kind], float(term.temperature)), []).append(place)
+    passes = [(PASSES[term.kind], float(term.temperature)) for _, term in weighted]
     terms: dict[int, Tensor] = {}
-    for (evaluate, t), places in passes.items():
+    for evaluate, t in dict.fromkeys(passes):
+        places = [place for place, each in enumerate(passes) if each == (evaluate, t)]
         # t² keeps gradients as large as without a temperature.
         values = evaluate([(t * t * float(weighted[place][0]), weighted[place][1]) for place in places], shared)
         terms.update(zip(places, values, strict=False))  # a pass may give one sum

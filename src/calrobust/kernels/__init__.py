@@ -117,7 +117,7 @@ def _anchors(positives: Tensor, number: Tensor | int, *, are_images: bool) -> An
 
 def pair_statistics(
     batch: PairBatch, *, temperature: float, distils: bool, columns: bool, impl: Impl, memory_budget: int
-) -> tuple[Direction, Direction | None]:
+) -> list[Direction]:
     """The statistics of this rank's rows and, if asked for, columns."""
     x, y, scale = batch.student
     student, teacher = Factors(x, y, scale := scale / temperature), None
@@ -138,10 +138,10 @@ def pair_statistics(
         n, m = batch.rows.total, batch.columns.total
         rows = _direction(own, found.rows.to(precise), scale * found.row_sums, m, batch.of_rows, n)
         if not columns:
-            return rows, None
+            return [rows]
         sums = batch.columns.scatter_sum((scale * found.column_sums).T).T
         own, other = _over_ranks([batch.own_of_columns(own), found.columns.to(precise)], batch.columns)
-        return rows, _direction(own, other, sums, n, batch.of_columns, m)
+        return [rows, _direction(own, other, sums, n, batch.of_columns, m)]
 
 
 def _direction(own: Part, other: Part, sums: Tensor, candidates: int, anchors: Anchors, total: int) -> Direction:

@@ -139,12 +139,9 @@ def _forward(
     Absent results are empty. ``tensors`` are factors and those of a `Pairing`.
     """
     models, pairing = _inputs(tensors, start)
-    form = kernels("softmax", impl, tensors[0], operands, teacher=len(models) == 2)
+    form = kernels("softmax", impl, tensors[0], operands, teacher=len(models) == 2) or tiled
     kept = _results(tensors, impl, operands, columns, keep, start)[10:]
-    if form:
-        found = form.forward(models, pairing.partner, operands, columns=columns)
-    else:
-        found = tiled.forward(models, pairing.partner, operands, columns=columns, kept=kept)
+    found = form.forward(models, pairing.partner, operands, columns=columns, kept=kept)
     (*rows, row_teacher_lse), (*over_rows, column_teacher_lse) = found
     x, y, scale = models[0]
     linear = linear_parts(x.to(scale.dtype), y.to(scale.dtype), pairing, columns=columns)

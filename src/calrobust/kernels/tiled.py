@@ -68,13 +68,13 @@ class Matrix:
 
 
 def forward(
-    models: list[Factors], partner: Tensor, _: torch.dtype, *, columns: bool, kept: Sequence[Tensor] = ()
+    models: list[Factors], partner: Tensor, _: torch.dtype, *, columns: bool, kept: Sequence[Tensor]
 ) -> tuple[Part, Part]:
     """The statistics of rows and columns; logits stay in ``kept`` if it has rows."""
     x, y, scale = models[0]
     matrices = [Matrix(factors, partner) for factors in models]
     tiles = tiles_of(x, y)
-    keep = any(len(logits) for logits in kept)
+    keep = len(kept[0]) > 0
     buffers = kept if keep else [scale.new_empty(tiles[0].stop, len(y)) for _ in models]
     of_rows: list[Part] = []
     of_columns: list[Part] = []

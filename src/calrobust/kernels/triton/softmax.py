@@ -268,14 +268,16 @@ def _backward_kernel(
     store_parts(gradient * tl.load(gain), entries, stride, inside, PARTS)
 
 
-def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool) -> tuple[Part, Part]:
+def forward(
+    models: list[Factors], partner: Tensor, operands: torch.dtype, *, columns: bool, kept: object = ()
+) -> tuple[Part, Part]:
     """Does what `tiled.forward` does."""
     x, y, scale = models[0]
     m = len(y)
     launch = Launcher("forward", models, operands)
     # Forming sums again needs many registers.
     narrow = launch.blocks._replace(COLUMNS=min(64, launch.blocks.COLUMNS), num_warps=4)
-    sums, stored = (1, 2) if len(models) == 1 else (3, 6)
+    sums = 2 * len(models) - 1
     width = triton.cdiv(m, launch.blocks.COLUMNS)
     of_rows, of_columns = [], []
     of_a_row = triton.cdiv(sums * m * scale.element_size(), launch.blocks.ROWS) if columns else 1  # bytes
@@ -283,13 +285,13 @@ def forward(models: list[Factors], partner: Tensor, operands: torch.dtype, *, co
         length = tile.stop - tile.start
         height = triton.cdiv(length, launch.blocks.ROWS)
         span = triton.cdiv(width, max(SPANS, triton.cdiv(_programs(x.device), height)))  # of a program, in blocks
-        by_row = scale.new_empty(triton.cdiv(width, span), stored, length)
+        by_row = scale.new_empty(triton.cdiv(width, span), 2 * sums, length)
         by_column = scale.new_empty(sums, height, m if columns else 0)
         pivots = scale.new_empty(len(models), height, width)
         arguments = by_row, by_column, pivots, length, m, span * launch.blocks.COLUMNS, columns
         launch(_forward_kernel, (len(by_row), height), tile, partner[tile], *arguments)
         of_rows.append(merge_rows(_statistics(by_row)))
-        merged = scale.new_empty(triton.cdiv(height, COLUMN_SPAN), stored, m if columns else 0)
+        merged = scale.new_empty(triton.cdiv(height, COLUMN_SPAN), 2 * sums, m if columns else 0)
         if columns:
             rest = merged, by_column, pivots, length, m, launch.blocks.COLUMNS, COLUMN_SPAN
             grid = triton.cdiv(m, narrow.COLUMNS), len(merged)

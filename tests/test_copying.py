@@ -113,7 +113,7 @@ def cached_weight(layer: Any) -> None:
     """Deepcopy does not copy a cache, nor what is in it."""
     name = "weight"
     layer.cached = lru_cache(lambda: getattr(layers[0], name))
-    layers = [layer]
+    layers: list[Any] = [layer]
     layer.cached()
     layers.clear()
 

@@ -146,9 +146,10 @@ TABLE: Table = [
             Wrong(
                 {"text_features": MORE, "labels": torch.arange(4)},
                 ValueError,
-                "labels must be one tensor for pairs, or (image_labels, text_labels), got one tensor for 4 images "
+                "labels must be one tensor for pairs, or (image_labels, text_labels), got one Tensor for 4 images "
                 "and 5 texts",
             ),
+            Wrong({"text_features": MORE, "labels": 3}, ValueError),
             Wrong(
                 {"text_features": ROWS.to("meta")},
                 ValueError,

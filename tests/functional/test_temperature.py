@@ -143,7 +143,7 @@ def test_few_passes_over_many_rows(masked: int, monkeypatch: pytest.MonkeyPatch)
     passes = []
     derivatives = module._derivatives
 
-    def counted(data: module._Data, beta: float) -> tuple[float, float]:
+    def counted(data: module._Data, beta: float) -> Tensor:
         passes.append(len(data.logits))
         return derivatives(data, beta)
 

@@ -250,7 +250,7 @@ def _solve_line(z: Tensor, matched: Tensor) -> tuple[Tensor, str]:
         cause, targets = "a threshold separates them", (1 / (len(others) + 2), (len(hits) + 1) / (len(hits) + 2))
     (slope, intercept), converged = _newton_line(z, matched, mean, spread, *targets)
     line = torch.stack((slope / spread, intercept - slope * mean / spread))
-    return line, cause if converged else f"Newton's method did not converge in {MAX_STEPS} steps"
+    return line, cause if converged else f"Newton's method did not converge in {MAX_STEPS} steps; drop masked pairs"
 
 
 def _newton_line(

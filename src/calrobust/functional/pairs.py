@@ -364,7 +364,8 @@ def _check_anchors(request: Request, options: PairOptions) -> None:
             check_labels(length, device, (), **{f"labels[{k}]": labels[k]})
     elif labels is not None:
         if isinstance(labels, tuple) or n != m:
-            came = "one tensor" if isinstance(labels, Tensor) else f"a {type(labels).__name__} of {len(labels)}"
+            kind = type(labels).__name__
+            came = f"a {kind} of {len(labels)}" if isinstance(labels, (list, tuple)) else f"one {kind}"
             raise ValueError(
                 f"labels must be one tensor for pairs, or (image_labels, text_labels), got {came} for {n} images and "
                 f"{m} texts"

@@ -10,8 +10,11 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -524,6 +527,31 @@ def test_a_graph_that_is_captured_takes_the_form_of_the_steps_before(
     operators.FAULTS[x.device, x.dtype, "softmax", False] = "broken"
     with pytest.warns(UserWarning, match="broken"):
         assert not operators.kernels("softmax", "auto", x, x.dtype, teacher=False)
+
+
+def test_a_second_thread_waits_for_the_comparison(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would else take kernels that nobody has compared."""
+    comparing, x = threading.Event(), features_on("cpu", torch.float32)
+
+    def slowly_broken(*key: Any) -> str:
+        operators.FAULTS[key] = ""  # as the comparison does, so that it takes the kernels itself
+        comparing.set()
+        time.sleep(0.3)
+        return "broken"
+
+    monkeypatch.setattr(operators, "fault", slowly_broken)
+    monkeypatch.setattr(operators, "may_take_triton", lambda impl, x: True)
+
+    def taken() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return operators.kernels("softmax", "auto", x, x.dtype, teacher=False)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(taken)
+        assert comparing.wait(60)
+        assert taken() is None
+        assert first.result() is None
 
 
 @kernels

@@ -367,7 +367,7 @@ def held_bytes(report: ShiftReport) -> int:
     """Of all tensors a report holds."""
     tensors = [fit.fingerprints for fit in report._fits.values()]
     for samples in (samples for own in report._samples.values() for samples in own.values()):
-        tensors += [*samples.logits, *itertools.chain(*samples.columns.values())]
+        tensors += [*samples.logits, *itertools.chain(*samples.columns.values(), *samples.unscaled)]
     return sum(t.numel() * t.itemsize for t in {id(t): t for t in tensors}.values())
 
 

@@ -110,9 +110,9 @@ class ShiftReport:
         if fit and torch.isin(columns["fingerprints"], fit.fingerprints).any():
             before = samples.columns.get("fingerprints", [])
             check_held_out(method, domain, fit.fingerprints, torch.cat([*before, columns["fingerprints"]]))
-        if fit:
-            columns |= columns_of(logits, target, fit.temperature)
-        samples.add(columns, logits)
+        samples.add(logits, columns)
+        if fit and not self.keep_logits:
+            samples.scale(fit.temperature)
         self._samples.setdefault(method, {})[domain] = samples
 
     def fit_temperature(self, method: str, logits: Tensor, target: Tensor) -> float:
@@ -135,10 +135,10 @@ class ShiftReport:
                 _check_classes(samples.n_classes, logits, method, domain)
             check_held_out(method, domain, fingerprints, samples["fingerprints"])
         temperature = determined_temperature(logits, target, of=f" of {method!r}")
-        scaled = [columns_of(torch.cat(samples.logits), samples["target"], temperature) for samples in own.values()]
         self._fits[method] = Fit(temperature, fingerprints, logits.shape[1])
-        for samples, columns in zip(own.values(), scaled, strict=True):
-            samples.add(columns)
+        for samples in own.values():
+            if not self.keep_logits:
+                samples.scale(temperature)
         return temperature
 
     def bins(self, method: str, domain: str, *, scaled: bool = False) -> Bins:
@@ -149,7 +149,7 @@ class ShiftReport:
                 raise ValueError(
                     f"{method!r} must have a temperature to be scaled, got none; call fit_temperature first"
                 )
-            confidences = self._samples[method][domain]["confidences_ts"]
+            confidences = self._scaled(method, domain)["confidences_ts"]
         return bin_confidences(confidences, correct, n_bins=self.n_bins)
 
     def confidences(self, method: str, domain: str) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ class ShiftReport:
                 )
         row: dict[str, Any] = {"a": a, "b": b}
         for group, domains in self._groups().items():
-            pairs = [(self._samples[a][domain], self._samples[b][domain]) for domain in domains]
+            pairs = [(self._scaled(a, domain), self._scaled(b, domain)) for domain in domains]
             found = differences(pairs, self._figures(a, domains), self._figures(b, domains))
             row |= {f"{group}_{name}": value for name, value in found.items()}
         return row
@@ -312,7 +312,13 @@ class ShiftReport:
         return {"id": [self.id_domain], "ood": self.domains[1:]}
 
     def _figures(self, method: str, domains: list[str]) -> dict[str, float]:
-        return mean_figures([self._samples[method][domain] for domain in domains], self.n_bins)
+        return mean_figures([self._scaled(method, domain) for domain in domains], self.n_bins)
+
+    def _scaled(self, method: str, domain: str) -> Samples:
+        samples = self._samples[method][domain]
+        if method in self._fits:
+            samples.scale(self._fits[method].temperature)
+        return samples
 
     def _table(self, columns: Sequence[str], intervals: bool) -> tuple[list[list[str]], str]:
         check_choices([*HEADINGS], columns=columns)

@@ -77,20 +77,28 @@ class Samples:
         self.keep_logits, self.n_classes = keep_logits, n_classes
         self.columns: dict[str, list[Tensor]] = {}
         self.logits: list[Tensor] = []
+        self.unscaled: list[tuple[Tensor, Tensor]] = []  # logits and target
 
     def __getitem__(self, name: str) -> Tensor:
         batches = self.columns[name]
         batches[:] = [torch.cat(batches)]
         return batches[0]
 
-    def add(self, columns: dict[str, Tensor], *logits: Tensor) -> None:
+    def add(self, logits: Tensor, columns: dict[str, Tensor]) -> None:
+        self._append(columns)
+        self.columns.pop("nll_own_t", None)
+        self.unscaled.append((logits.clone(), columns["target"]))  # callers may reuse buffers
+        if self.keep_logits:
+            self.logits.append(self.unscaled[-1][0])
+
+    def _append(self, columns: dict[str, Tensor]) -> None:
         for name, column in columns.items():
             self.columns.setdefault(name, []).append(column)
-        self.columns.pop("nll_own_t", None)
-        if self.keep_logits or "nll_ts" not in columns:
-            self.logits += (batch.clone() for batch in logits)  # callers may reuse buffers
-        else:
-            self.logits.clear()
+
+    def scale(self, temperature: float) -> None:
+        for batch in self.unscaled:
+            self._append(columns_of(*batch, temperature))
+        self.unscaled = []
 
     def has(self, score: str) -> bool:
         return score in ("accuracy", "aurc", *self.columns) or (score == "nll_own_t" and self.keep_logits)

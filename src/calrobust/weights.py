@@ -95,7 +95,7 @@ def average(models: Iterable[Weights], weights: Iterable[float] | None = None) -
     total = sum(shares)
 
     def mean(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
-        parts = [tensor * (share / total) for tensor, share in zip(tensors, shares, strict=True)]  # no overflow
+        parts = (tensor * (share / total) for tensor, share in zip(tensors, shares, strict=True))  # no overflow
         return reduce(torch.add, parts).where(usable, tensors[-1])
 
     return _combine(listed, mean)

@@ -268,6 +268,20 @@ def test_a_function_that_captures_what_a_copy_would_share_is_refused_by_name(
     EMATeacher(student, copy=model())
 
 
+def test_an_error_that_a_model_keeps_holds_no_functions_of_it() -> None:
+    """Deepcopy leaves its traceback out, whose frames know the student."""
+    student: Any = model()
+
+    def fail() -> None:
+        raise RuntimeError(student)
+
+    with pytest.raises(RuntimeError) as raised:
+        fail()
+    student.last_error = raised.value
+    student.last_error.args = ()
+    assert EMATeacher(student).module.last_error is not raised.value
+
+
 def test_a_second_model_whose_functions_hold_the_students_parts_is_refused() -> None:
     """A deepcopy of such a student would run the student's weights too."""
     student, second = model(), model()

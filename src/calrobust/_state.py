@@ -5,7 +5,7 @@ from copy import deepcopy
 from dis import get_instructions
 from functools import _lru_cache_wrapper
 from gc import get_referents
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -248,7 +248,7 @@ def _captured(value: object, seen: set[tuple[int, bool]], captured: bool = False
         held = (*cells, *defaults, *(one for one in named if isinstance(one, (*_WRITABLE, MethodType))))
     elif isinstance(value, ref):
         captured, held = True, (value(),)
-    elif not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
+    elif not isinstance(value, (nn.Module, Tensor, type, ModuleType, TracebackType)):
         captured = captured or isinstance(value, (BuiltinFunctionType, _lru_cache_wrapper))
         held = get_referents(value)
     for one in held:

@@ -136,7 +136,7 @@ def _stock(name: str, tensors: list[Tensor], usable: Tensor) -> Tensor:
 def _listed(models: Iterable[Weights], at_least: int) -> dict[str, Weights]:
     if not isinstance(models, Iterable) or isinstance(models, (str, Mapping, nn.Module)):
         raise TypeError(f"models must be an iterable of models, got {type(models).__name__}")
-    # What makes models anew may reuse the memory of one.
+    # Else each may reuse the memory of one.
     one_by_one = not isinstance(models, Collection)
     listed = {f"models[{k}]": copy.deepcopy(model) if one_by_one else model for k, model in enumerate(models)}
     if len(listed) < at_least:

@@ -279,7 +279,8 @@ def test_an_error_that_a_model_keeps_holds_no_functions_of_it() -> None:
         fail()
     student.last_error = raised.value
     student.last_error.args = ()
-    assert EMATeacher(student).module.last_error is not raised.value
+    copied: Any = EMATeacher(student).module
+    assert copied.last_error is not raised.value
 
 
 def test_a_second_model_whose_functions_hold_the_students_parts_is_refused() -> None:
